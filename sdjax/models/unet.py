@@ -1,0 +1,338 @@
+"""The text-conditional UNet of Stable Diffusion 1, 2 and XL (https://arxiv.org/abs/2112.10752, https://arxiv.org/abs/2307.01952).
+
+State-dict keys are those of diffusers' UNet2DConditionModel. `DownPath` is also what a ControlNet is made of.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sdjax.config import Stage, UNetConfig
+from sdjax.models.layers import (
+    ACTIVATIONS,
+    Attention,
+    Conv,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    ResnetBlock,
+    TimestepEmbedding,
+    Upsample,
+    timestep_embedding,
+)
+
+
+class GEGLU(nnx.Module):
+    """A linear layer whose second half gates its first (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, channels: int, hidden: int, **kw: Any):
+        self.proj = Linear(channels, 2 * hidden, **kw)
+
+    def __call__(self, x: Float[Array, "batch tokens channels"]) -> Float[Array, "batch tokens hidden"]:
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * ACTIVATIONS["gelu"](gate)
+
+
+def _dropout(x: Array) -> Array:
+    """Holds the place of diffusers' dropout, so that what follows keeps its index; no published model drops."""
+    return x
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a linear layer."""
+
+    def __init__(self, channels: int, **kw: Any):
+        self.net = nnx.List([GEGLU(channels, 4 * channels, **kw), _dropout, Linear(4 * channels, channels, **kw)])
+
+    def __call__(self, x: Float[Array, "batch tokens channels"]) -> Float[Array, "batch tokens channels"]:
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention (to the context too if only_cross_attention), attention to the context, feed-forward."""
+
+    def __init__(self, stage: Stage, **kw: Any):
+        channels = stage.channels
+        self.only_cross_attention = stage.only_cross_attention
+        self.norm1 = LayerNorm(channels, 1e-5, **kw)
+        self.attn1 = Attention(
+            channels, stage.context_dim if stage.only_cross_attention else channels, stage.heads, **kw
+        )
+        self.norm2 = LayerNorm(channels, 1e-5, **kw)
+        self.attn2 = Attention(channels, stage.context_dim, stage.heads, **kw)
+        self.norm3 = LayerNorm(channels, 1e-5, **kw)
+        self.ff = FeedForward(channels, **kw)
+
+    def __call__(
+        self, x: Float[Array, "batch tokens channels"], context: Float[Array, "batch keys context"]
+    ) -> Float[Array, "batch tokens channels"]:
+        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nnx.Module):
+    """Transformer blocks over an image's positions, between two projections (diffusers' Transformer2DModel)."""
+
+    def __init__(self, config: UNetConfig, stage: Stage, depth: int, **kw: Any):
+        channels = stage.channels
+        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6, **kw)
+        # Equal but for the shape of the stored kernel.
+        self.proj_in, self.proj_out = (
+            Linear(channels, channels, **kw) if config.use_linear_projection else Conv(channels, channels, 1, **kw)
+            for _ in range(2)
+        )
+        self.transformer_blocks = nnx.List([TransformerBlock(stage, **kw) for _ in range(depth)])
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"], context: Float[Array, "batch keys context"]
+    ) -> Float[Array, "batch height width channels"]:
+        tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        return x + self.proj_out(tokens.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """The resnets of a stage, `inputs` their input channels, and a transformer after each where the stage attends."""
+
+    def __init__(
+        self, config: UNetConfig, stage: Stage, inputs: Sequence[int], output_scale_factor: float = 1.0, **kw: Any
+    ):
+        self.resnets = nnx.List(
+            [
+                ResnetBlock(
+                    in_channels,
+                    stage.channels,
+                    time_channels=4 * config.block_out_channels[0],
+                    groups=config.norm_num_groups,
+                    eps=config.norm_eps,
+                    act_fn=config.act_fn,
+                    scale_shift=config.resnet_time_scale_shift == "scale_shift",
+                    output_scale_factor=output_scale_factor,
+                    **kw,
+                )
+                for in_channels in inputs
+            ]
+        )
+        self.attentions = nnx.List([Transformer(config, stage, depth, **kw) for depth in stage.depths])
+
+
+class DownBlock(Block):
+    """CrossAttnDownBlock2D and DownBlock2D; returns its output and what the up path will take."""
+
+    def __init__(self, config: UNetConfig, stage: Stage, in_channels: int, *, downsample: bool, **kw: Any):
+        super().__init__(config, stage, [in_channels] + [stage.channels] * (stage.layers - 1), **kw)
+        self.downsamplers = nnx.List([Downsample(stage.channels, **kw)] if downsample else [])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width in"],
+        temb: Float[Array, "batch time"],
+        context: Float[Array, "batch keys context"],
+    ) -> tuple[Float[Array, "batch new_height new_width channels"], list[Array]]:
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(Block):
+    """UNetMidBlock2DCrossAttn: a resnet, a transformer and a resnet."""
+
+    def __init__(self, config: UNetConfig, stage: Stage, **kw: Any):
+        super().__init__(config, stage, [stage.channels] * 2, config.mid_block_scale_factor, **kw)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        temb: Float[Array, "batch time"],
+        context: Float[Array, "batch keys context"],
+    ) -> Float[Array, "batch height width channels"]:
+        x = self.attentions[0](self.resnets[0](x, temb), context)
+        return self.resnets[1](x, temb)
+
+
+class UpBlock(Block):
+    """CrossAttnUpBlock2D and UpBlock2D; joins one of `skips` to each resnet's input and grows to `size` at last."""
+
+    def __init__(self, config: UNetConfig, stage: Stage, inputs: Sequence[int], *, upsample: bool, **kw: Any):
+        super().__init__(config, stage, inputs, **kw)
+        self.upsamplers = nnx.List([Upsample(stage.channels, **kw)] if upsample else [])
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width in"],
+        skips: Sequence[Float[Array, "batch height width _"]],
+        temb: Float[Array, "batch time"],
+        context: Float[Array, "batch keys context"],
+        size: tuple[int, int] | None,
+    ) -> Float[Array, "batch new_height new_width channels"]:
+        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
+            x = resnet(jnp.concatenate([x, skip], axis=-1), temb)
+            if self.attentions:
+                x = self.attentions[i](x, context)
+        for upsampler in self.upsamplers:
+            x = upsampler(x, size)
+        return x
+
+
+def skip_channels(config: UNetConfig) -> list[int]:
+    """Channels of each array that goes from the down path to the up path; a ControlNet adds a residual to each."""
+    channels = [config.block_out_channels[0]]
+    for i, stage in enumerate(config.down_stages):
+        channels += [stage.channels] * (stage.layers + (i < len(config.down_stages) - 1))
+    return channels
+
+
+def make_up_blocks(config: UNetConfig, **kw: Any) -> nnx.List:
+    """The up path of a UNet."""
+    blocks = nnx.List([])
+    skips = skip_channels(config)
+    channels = config.block_out_channels[-1]
+    for i, stage in enumerate(config.up_stages):
+        before = [channels] + [stage.channels] * (stage.layers - 1)
+        inputs = [size + skips.pop() for size in before]
+        blocks.append(UpBlock(config, stage, inputs, upsample=i < len(config.up_stages) - 1, **kw))
+        channels = stage.channels
+    return blocks
+
+
+class DownPath(nnx.Module):
+    """What a UNet and a ControlNet share: time and size conditions, conv_in, down blocks and middle block.
+
+    `remat` recomputes each block in the backward pass and so trades time for memory in training; values are the same.
+    """
+
+    def __init__(self, config: UNetConfig, *, dtype: DTypeLike, remat: bool, **kw: Any):
+        kw["dtype"] = dtype
+        channels = config.block_out_channels
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        self.conv_in = Conv(config.in_channels, channels[0], config.conv_in_kernel, **kw)
+        self.time_embedding = TimestepEmbedding(
+            channels[0], 4 * channels[0], act_fn=config.act_fn, cond_dim=config.time_cond_proj_dim, **kw
+        )
+        if config.addition_embed_type == "text_time":
+            assert config.projection_class_embeddings_input_dim is not None  # the config has checked
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * channels[0], act_fn="silu", **kw
+            )
+        last = len(channels) - 1
+        inputs = (channels[0], *channels)
+        self.down_blocks = nnx.List(
+            [
+                DownBlock(config, stage, inputs[i], downsample=i < last, **kw)
+                for i, stage in enumerate(config.down_stages)
+            ]
+        )
+        self.mid_block = None if config.mid_stage is None else MidBlock(config, config.mid_stage, **kw)
+
+    def run(self, block: Any, *args: Any, **static: Any) -> Any:
+        """block(*args, **static), under `remat` recomputed in the backward pass."""
+        if not self.remat:
+            return block(*args, **static)
+        return jax.checkpoint(lambda block, *args: block(*args, **static))(block, *args)
+
+    def embed_time(
+        self,
+        t: Float[Array, " batch"],
+        added_cond: Mapping[str, Array] | None,
+        timestep_cond: Float[Array, "batch cond"] | None,
+    ) -> Float[Array, "batch time"]:
+        """The vector that every resnet is conditioned on. Raises ValueError if a condition is missing or surplus."""
+        config = self.config
+        wave = {"flip_sin_to_cos": config.flip_sin_to_cos, "freq_shift": config.freq_shift}
+        sinusoids = timestep_embedding(t, config.block_out_channels[0], **wave)
+        temb = self.time_embedding(sinusoids.astype(self.dtype), timestep_cond)
+        wanted = {"text_embeds", "time_ids"} if config.addition_embed_type == "text_time" else set()
+        if set(added_cond or ()) != wanted:
+            raise ValueError(f"added_cond has keys {sorted(added_cond or ())}; this network takes {sorted(wanted)}")
+        if added_cond:
+            assert config.addition_time_embed_dim is not None  # the config has checked
+            ids = timestep_embedding(added_cond["time_ids"].reshape(-1), config.addition_time_embed_dim, **wave)
+            parts = [added_cond["text_embeds"].astype(jnp.float32), ids.reshape(len(t), -1)]
+            temb = temb + self.add_embedding(jnp.concatenate(parts, axis=-1).astype(self.dtype))
+        return temb
+
+    def down(
+        self,
+        x: Float[Array, "batch height width channels"],
+        temb: Float[Array, "batch time"],
+        context: Float[Array, "batch keys context"],
+    ) -> tuple[Float[Array, "batch mid_height mid_width mid_channels"], list[Array]]:
+        """From conv_in's output `x` through the middle block: its output, and one array for each of `skip_channels`."""
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = self.run(block, x, temb, context)
+            skips += new
+        if self.mid_block is not None:
+            x = self.run(self.mid_block, x, temb, context)
+        return x, skips
+
+
+class UNet2DCondition(DownPath):
+    """Predicts noise, velocity or image from a noisy latent; which of them, the checkpoint's scheduler config says."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs | None,
+        remat: bool = False,
+    ):
+        kw = {"param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(config, dtype=dtype, remat=remat, **kw)
+        kw["dtype"] = dtype
+        self.up_blocks = make_up_blocks(config, **kw)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, config.block_out_channels[0], config.norm_eps, **kw)
+        self.conv_out = Conv(config.block_out_channels[0], config.out_channels, config.conv_out_kernel, **kw)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width in"],
+        t: Float[Array, " batch"],
+        context: Float[Array, "batch keys context"],
+        added_cond: Mapping[str, Array] | None = None,
+        *,
+        timestep_cond: Float[Array, "batch cond"] | None = None,
+        down_block_additional_residuals: Sequence[Array] | None = None,
+        mid_block_additional_residual: Array | None = None,
+    ) -> Float[Array, "batch height width out"]:
+        """The prediction for latents `x`, of any size, at timesteps `t` (fractions too) under text states `context`.
+
+        `added_cond` is SDXL's {"text_embeds": [batch, pooled], "time_ids": [batch, 6] (the refiner's: 5)};
+        `timestep_cond` is LCM's guidance embedding. The residuals are a ControlNet's: one for each array of
+        `skip_channels`, and one for the middle block's output. Raises ValueError for a missing or surplus condition.
+        """
+        if self.config.center_input_sample:
+            x = 2 * x - 1
+        temb = self.embed_time(t, added_cond, timestep_cond)
+        x, skips = self.down(self.conv_in(x), temb, context)
+        if down_block_additional_residuals is not None:
+            skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
+        if mid_block_additional_residual is not None:
+            x = x + mid_block_additional_residual
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            taken, skips = skips[-count:][::-1], skips[:-count]
+            size = skips[-1].shape[1:3] if skips else None
+            x = self.run(block, x, taken, temb, context, size=size)
+        return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))

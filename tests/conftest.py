@@ -1,0 +1,57 @@
+"""Test-wide set-up: eight CPU devices, no hub, shape-checked signatures."""
+
+import os
+import tempfile
+
+# Before anything imports JAX: the devices that a multi-device host would have.
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_llvm_disable_expensive_passes=true"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+
+import tests.typecheck  # noqa: F401, named below
+
+# Where arrays pass, the shapes and dtypes in the signatures are checked at every call.
+ROOMS = ["sdjax.generate", "sdjax.images", "sdjax.models", "sdjax.programs", "sdjax.sampling.scan", "sdjax.text"]
+jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")
+
+import jax
+import pytest
+import torch
+
+from tests import checkpoints
+
+torch.set_num_threads(2)
+# A program that one test has compiled, the next reads; LLVM's slowest passes gain nothing on networks this small.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="sdjax-tests-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A small random Stable Diffusion 1 checkpoint in a folder."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    checkpoints.saved(folder)
+    return folder
+
+
+class Compilations:
+    """How many programs XLA has compiled since the last look."""
+
+    def __init__(self):
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event, *_, **__):
+        self._count += event == "/jax/core/compile/backend_compile_duration"
+
+    def __call__(self) -> int:
+        count, self._count = self._count, 0
+        return count
+
+
+@pytest.fixture(scope="session")
+def compilations():
+    return Compilations()
