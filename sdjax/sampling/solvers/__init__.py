@@ -1,0 +1,196 @@
+"""Samplers by name, and the tables they make."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sdjax.sampling import grid as grids
+from sdjax.sampling.errors import SamplingError
+from sdjax.sampling.grid import Grid
+from sdjax.sampling.schedule import CLASSES, SPACINGS, Schedule
+from sdjax.sampling.solvers import correctors, discrete, dpmpp, kdiffusion, multistep
+from sdjax.sampling.solvers.plan import Plan
+from sdjax.sampling.table import Table
+from sdjax.sampling.trace import Trace
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler: its loop, the levels it visits, and what may be chosen.
+
+    order: the usual order of the method.  orders: those that it may have.  order_key: the config's word for it.
+    solver_type: the variant, where the name fixes it.
+    """
+
+    loop: Callable[[Trace, Plan], None]
+    grid: Grid
+    order: int = 1
+    orders: tuple[int, ...] = ()
+    order_key: str = "solver_order"
+    solver_type: str | None = None
+
+
+_TRAIN = Grid("train", spacing="leading")
+_DISTILLED = Grid("distilled", heeds_spacing=False)
+_K = Grid("k", final="zero", scaled=True)
+_K_WHOLE = Grid("k", final="zero", scaled=True, whole=True)
+_DPM = Grid("dpm", whole=True)
+_DPM_OWN = Grid("dpm", heeds_spacing=False, whole=True)
+_DPM_LEAST = Grid("dpm", final="least", whole=True)
+
+SAMPLERS = {
+    "ddim": Sampler(discrete.ddim, _TRAIN),
+    "ddpm": Sampler(discrete.ddpm, _TRAIN),
+    "plms": Sampler(multistep.plms, _TRAIN),
+    "lms": Sampler(multistep.lms, _K, order=4, orders=(1, 2, 3, 4), order_key=""),
+    "euler": Sampler(kdiffusion.euler, Grid("k", scaled=True)),
+    "euler_ancestral": Sampler(kdiffusion.euler_ancestral, _K),
+    "heun": Sampler(kdiffusion.heun, _K),
+    "dpm_2": Sampler(kdiffusion.dpm_2, _K_WHOLE),
+    "dpm_2_ancestral": Sampler(kdiffusion.dpm_2_ancestral, _K_WHOLE),
+    "dpmpp_2s": Sampler(dpmpp.singlestep, _DPM_OWN, order=2, orders=(1, 2, 3)),
+    "dpmpp_2s_sde": Sampler(dpmpp.singlestep_sde, _DPM_OWN, order=2, orders=(1, 2, 3)),
+    "dpmpp_2s_ancestral": Sampler(kdiffusion.dpmpp_2s_ancestral, _K),
+    "dpmpp_2m": Sampler(dpmpp.multistep, _DPM, order=2, orders=(1, 2, 3)),
+    "dpmpp_2m_sde": Sampler(dpmpp.multistep_sde, _DPM, order=2, orders=(1, 2, 3)),
+    "dpmpp_3m_sde": Sampler(dpmpp.multistep_3m_sde, _DPM),
+    "dpmpp_sde": Sampler(kdiffusion.dpmpp_sde, _K),
+    "uni_pc": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3)),
+    "uni_pc_bh1": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3), solver_type="bh1"),
+    "uni_pc_bh2": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3), solver_type="bh2"),
+    "deis": Sampler(multistep.deis, _DPM_LEAST, order=2, orders=(1, 2, 3)),
+    "ipndm": Sampler(multistep.ipndm, _K, order=4, orders=(1, 2, 3, 4), order_key=""),
+    "sa_solver": Sampler(correctors.sa_solver, _DPM_LEAST, order=2, orders=(1, 2, 3), order_key="predictor_order"),
+    "lcm": Sampler(discrete.lcm, _DISTILLED),
+    "tcd": Sampler(discrete.tcd, _DISTILLED),
+}
+"""Every sampler, by k-diffusion's name where it has one."""
+
+ALIASES = {
+    **CLASSES,
+    "pndm": "plms",
+    "euler_a": "euler_ancestral",
+    "dpm2": "dpm_2",
+    "dpm2_a": "dpm_2_ancestral",
+    "dpm_2_a": "dpm_2_ancestral",
+    "dpm++_2s": "dpmpp_2s",
+    "dpm++_2s_a": "dpmpp_2s_ancestral",
+    "dpm++_2m": "dpmpp_2m",
+    "dpm++_2m_sde": "dpmpp_2m_sde",
+    "dpm++_3m_sde": "dpmpp_3m_sde",
+    "dpm++_sde": "dpmpp_sde",
+    "dpmsolver++": "dpmpp_2m",
+    "unipc": "uni_pc",
+    "sa-solver": "sa_solver",
+    "sasolver": "sa_solver",
+}
+"""Other names that are understood: diffusers' classes, and short names in common use."""
+
+
+def canonical(name: str) -> str:
+    """The name in SAMPLERS of a sampler by any of its names. Raises SamplingError listing what there is."""
+    short = name.strip().lower().replace(" ", "_").removeprefix("k_")
+    for known in (name, short, short.replace("-", "_")):
+        known = ALIASES.get(known, known)
+        if known in SAMPLERS:
+            return known
+    raise SamplingError(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
+
+
+def default_sampler(schedule: Schedule) -> str:
+    """The sampler that a checkpoint's scheduler_config.json asks for (ddim where it names none)."""
+    name = _class_sampler(schedule)
+    if name == "plms" and not schedule.option("skip_prk_steps", False):
+        raise SamplingError("skip_prk_steps=false (a Runge-Kutta warm-up) is not supported; set it, or name a sampler")
+    return name
+
+
+def default_sigmas(schedule: Schedule, sampler: str) -> str:
+    """The `sigmas` that a checkpoint's config amounts to for a sampler; "" is its timestep spacing."""
+    return grids.default_sigmas(schedule, SAMPLERS[canonical(sampler)].grid)
+
+
+def _class_sampler(schedule: Schedule) -> str:
+    name = CLASSES[schedule.option("_class_name", "DDIMScheduler")]
+    if schedule.option("algorithm_type", "").startswith("sde"):
+        return {"dpmpp_2m": "dpmpp_2m_sde", "dpmpp_2s": "dpmpp_2s_sde"}.get(name, name)
+    return name
+
+
+def make_table(
+    schedule: Schedule,
+    *,
+    sampler: str | None = None,
+    num_inference_steps: int | None = None,
+    sigmas: str | Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    rho: float | None = None,
+    eta: float = 0.0,
+    order: int | None = None,
+    strength: float | None = None,
+) -> Table:
+    """The table of a run.
+
+    sampler: any name that `canonical` knows; None is the checkpoint's own.
+    num_inference_steps: 1 to the schedule's training steps; may be left out where a list of levels is given.
+    sigmas: a name of `grid.NAMES`, or falling sigmas in k-diffusion's scale (with or without a final 0); None is the
+        config's.
+    timesteps: falling timesteps instead of a spacing.
+    rho: of "karras" (7) and "polyexponential" (1).
+    eta: 0 to 1, for ddim and tcd; the others ignore it.
+    order: of the methods that have one; None is the config's where the config is the sampler's own, else the name's.
+    strength: None starts from noise alone; a number in (0, 1] starts from an image, strength * steps from the end.
+
+    Raises SamplingError, in one line, for what cannot be had.
+    """
+    name = default_sampler(schedule) if sampler is None else canonical(sampler)
+    spec = SAMPLERS[name]
+    if order is None:
+        # The config's order is meant for its own class, which may differ from a sampler that the request names.
+        own = name == _class_sampler(schedule) and spec.order_key
+        order = schedule.option(spec.order_key, spec.order) if own else spec.order
+    if order not in (spec.orders or (spec.order,)):
+        raise SamplingError(f"{name} has no order {order}; it has {spec.orders or 'only one'}")
+    if not 0 <= eta <= 1:
+        raise SamplingError(f"eta={eta} is out of range; use 0 to 1")
+    if sigmas is None:
+        sigmas = grids.default_sigmas(schedule, spec.grid) if timesteps is None else ""
+    elif timesteps is not None:
+        raise SamplingError("give sigmas or timesteps, not both")
+    spacing = schedule.option("timestep_spacing", spec.grid.spacing) if spec.grid.heeds_spacing else spec.grid.spacing
+    if isinstance(sigmas, str) and sigmas in SPACINGS:
+        spacing = sigmas
+    if not isinstance(sigmas, str):
+        sigmas = [sigma for sigma in sigmas if sigma != 0]
+    n = _steps(schedule, num_inference_steps, timesteps if isinstance(sigmas, str) else sigmas)
+    levels = grids.levels(schedule, spec.grid, n, sigmas=sigmas, timesteps=timesteps, rho=rho, spacing=spacing)
+    begin = 0 if strength is None else _begin(n, strength)
+    solver_type = spec.solver_type or schedule.option("solver_type", "")
+    plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type)
+    trace = Trace(schedule.prediction_type)
+    spec.loop(trace, plan)
+    first = trace.rows[0].level
+    if strength is not None:
+        return Table.from_rows(trace.rows, start_signal=first.alpha, start_noise=first.sigma)
+    scaled = spec.grid.scaled and spacing != "leading"
+    return Table.from_rows(trace.rows, start_signal=0.0, start_noise=first.sigma if scaled else 1.0)
+
+
+def _steps(schedule: Schedule, n: int | None, listed: Sequence[float] | None) -> int:
+    """The number of steps, from the list of levels where there is one."""
+    if listed is not None:
+        if len(listed) == 0 or n not in (None, len(listed)):
+            raise SamplingError(f"num_inference_steps={n} does not fit the {len(listed)} levels that are listed")
+        return len(listed)
+    if n is None or not 1 <= n <= schedule.num_train_timesteps:
+        raise SamplingError(f"num_inference_steps={n} is out of range; use 1 to {schedule.num_train_timesteps}")
+    return n
+
+
+def _begin(n: int, strength: float) -> int:
+    """The first step of image-to-image, as diffusers counts it."""
+    if not 0 < strength <= 1:
+        raise SamplingError(f"strength={strength} is out of range; use more than 0, at most 1")
+    left = min(int(n * strength), n)
+    if left == 0:
+        raise SamplingError(f"strength={strength} of {n} steps leaves no step; use at least {1 / n:.3g}, or more steps")
+    return n - left

@@ -1,0 +1,55 @@
+"""torch's generator in NumPy, and what noise may depend on."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdjax.sampling import Schedule, make_table, noise
+from tests.sampling.toy import config
+
+SHAPES = st.one_of(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 70).map(lambda n: [n]))
+
+
+@given(st.integers(-(2**63), 2**64 - 1), st.lists(SHAPES, min_size=1, max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_a_seed_draws_what_torch_draws(seed, shapes):
+    """Any order of sizes: below sixteen (a scalar path that keeps every second value), odd, multiples of sixteen."""
+    ours, theirs = noise.TorchGenerator(seed), torch.Generator("cpu").manual_seed(seed)
+    for shape in shapes:
+        expected = torch.randn(shape, generator=theirs).numpy()
+        actual = ours.normal(shape)
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_a_latent_is_drawn_channels_first():
+    expected = torch.randn((1, 4, 8, 6), generator=torch.Generator("cpu").manual_seed(7))[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(noise.torch_latent(noise.TorchGenerator(7), (8, 6, 4)), expected, atol=2e-6)
+
+
+def test_torch_noise_is_drawn_only_where_rows_use_it():
+    table = make_table(Schedule.from_config(config()), sampler="euler_ancestral", num_inference_steps=4)
+    drawn = noise.torch_step_noise(table, noise.TorchGenerator(0), (8, 8, 4), rows=6)
+    assert drawn.shape == (6, 8, 8, 4)
+    assert [bool(np.any(row)) for row in drawn] == [True, True, True, False, False, False]
+
+
+def test_jax_noise_depends_on_seed_and_stream_alone():
+    seeds = [0, 1, 2**32, 2**63 + 5, 7]
+    together = noise.jax_latents(noise.keys(seeds), noise.START, (4, 4, 4))
+    backwards = jax.jit(noise.jax_latents, static_argnums=2)(noise.keys(seeds[::-1]), noise.START, (4, 4, 4))
+    np.testing.assert_array_equal(together, backwards[::-1])
+    assert len({row.tobytes() for row in np.asarray(together)}) == len(seeds)
+    other = noise.jax_latents(noise.keys(seeds), noise.ROWS, (4, 4, 4))
+    assert not np.any(np.asarray(other) == np.asarray(together))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_jax_noise_is_normal(count):
+    drawn = np.asarray(noise.jax_latents(noise.keys(range(count)), noise.ROWS + 3, (64, 64, 4)))
+    assert drawn.dtype == np.float32
+    assert np.all(np.abs(drawn.mean((1, 2, 3))) < 0.03)
+    assert np.all(np.abs(drawn.std((1, 2, 3)) - 1) < 0.02)

@@ -1,0 +1,111 @@
+"""The schedule and the levels against diffusers, and configs that are refused."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+
+from sdjax.sampling import SAMPLERS, SamplingError, Schedule
+from sdjax.sampling import grid as grids
+from sdjax.sampling.schedule import CLASSES
+from tests.sampling.toy import config
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("steps", [1000, 400])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "trained"])
+def test_alphas_are_diffusers_own(kind, steps, zero_snr):
+    settings = config(beta_schedule=kind, num_train_timesteps=steps, rescale_betas_zero_snr=zero_snr)
+    if kind == "trained":
+        settings |= {"beta_schedule": "linear", "trained_betas": list(np.linspace(0.001, 0.03, steps))}
+    ours, theirs = Schedule.from_config(settings), diffusers.DDIMScheduler.from_config(settings)
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-7)
+    assert ours.alphas_cumprod[-1] == theirs.alphas_cumprod[-1] if zero_snr else ours.alphas_cumprod[-1] > 0
+    if not (zero_snr and kind == "squaredcos_cap_v2"):  # whose last ratios are beyond what diffusers puts at the end
+        euler = diffusers.EulerDiscreteScheduler.from_config(settings)
+        np.testing.assert_allclose(ours.ratios[::-1], euler.sigmas[:-1].double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "trailing"},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"final_sigmas_type": "sigma_min"},
+    ],
+)
+def test_levels_are_diffusers_own(name, changes):
+    """Timesteps as the network is told them, and sigmas, over many numbers of steps."""
+    settings = config(**changes)
+    schedule, grid = Schedule.from_config(settings), SAMPLERS[CLASSES[name]].grid
+    theirs = getattr(diffusers, name).from_config(settings)
+    if "rescale_betas_zero_snr" in changes and "Singlestep" in name:
+        pytest.skip("diffusers' class ignores the rescale")
+    spacing = changes.get("timestep_spacing", "linspace") if grid.heeds_spacing else "linspace"
+    for n in (1, 2, 3, 4, 7, 10, 13, 25, 28, 30, 33, 49, 50, 99, 100, 150):
+        theirs.set_timesteps(n)
+        sigmas = grids.default_sigmas(schedule, grid)
+        levels = grids.levels(schedule, grid, n, sigmas=sigmas, timesteps=None, rho=None, spacing=spacing)
+        ratios = theirs.sigmas.double().numpy()
+        np.testing.assert_allclose([level.ratio for level in levels], ratios, rtol=5e-5)
+        np.testing.assert_allclose([level.t for level in levels[:-1]], theirs.timesteps, rtol=1e-4, atol=2e-3)
+
+
+def test_timesteps_and_ratios_invert_each_other():
+    schedule = Schedule.from_config(config())
+    np.testing.assert_allclose(schedule.timestep_of(schedule.ratios), np.arange(1000), atol=1e-3)
+    assert schedule.timestep_of(1e9) == 999
+    assert schedule.timestep_of(0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        ({"beta_start": 0.0}, "betas"),
+        ({"trained_betas": [0.1, 0.2]}, r"\(2,\)"),
+        ({"num_train_timesteps": 1.5}, "num_train_timesteps=1.5"),
+        ({"thresholding": True}, "thresholding=True"),
+        ({"clip_sample": True}, "clip_sample=True"),
+        ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
+        ({"interpolation_type": "log_linear"}, "interpolation_type='log_linear'"),
+        ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
+        ({"algorithm_type": "dpmsolver"}, "algorithm_type='dpmsolver'"),
+        ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
+    ],
+)
+def test_an_unsupported_config_is_refused_by_key_and_value(changes, names):
+    with pytest.raises(SamplingError, match=names) as caught:
+        Schedule.from_config(config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_two_sigma_switches_are_refused():
+    schedule = Schedule.from_config(config(use_karras_sigmas=True, use_beta_sigmas=True))
+    with pytest.raises(SamplingError, match="use_karras_sigmas, use_beta_sigmas"):
+        grids.default_sigmas(schedule, SAMPLERS["euler"].grid)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_config_that_diffusers_saves_is_read(name, tmp_path):
+    scheduler = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    try:
+        getattr(diffusers, name)(**scheduler).save_pretrained(tmp_path)
+    except ImportError:
+        pytest.skip("needs torchsde")
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    schedule = Schedule.from_config(saved)
+    assert schedule.num_train_timesteps == 1000
+    missing = {key: value for key, value in saved.items() if key in ("_class_name", "clip_sample")}
+    np.testing.assert_allclose(Schedule.from_config(missing).alphas_cumprod, schedule.alphas_cumprod)

@@ -1,0 +1,207 @@
+"""Tables against the loops that papers print, how fast they converge, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdjax.sampling import SAMPLERS, SamplingError, Schedule, canonical, default_sampler, make_table, stack
+from sdjax.sampling import grid as grids
+from sdjax.sampling.schedule import CLASSES, SPACINGS
+from sdjax.sampling.trace import HISTORY
+from tests.sampling.convergence import ORDERS, error
+from tests.sampling.loops import LOOPS, Run
+from tests.sampling.toy import SHAPE, Toy, config, relative, run_table
+
+FREE = [name for name, sampler in SAMPLERS.items() if sampler.grid.kind in ("k", "dpm")]
+
+
+def visited(schedule, sampler, n, sigmas):
+    """The levels that the table of these settings visits."""
+    grid = SAMPLERS[sampler].grid
+    spacing = sigmas if sigmas in SPACINGS else grid.spacing  # the tests' config has none
+    return grids.levels(schedule, grid, n, sigmas=sigmas, timesteps=None, rho=None, spacing=spacing)
+
+
+def test_every_sampler_has_a_loop():
+    assert set(SAMPLERS) - {"uni_pc_bh2"} == set(LOOPS)  # bh2 is what uni_pc is where the config does not say
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", LOOPS)
+def test_a_table_is_its_published_loop(sampler, prediction):
+    """Default, Karras where defined, and trailing levels; 1 to 50 steps; the same noise; one part in a million."""
+    schedule = Schedule.from_config(config(prediction))
+    network, rng = Toy(schedule), np.random.RandomState(0)
+    for sigmas in ("", "trailing", *(["karras"] if sampler in FREE else [])):
+        for n in (1, 2, 5, 20, 50):
+            eta = 0.6
+            table = make_table(schedule, sampler=sampler, num_inference_steps=n, sigmas=sigmas, eta=eta)
+            start = rng.randn(*SHAPE)
+            noises = rng.randn(table.calls, *SHAPE)
+            run = Run(network, schedule, visited(schedule, sampler, n, sigmas), start, noises, eta=eta)
+            expected = LOOPS[sampler](run)
+            assert run.calls == table.calls
+            assert relative(run_table(table, network, start, noises), expected) < 1e-6, (sigmas, n)
+
+
+@pytest.mark.parametrize(("sampler", "order"), ORDERS)
+def test_error_falls_at_the_order_of_the_method(sampler, order):
+    (few, coarse), (many, fine) = error(sampler, order, 73), error(sampler, order, 145)
+    slope = math.log(coarse / fine) / math.log(many / few)
+    assert ORDERS[sampler, order] - 0.15 < slope < ORDERS[sampler, order] + 0.6
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_calls_are_steps_but_for_two_stage_methods_and_plms(sampler):
+    table = make_table(Schedule.from_config(config()), sampler=sampler, num_inference_steps=9)
+    two_stage = ("heun", "dpm_2", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde")
+    assert table.calls == (17 if sampler in two_stage else 10 if sampler == "plms" else 9)
+    assert table.step[0] == 0
+    assert table.step[-1] == 8
+    assert set(np.diff(table.step)) <= {0, 1}
+    assert np.argmax(table.signal) == table.calls - 1
+    assert (table.signal[-1], table.noise[-1]) == (1, 0)
+
+
+@given(
+    sampler=st.sampled_from(list(SAMPLERS)),
+    n=st.integers(1, 60),
+    prediction=st.sampled_from(["epsilon", "v_prediction", "sample"]),
+    sigmas=st.sampled_from([None, *grids.NAMES]),
+    beta_schedule=st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+    zero_snr=st.booleans(),
+    spacing=st.sampled_from(SPACINGS),
+    final=st.sampled_from(["zero", "sigma_min"]),
+    eta=st.floats(0, 1),
+    strength=st.none() | st.floats(0.01, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_table_is_sound_or_refused_in_one_line(
+    sampler, n, prediction, sigmas, beta_schedule, zero_snr, spacing, final, eta, strength
+):
+    """Whatever is asked: finite columns that look back no further than they may, or a line saying what is wrong."""
+    schedule = Schedule.from_config(
+        config(
+            prediction,
+            beta_schedule=beta_schedule,
+            rescale_betas_zero_snr=zero_snr,
+            timestep_spacing=spacing,
+            final_sigmas_type=final,
+        )
+    )
+    try:
+        table = make_table(schedule, sampler=sampler, num_inference_steps=n, sigmas=sigmas, eta=eta, strength=strength)
+    except SamplingError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+        return
+    stacked = stack([table], table.calls + 3)
+    assert stacked.cm.shape == (1, table.calls + 3, HISTORY)
+    assert all(np.all(np.isfinite(column)) for column in stacked)
+    assert stacked.active.sum() == table.calls <= 2 * n + 1
+    np.testing.assert_allclose(table.signal**2 + table.noise**2, 1, atol=1e-9)
+    assert np.all(table.draws[table.uses_noise])
+    assert np.all((table.t >= 0) & (table.t < 1000))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_run_from_an_image_starts_at_its_first_row(sampler):
+    schedule = Schedule.from_config(config())
+    whole = make_table(schedule, sampler=sampler, num_inference_steps=20)
+    part = make_table(schedule, sampler=sampler, num_inference_steps=20, strength=0.5)
+    assert whole.start_signal == 0
+    assert part.calls < whole.calls
+    assert part.start_signal**2 + part.start_noise**2 == pytest.approx(1)
+    alpha, _ = Toy(schedule).level(part.t[0])
+    assert part.start_signal == pytest.approx(alpha, rel=2e-2)  # DPM-Solver's classes tell the network whole timesteps
+
+
+def test_a_custom_list_is_what_is_visited():
+    schedule = Schedule.from_config(config())
+    for sigmas in ([14.0, 5.0, 1.0, 0.2], [14.0, 5.0, 1.0, 0.2, 0.0]):
+        table = make_table(schedule, sampler="euler", sigmas=sigmas)
+        np.testing.assert_allclose(table.noise[:-1] / table.signal[:-1], [5.0, 1.0, 0.2])
+    listed = make_table(schedule, sampler="dpmpp_2m", timesteps=[999, 500, 100])
+    np.testing.assert_array_equal(listed.t, [999, 500, 100])
+    np.testing.assert_array_equal(make_table(schedule, sampler="ddpm", timesteps=[900, 0]).t, [900, 0])
+
+
+@pytest.mark.parametrize("name", grids.SIGMAS)
+def test_sigma_schedules_fall_between_their_ends(name):
+    for n in (1, 2, 10, 100):
+        ratios = grids.SIGMAS[name](n, 0.03, 14.6)
+        assert len(ratios) == n
+        assert np.all(np.diff(ratios) < 0)
+        assert ratios[0] == pytest.approx(14.6, rel=2e-3)
+        if n > 1 and name != "ays":
+            assert ratios[-1] == pytest.approx(0.03)
+
+
+def test_align_your_steps_is_the_published_list_at_ten():
+    published = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]
+    np.testing.assert_allclose(grids.ays(10, 0, 0), published)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"sampler": "dpm_fast"}, "dpm_fast"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 10_000}, "1 to 1000"),
+        ({"num_inference_steps": None}, "num_inference_steps=None"),
+        ({"sampler": "ddim", "sigmas": "karras"}, "karras"),
+        ({"sampler": "lcm", "sigmas": [3.0, 1.0], "num_inference_steps": None}, "a list"),
+        ({"sampler": "lcm", "num_inference_steps": 80}, "original_inference_steps"),
+        ({"sigmas": "carras"}, "carras"),
+        ({"sigmas": [1.0, 5.0], "num_inference_steps": None}, "5 follows 1"),
+        ({"sigmas": [1.0, float("nan")], "num_inference_steps": None}, "must fall"),
+        ({"sigmas": [5.0, -1.0], "num_inference_steps": None}, "-1"),
+        ({"sigmas": [], "num_inference_steps": None}, "0 levels"),
+        ({"sigmas": [5.0, 1.0]}, "2 levels"),
+        ({"sigmas": "karras", "timesteps": [900, 100]}, "not both"),
+        ({"timesteps": [2000, 100], "num_inference_steps": None}, "0 to 999"),
+        ({"sampler": "ddpm", "timesteps": [20.5], "num_inference_steps": None}, "whole"),
+        ({"strength": 0.01}, "leaves no step"),
+        ({"strength": 0.0}, "strength=0.0"),
+        ({"strength": float("nan")}, "strength=nan"),
+        ({"eta": 1.5}, "eta=1.5"),
+        ({"eta": float("nan")}, "eta=nan"),
+        ({"order": 5}, "order 5"),
+        ({"sampler": "heun", "order": 1 + 1}, "order 2"),
+        ({"rho": 3.0}, "rho=3.0"),
+        ({"sigmas": "karras", "rho": -1.0}, "rho=-1.0"),
+        ({"sampler": "dpmpp_2m", "num_inference_steps": 1000}, "must fall"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(changes, names):
+    schedule = Schedule.from_config(config())
+    with pytest.raises(SamplingError, match=names) as caught:
+        make_table(schedule, **{"sampler": "dpmpp_2m", "num_inference_steps": 20, **changes})
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_all_kinds_are_understood():
+    for name in [*SAMPLERS, *CLASSES]:
+        assert canonical(name) in SAMPLERS
+    assert canonical("DPM++ 2M SDE") == "dpmpp_2m_sde"
+    assert canonical("k_euler_a") == canonical("Euler a") == "euler_ancestral"
+    assert canonical("uni-pc") == canonical("UniPC") == "uni_pc"
+    assert canonical("PNDM") == "plms"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_config_names_its_sampler_and_makes_a_table(name):
+    schedule = Schedule.from_config(config(_class_name=name))
+    assert make_table(schedule, num_inference_steps=7).calls >= 7
+    assert default_sampler(schedule) == CLASSES[name]
+
+
+def test_a_config_of_one_class_serves_another_sampler():
+    """As from_config does in diffusers: spacing and offset carry over, the order only to the same sampler."""
+    schedule = Schedule.from_config(config(_class_name="UniPCMultistepScheduler", solver_order=3))
+    assert np.any(make_table(schedule, num_inference_steps=20).cm[:, 3])
+    assert not np.any(make_table(schedule, sampler="dpmpp_2m", num_inference_steps=20).cm[:, 2:])
+    assert np.any(make_table(schedule, sampler="dpmpp_2m", num_inference_steps=20, order=3).cm[:, 2:])
