@@ -1,0 +1,294 @@
+"""Checkpoints in the diffusers layout: a folder, a hub id or any fsspec URL, to parameters and back.
+
+A module's path is its checkpoint key (`down_blocks.0.resnets.0.conv1`), so no table of names stands between the two:
+`fill` walks a module that was built abstractly and takes each leaf's tensor.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import jax
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from sdjax.weights import names
+from sdjax.weights.safetensors import CheckpointError, read_header, read_tensors
+
+Module = TypeVar("Module", bound=nnx.Module)
+Place = Callable[[np.ndarray], jax.Array]
+
+_STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+_TEXTS = (".json", ".txt")
+_VARIANTS = (None, "fp16", "bf16", "fp32")  # in the order in which they are taken where none is asked for
+_WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the components that are read; no safety checker
+
+
+class Checkpoint:
+    """A checkpoint that can be read: its configurations, its files' fingerprint, its tensors.
+
+    Args:
+        source: a folder, a hub id (`org/name`, through huggingface_hub's cache) or an fsspec URL (`gs://bucket/folder`).
+        variant: which of several weight files to read (`fp16`); None takes the plain one, else the one that is there.
+
+    Raises:
+        CheckpointError: nothing is there, or it is not in the diffusers layout.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], *, variant: str | None = None) -> None:
+        self.source, self.variant = os.fspath(source), variant
+        folder = self.source
+        if "://" not in folder and not os.path.isdir(folder):
+            folder = _from_hub(folder, variant)
+        self._fs, self._root = fsspec.core.url_to_fs(folder)
+        if not self._fs.isfile(self._path("model_index.json")):
+            raise CheckpointError(f"{self.source} holds no model_index.json; a diffusers checkpoint folder has one")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_files"}
+
+    def _path(self, *names: str) -> str:
+        return posixpath.join(self._root, *names)
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """Every file below the root, as a relative path."""
+        prefix = self._root.rstrip("/") + "/"
+        return sorted(path.removeprefix(prefix) for path in self._fs.find(self._root))
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json: the pipeline's class and each component's library and class."""
+        return self.json("model_index.json")
+
+    def json(self, *names: str) -> dict[str, Any]:
+        """A JSON file's object."""
+        path = self._path(*names)
+        try:
+            value = json.loads(self._fs.cat_file(path))
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.source} lacks {'/'.join(names)}") from None
+        except ValueError:
+            raise CheckpointError(f"{'/'.join(names)} of {self.source} is not JSON") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{'/'.join(names)} of {self.source} is not a JSON object")
+        return value
+
+    def texts(self, folder: str) -> dict[str, str]:
+        """The small text files of a folder (a tokenizer, a scheduler), by their path in the checkpoint."""
+        paths = [path for path in self._files if posixpath.dirname(path) == folder and path.endswith(_TEXTS)]
+        return {path: self._fs.cat_file(self._path(path)).decode("utf-8") for path in paths}
+
+    @contextlib.contextmanager
+    def local(self, folder: str) -> Iterator[Path]:
+        """The text files of a folder of the checkpoint as a folder on this machine, while the context lasts."""
+        with tempfile.TemporaryDirectory() as copy:
+            for path, text in self.texts(folder).items():
+                (Path(copy) / posixpath.basename(path)).write_text(text, encoding="utf-8")
+            yield Path(copy)
+
+    @cached_property
+    def name(self) -> str:
+        """The last part of the source: what metadata calls the model."""
+        return posixpath.basename(self.source.rstrip("/"))
+
+    def fingerprint(self, components: Iterable[str]) -> str:
+        """SHA-256 over the names and contents of every file that the components are read from."""
+        digest = hashlib.sha256()
+        for component in sorted(components):
+            weights = self._weight_files(component) if self._has_weights(component) else []
+            others = [file for file in self._files if posixpath.dirname(file) == component and file.endswith(_TEXTS)]
+            for file in sorted({*weights, *others}):
+                with self._fs.open(self._path(file), "rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256")  # pyright: ignore[reportArgumentType]
+                digest.update(f"{file}\0{content.hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    def tensors(self, component: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Each tensor of a component with its key, one at a time, in the dtype of the file."""
+        for file in self._weight_files(component):
+            with self._fs.open(self._path(file), "rb", block_size=2**23) as stream:
+                yield from read_tensors(stream, read_header(stream, file))
+
+    def _has_weights(self, component: str) -> bool:
+        return any(file.startswith(f"{component}/") and file.endswith(".safetensors") for file in self._files)
+
+    def _weight_files(self, component: str) -> list[str]:
+        """The safetensors files that hold a component: one, or the shards that its index names."""
+        files = set(self._files)
+        for variant in _VARIANTS if self.variant is None else (self.variant,):
+            dot = f".{variant}" if variant else ""
+            for stem in _STEMS:
+                single = f"{component}/{stem}{dot}.safetensors"
+                if single in files:
+                    return [single]
+                for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors.index.json"):
+                    if f"{component}/{index}" in files:
+                        return self._shards(component, index, files)
+        what = f"{self.source}/{component}"
+        pickles = [
+            file for file in files if file.startswith(f"{component}/") and file.endswith((".bin", ".ckpt", ".pt"))
+        ]
+        if pickles:
+            raise CheckpointError(
+                f"{what} has its weights as a pickle ({min(pickles)}), which could run code and is never loaded; "
+                "save it as safetensors"
+            )
+        asked = f" of the variant {self.variant!r}" if self.variant else ""
+        raise CheckpointError(f"{what} has no safetensors file{asked}")
+
+    def _shards(self, component: str, index: str, files: set[str]) -> list[str]:
+        weight_map = self.json(component, index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{component}/{index} of {self.source} has no weight_map")
+        shards = sorted({f"{component}/{shard}" for shard in weight_map.values()})
+        for shard in shards:
+            if shard not in files:
+                raise CheckpointError(f"{self.source} lacks {shard}, which {component}/{index} names")
+        return shards
+
+
+def _from_hub(repo_id: str, variant: str | None) -> str:
+    """The local folder of a hub repository: from the cache where it is there, else downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise CheckpointError(f"{repo_id} is neither a folder, nor a hub id (org/name), nor an fsspec URL")
+    weights = f"*.{variant}*" if variant else "*.safetensors*"
+    wanted = ["model_index.json", "scheduler/*", "tokenizer*/*"]
+    wanted += [f"{component}/{name}" for component in _WEIGHTS for name in ("config.json", weights)]
+    unwanted = None if variant else ["*.fp16*", "*.bf16*", "*.non_ema*"]
+    try:
+        return snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted)
+    except HFValidationError:
+        raise CheckpointError(f"{repo_id} is neither a folder nor a possible hub id (org/name)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo_id} is no folder here, and the hub did not give it ({type(error).__name__}); "
+            "check the name and the network"
+        ) from None
+
+
+def _flat(module: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable]]:
+    """A module's parameters by checkpoint key, each with its path in the module."""
+    return {_key(path): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
+
+
+def _key(path: tuple) -> str:
+    *module, leaf = map(str, path)
+    return ".".join([*module, "bias" if leaf == "bias" else "weight"])
+
+
+def _to_flax(tensor: np.ndarray, leaf: str) -> np.ndarray:
+    """A checkpoint's tensor as the leaf has it: kernels with their output axis last."""
+    if leaf != "kernel":
+        return tensor
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def _to_torch(array: np.ndarray, leaf: str) -> np.ndarray:
+    if leaf != "kernel":
+        return array
+    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+
+def fill(
+    module: Module, tensors: Iterable[tuple[str, np.ndarray]], *, what: str, place: Place = jax.device_put
+) -> Module:
+    """Give a module that was built abstractly its parameters, in the dtype that it was built with.
+
+    Args:
+        module: from `nnx.eval_shape`; it is changed and returned.
+        tensors: key and array in the checkpoint's layout; used one at a time, so that one copy is held.
+        what: what errors call the checkpoint.
+        place: puts an array onto the devices.
+
+    Raises:
+        CheckpointError: keys that are missing or left over, or a tensor of another shape, each by name.
+    """
+    wanted = _flat(module)
+    surplus, filled = [], {}
+    for key, tensor in tensors:
+        key = names.current(key, wanted)
+        if key is None:
+            continue
+        if key not in wanted:
+            surplus.append(key)
+            continue
+        path, leaf = wanted[key]
+        array = _to_flax(names.squeezed(tensor, leaf.ndim), path[-1])
+        if array.shape != leaf.shape:
+            expected = list(_to_torch(np.broadcast_to(0, leaf.shape), path[-1]).shape)
+            raise CheckpointError(
+                f"{what}: {key} has shape {list(tensor.shape)}; the configuration makes it {expected}"
+            )
+        filled[path] = leaf.replace(place(np.ascontiguousarray(array, leaf.dtype)))
+    missing = [key for key, (path, _) in wanted.items() if path not in filled]
+    for keys, problem in ((missing, "lacks"), (surplus, "has keys that the configuration does not:")):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(f"{what} {problem} {', '.join(keys[:3])}{more}")
+    nnx.update(module, nnx.from_flat_state(filled))
+    return module
+
+
+def tensors_of(module: nnx.Module, dtype: Any = None) -> dict[str, np.ndarray]:
+    """A module's parameters as the checkpoint has them, cast to `dtype` where one is given."""
+    return {
+        key: np.ascontiguousarray(_to_torch(np.asarray(leaf[...]), path[-1]), dtype)
+        for key, (path, leaf) in _flat(module).items()
+    }
+
+
+def save(
+    folder: str | os.PathLike[str],
+    *,
+    index: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, Mapping[str, np.ndarray]],
+    texts: Mapping[str, str],
+) -> None:
+    """Write a checkpoint folder in the diffusers layout, whole or not at all.
+
+    Args:
+        folder: a local folder that does not exist yet.
+        index: model_index.json.
+        configs: each component's config.json by its folder.
+        weights: each network's tensors by its folder.
+        texts: other files (tokenizer, scheduler) by their path in the folder.
+
+    Raises:
+        FileExistsError: `folder` is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already; name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary.chmod(0o755)
+    try:
+        files = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
+        files |= {
+            f"{name}/config.json": json.dumps(config, indent=2, sort_keys=True) + "\n"
+            for name, config in configs.items()
+        }
+        for name, text in files.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_text(text, encoding="utf-8")
+        for name, tensors in weights.items():
+            stem = _STEMS[1] if name.startswith("text_encoder") else _STEMS[0]
+            save_file(dict(tensors), temporary / name / f"{stem}.safetensors", metadata={"format": "pt"})
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

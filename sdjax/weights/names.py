@@ -1,0 +1,26 @@
+"""Checkpoint keys of other times and makers as the keys that the modules here have, which are the classic ones."""
+
+import re
+from collections.abc import Container
+
+import numpy as np
+
+_OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
+_NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current(key: str, wanted: Container[str]) -> str | None:
+    """The module's key for a checkpoint's `key`, or None for a buffer that is no parameter.
+
+    VAEs from before diffusers 0.18 name their attention otherwise; transformers 5 leaves `text_model.` out.
+    """
+    if key.endswith(".position_ids"):
+        return None
+    key = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_NEW_ATTENTION[match[2]]}.", key)
+    prefixed = f"text_model.{key}"
+    return prefixed if key not in wanted and prefixed in wanted else key
+
+
+def squeezed(tensor: np.ndarray, ndim: int) -> np.ndarray:
+    """A 1x1 convolution's weight as the matrix that it is, where the module has a matrix."""
+    return tensor[:, :, 0, 0] if tensor.ndim == 4 and ndim == 2 and tensor.shape[2:] == (1, 1) else tensor

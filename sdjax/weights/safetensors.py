@@ -1,0 +1,88 @@
+"""Reading safetensors files tensor by tensor from any file object, so that no second copy of a checkpoint is held.
+
+The format: https://huggingface.co/docs/safetensors. The library maps a file into memory, which keeps every page that
+was read, and it knows no bucket; here a tensor is one seek and one read.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO
+
+import ml_dtypes
+import numpy as np
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file or tensor and what was expected."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies in a file: bytes from `start` to `end`."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: IO[bytes], name: str) -> dict[str, Entry]:
+    """The tensors of a safetensors file; `name` is what errors call it.
+
+    Raises:
+        CheckpointError: the file is cut short, is not safetensors, or holds a dtype that cannot be read.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(f"{name} is not a whole safetensors file: {size:,} bytes, a header of {length:,}")
+    try:
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {key: _entry(key, value, 8 + length) for key, value in header.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{name} is not a safetensors file: its header cannot be read") from None
+    for key, entry in entries.items():
+        if entry.end > size:
+            raise CheckpointError(f"{name} is truncated: {key} ends at byte {entry.end:,} of {size:,}")
+    return entries
+
+
+def _entry(key: str, value: Mapping, base: int) -> Entry:
+    if value["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{key} is {value['dtype']}; readable are {', '.join(_DTYPES)}")
+    dtype, shape = _DTYPES[value["dtype"]], tuple(map(int, value["shape"]))
+    start, end = map(int, value["data_offsets"])
+    if start < 0 or any(side < 0 for side in shape) or end - start != dtype.itemsize * math.prod(shape):
+        raise CheckpointError(f"{key} takes {end - start} bytes, which does not fit {dtype} {list(shape)}")
+    return Entry(dtype, shape, base + start, base + end)
+
+
+def read_tensors(file: IO[bytes], entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor with its key, in the order in which they lie in the file."""
+    for key, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        file.seek(entry.start)
+        data = bytearray(file.read(entry.end - entry.start))
+        if len(data) != entry.end - entry.start:
+            raise CheckpointError(f"{key} is truncated: {len(data):,} of {entry.end - entry.start:,} bytes")
+        yield key, np.frombuffer(data, entry.dtype).reshape(entry.shape)

@@ -1,0 +1,251 @@
+"""Checkpoints in the diffusers layout: every way to name one, every way for one to be broken, and the way back."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import fsspec
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from sdjax import StableDiffusion
+from sdjax.config import ConfigError
+from sdjax.spec import Spec
+from sdjax.weights.checkpoint import Checkpoint, CheckpointError, tensors_of
+from tests import checkpoints
+
+ONE = {"devices": jax.devices()[:1]}
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    """A copy of the small checkpoint, to break."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+def parameters(pipe: StableDiffusion) -> dict[str, np.ndarray]:
+    first = jax.tree.map(lambda array: array[0], pipe._networks)
+    return {f"{name} {key}": array for name, module in first.items() for key, array in tensors_of(module).items()}
+
+
+def same(a: StableDiffusion, b: StableDiffusion) -> bool:
+    left, right = parameters(a), parameters(b)
+    return left.keys() == right.keys() and all(np.array_equal(left[key], right[key]) for key in left)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return StableDiffusion.from_pretrained(tiny, **ONE)
+
+
+def test_a_url_loads_like_its_folder(tiny, loaded):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tiny), "/bucket/models/tiny", recursive=True)
+    pipe = StableDiffusion.from_pretrained("memory://bucket/models/tiny", **ONE)
+    assert same(pipe, loaded)
+    assert pipe.spec.fingerprint == loaded.spec.fingerprint
+    assert pipe.spec.name == "tiny"
+    assert pipe.spec.tokenizer.tokens("a red circle") == loaded.spec.tokenizer.tokens("a red circle")
+
+
+def test_a_hub_id_loads_from_the_hubs_cache(tiny, loaded, tmp_path):
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "0123abc"
+    shutil.copytree(tiny, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
+    code = "import sys; from sdjax.spec import Spec; print(Spec(sys.argv[1]).fingerprint)"
+
+    def run(name):
+        environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "JAX_PLATFORMS": "cpu"}
+        return subprocess.run([sys.executable, "-c", code, name], env=environment, capture_output=True, text=True)
+
+    assert run("someone/tiny").stdout.strip() == loaded.spec.fingerprint
+    assert "someone/other is no folder here, and the hub did not give it" in run("someone/other").stderr
+
+
+def test_sharded_weights_load_like_whole_ones(copy, loaded):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(copy / "unet")
+    shutil.rmtree(copy / "unet")
+    unet.save_pretrained(copy / "unet", max_shard_size="500KB")
+    assert len(list((copy / "unet").glob("*.safetensors"))) > 2
+    assert same(StableDiffusion.from_pretrained(copy, **ONE), loaded)
+    next((copy / "unet").glob("*-00002-of-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=r"lacks unet/diffusion_pytorch_model-00002-of-.*index.json names"):
+        StableDiffusion.from_pretrained(copy, **ONE)
+
+
+def test_a_variant_is_taken_where_it_is_asked_for_or_alone(tiny, copy, loaded):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    pipeline.to(torch.float16).save_pretrained(copy, variant="fp16")
+    half = StableDiffusion.from_pretrained(copy, variant="fp16", **ONE)
+    key = "unet conv_in.weight"
+    expected = parameters(loaded)[key].astype(np.float16).astype(np.float32)
+    assert np.array_equal(parameters(half)[key], expected)
+    assert np.array_equal(parameters(StableDiffusion.from_pretrained(copy, **ONE))[key], parameters(loaded)[key])
+    for file in [*copy.rglob("model.safetensors"), *copy.rglob("diffusion_pytorch_model.safetensors")]:
+        file.unlink()
+    assert np.array_equal(parameters(StableDiffusion.from_pretrained(copy, **ONE))[key], expected)
+    with pytest.raises(CheckpointError, match="text_encoder has no safetensors file of the variant 'bf16'"):
+        StableDiffusion.from_pretrained(copy, variant="bf16", **ONE)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
+def test_parameters_are_kept_in_the_asked_dtype(tiny, loaded, dtype, stored):
+    pipe, exact = StableDiffusion.from_pretrained(tiny, dtype=dtype, **ONE), parameters(loaded)
+    for key, array in parameters(pipe).items():
+        assert array.dtype == stored
+        assert np.array_equal(array, exact[key].astype(stored)), key
+    assert pipe.spec.fingerprint != loaded.spec.fingerprint
+
+
+def test_bf16_files_load(copy, loaded):
+    for file in copy.rglob("*.safetensors"):
+        tensors = {key: tensor.bfloat16() for key, tensor in safetensors.torch.load_file(file).items()}
+        safetensors.torch.save_file(tensors, file)
+    found = parameters(StableDiffusion.from_pretrained(copy, **ONE))
+    for key, array in parameters(loaded).items():
+        assert np.array_equal(found[key], array.astype(ml_dtypes.bfloat16).astype(np.float32)), key
+
+
+def test_old_vae_and_text_keys_load(copy, loaded):
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key, tensor in safetensors.torch.load_file(file).items():
+        for new, name in old.items():
+            key = key.replace(f".{new}.", f".{name}.")
+        renamed[key] = tensor[:, :, None, None] if "proj_attn.weight" in key else tensor
+    assert any(".query." in key for key in renamed)
+    safetensors.torch.save_file(renamed, file)
+    file = copy / "text_encoder" / "model.safetensors"
+    tensors = {
+        f"text_model.{key.removeprefix('text_model.')}": t for key, t in safetensors.torch.load_file(file).items()
+    }
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    safetensors.torch.save_file(tensors, file)
+    assert same(StableDiffusion.from_pretrained(copy, **ONE), loaded)
+
+
+def test_diffusers_loads_what_save_pretrained_writes(loaded, tiny, tmp_path):
+    loaded.save_pretrained(tmp_path / "saved")
+    assert same(StableDiffusion.from_pretrained(tmp_path / "saved", **ONE), loaded)
+    before = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    after = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    for pipeline in (before, after):
+        pipeline.set_progress_bar_config(disable=True)
+    a, b = (
+        p("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for p in (before, after)
+    )
+    assert np.array_equal(a, b)
+    with pytest.raises(FileExistsError, match="is there already"):
+        loaded.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def edit_tensors(file: Path, change) -> None:
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+
+
+UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
+BROKEN = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
+    "index is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json of .* is not JSON"),
+    "index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "is not a JSON object"),
+    "another pipeline": (
+        lambda f: checkpoints.edit(f / "model_index.json", _class_name="FluxPipeline"),
+        "is a FluxPipeline; supported are StableDiffusionPipeline",
+    ),
+    "no config": (lambda f: (f / "unet" / "config.json").unlink(), "lacks unet/config.json"),
+    "unknown config value": (
+        lambda f: checkpoints.edit(f / "unet" / "config.json", act_fn="sine"),
+        "unet/config.json of .*act_fn='sine'",
+    ),
+    "unknown scheduler": (
+        lambda f: checkpoints.edit(f / "scheduler" / "scheduler_config.json", _class_name="MagicScheduler"),
+        "MagicScheduler",
+    ),
+    "text encoder of another width": (
+        lambda f: checkpoints.edit(f / "unet" / "config.json", cross_attention_dim=48),
+        "the UNet attends to 48 channels, the text encoder gives 32",
+    ),
+    "no weights": (lambda f: (f / UNET).unlink(), "unet has no safetensors file"),
+    "a pickle": (
+        lambda f: (f / UNET).rename(f / UNET.with_suffix(".bin")),
+        r"pickle \(unet/diffusion_pytorch_model.bin\), which could run code and is never loaded",
+    ),
+    "truncated": (
+        lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-100]),
+        "unet/diffusion_pytorch_model.safetensors is truncated",
+    ),
+    "a missing tensor": (
+        lambda f: edit_tensors(f / UNET, lambda tensors: tensors.pop("conv_in.bias")),
+        "unet of copy lacks conv_in.bias",
+    ),
+    "a surplus tensor": (
+        lambda f: edit_tensors(f / UNET, lambda tensors: tensors.update(extra=torch.ones(1))),
+        "unet of copy has keys that the configuration does not: extra",
+    ),
+    "a misshapen tensor": (
+        lambda f: edit_tensors(f / UNET, lambda tensors: tensors.update({"conv_in.weight": torch.ones(32, 4, 1, 1)})),
+        r"conv_in.weight has shape \[32, 4, 1, 1\]; the configuration makes it \[32, 4, 3, 3\]",
+    ),
+    "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer folder lacks vocab.json and merges.txt"),
+    "a tokenizer of another text encoder": (
+        lambda f: (
+            checkpoints.edit(f / "text_encoder" / "config.json", vocab_size=400),
+            edit_tensors(
+                f / "text_encoder" / "model.safetensors",
+                lambda tensors: tensors.update(
+                    {key: tensor[:400].clone() for key, tensor in tensors.items() if "token_embedding" in key}
+                ),
+            ),
+        ),
+        r"the tokenizer has 52\d tokens, the text encoder 400; they are not a pair",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_refused_and_named(copy, name):
+    breakage, message = BROKEN[name]
+    breakage(copy)
+    with pytest.raises((CheckpointError, ConfigError, ValueError), match=message) as refused:
+        StableDiffusion.from_pretrained(copy, **ONE)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "a/b/c"])
+def test_what_is_nowhere_is_refused(source):
+    with pytest.raises(CheckpointError, match="neither a folder, nor a hub id"):
+        Checkpoint(source)
+
+
+def test_the_fingerprint_is_of_content_alone(tiny, copy):
+    (copy / "notes.md").write_text("of no interest")
+    assert Spec(copy).fingerprint == Spec(tiny).fingerprint
+    edit_tensors(copy / UNET, lambda tensors: tensors["conv_out.bias"].add_(1e-3))
+    assert Spec(copy).fingerprint != Spec(tiny).fingerprint
+
+
+def test_ids_are_of_the_request_and_the_model(tiny):
+    import pickle
+
+    from sdjax import Request
+
+    spec = Spec(tiny)
+    there = pickle.loads(pickle.dumps(spec))
+    a, b = (spec.resolve(Request(prompt="a", seed=seed)) for seed in (0, 1))
+    assert spec.id(a) != spec.id(b)
+    assert spec.id(a) == there.id(there.resolve(Request(prompt="a")))
+    assert spec.id(a) != Spec(tiny, dtype="bfloat16").id(a)
+    assert json.loads(b.canonical())["width"] == 32
