@@ -1,0 +1,110 @@
+"""What the host hands the devices for a batch: pictures, masks, and the noise that torch would draw."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float32
+
+from sdjax.canvas import Canvas
+from sdjax.request import Request
+from sdjax.sampling import Table, noise, scan
+
+
+class Pictures:
+    """A batch's images and masks as the devices take them.
+
+    there: bool [batch], which requests have an image.
+    image, unmasked: float32 [batch, height, width, 3] in -1..1; `unmasked` is grey (0) where the mask is.
+    mask: float32 [batch, h, w, 1], at the size of the latents; ones without one.
+    """
+
+    def __init__(self, canvases: Sequence[Canvas | None], size: tuple[int, int], scale: int) -> None:
+        batch = len(canvases)
+        self.there = np.array([canvas is not None for canvas in canvases])
+        self.image = np.zeros((batch, *size, 3), np.float32)
+        self.mask = np.ones((batch, size[0] // scale, size[1] // scale, 1), np.float32)
+        self.unmasked = np.zeros_like(self.image)
+        for i, canvas in enumerate(canvases):
+            if canvas is None:
+                continue
+            self.image[i] = canvas.image / np.float32(255) * 2 - 1
+            if canvas.mask is not None:
+                painted = canvas.mask[..., None] >= 128
+                self.unmasked[i] = np.where(painted, 0, self.image[i])
+                self.mask[i] = painted[::scale, ::scale]  # the nearest pixel, as diffusers takes it
+
+
+def guidance_weights(
+    requests: Sequence[Request],
+    tables: Sequence[Table],
+    joined: Float32[np.ndarray, "batch joined"],
+    rows: int,
+    *,
+    edits: bool,
+) -> Float32[np.ndarray, "batch rows prompts"]:
+    """How much each prompt's output counts at each of `rows` sampler rows.
+
+    joined: weights of the prompts that AND joins.  edits: whether the negative prompt comes twice, with an image and
+    without, between which image_guidance_scale leads (equation 3 of https://arxiv.org/abs/2211.09800).
+    """
+    guided = np.stack([_guided(request, table, rows) for request, table in zip(requests, tables, strict=True)])
+    scales = np.array([[max(request.guidance_scale, 1.0)] for request in requests], np.float32)
+    guidance = np.where(guided, scales, np.float32(1))
+    weights = scan.guidance_weights(guidance, joined)
+    if not edits:
+        return weights
+    images = np.array([[request.image_guidance_scale] for request in requests], np.float32)
+    surplus = np.where(guidance > 1, images, np.float32(1))[..., None] - 1
+    return np.concatenate([weights[..., :-1], weights[..., -1:] + surplus, -surplus], axis=-1)
+
+
+def _guided(request: Request, table: Table, rows: int) -> Bool[np.ndarray, " rows"]:
+    """The sampler rows whose step lies in the request's guidance interval."""
+    done = table.step / (table.step[-1] + 1)
+    inside = (request.guidance_start <= done) & (done < request.guidance_end)
+    return np.pad(inside, (0, rows - len(inside)))
+
+
+class HostNoise:
+    """The noise of a batch that torch would draw, in diffusers' order, for the requests that ask for it; else zeros.
+
+    posterior, start, unmasked: [batch, h, w, c], for encoding the image, the start latent, and for encoding what the
+    mask leaves.
+
+    Args:
+        requests, tables: of the batch.
+        shape: h, w, c of the latents.
+        encoded: which requests have an image that is encoded.
+        masked: which have a mask; diffusers encodes what it leaves for every kind of UNet.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        tables: Sequence[Table],
+        shape: tuple[int, ...],
+        *,
+        encoded: Sequence[bool],
+        masked: Sequence[bool],
+    ) -> None:
+        self.posterior, self.start, self.unmasked = np.zeros((3, len(requests), *shape), np.float32)
+        self._rows: dict[int, np.ndarray] = {}
+        for i, request in enumerate(requests):
+            if request.noise != "torch":
+                continue
+            generator = noise.TorchGenerator(request.seed)
+            if encoded[i]:
+                self.posterior[i] = noise.torch_latent(generator, shape)
+            self.start[i] = noise.torch_latent(generator, shape)
+            if masked[i]:
+                self.unmasked[i] = noise.torch_latent(generator, shape)
+            if tables[i].uses_noise.any():
+                self._rows[i] = noise.torch_step_noise(tables[i], generator, shape)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """The noise of `count` sampler rows, [batch, count, h, w, c]."""
+        result = np.zeros((len(self.start), count, *self.start.shape[1:]), np.float32)
+        for i, drawn in self._rows.items():
+            part = drawn[first : first + count]
+            result[i, : len(part)] = part
+        return result

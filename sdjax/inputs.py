@@ -1,0 +1,97 @@
+"""Pictures from elsewhere, as pixels: any path or fsspec URL, any usual mode, nothing trusted. Knows no JAX."""
+
+import hashlib
+import io
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sdjax.request import RequestError
+
+MAX_BYTES = 2**26
+MAX_PIXELS = 2**26
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class Input(NamedTuple):
+    """A picture that was read. image: RGB, upright, or L of a mask. sha256: of the file, in hex."""
+
+    image: Image.Image
+    sha256: str
+
+
+def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) -> Input:
+    """The picture at `url`; the first frame of several.
+
+    It is turned as its EXIF orientation says. Transparency lies over white, in a mask over black (it stays).
+    Sixteen bits become eight.
+
+    Args:
+        url: path or fsspec URL.
+        name: what errors call it.
+        sha256: what the file must hash to, in hex.
+        mask: read lightness instead of colours.
+
+    Raises:
+        RequestError: it is missing, corrupt, no picture, another one than was named, or larger than `MAX_BYTES` as a
+            file or than `MAX_PIXELS` in pixels, which is asked before anything is decoded.
+    """
+    shown = url if len(url) <= 80 else url[:77] + "..."
+    try:
+        with fsspec.open(url, "rb") as file:
+            data = file.read(MAX_BYTES + 1)  # type: ignore[reportAttributeAccessIssue]
+    except FileNotFoundError:
+        raise RequestError(f"{name} {shown} is not there") from None
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        raise RequestError(f"{name} {shown} cannot be read: {_line(error)}") from None
+    if len(data) > MAX_BYTES:
+        raise RequestError(f"{name} {shown} is larger than {MAX_BYTES >> 20} MiB, which is the most")
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise RequestError(f"{name} {shown} has changed: its SHA-256 is {found}, not {sha256}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise RequestError(
+                f"{name} {shown} has {image.width} x {image.height} pixels; the most is {MAX_PIXELS:,} in all"
+            )
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return Input(_lightness(image) if mask else _colours(image), found)
+    except RequestError:
+        raise
+    except UnidentifiedImageError:
+        raise RequestError(f"{name} {shown} is no picture; read are {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise all sorts over broken files
+        raise RequestError(f"{name} {shown} is broken: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its mode {image.mode} has no fixed white; save it with 8 or 16 bits a channel")
+    return image
+
+
+def _flat(image: Image.Image, background: str) -> Image.Image:
+    """Without transparency, in RGB."""
+    image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _colours(image: Image.Image) -> Image.Image:
+    return _flat(image, "white")
+
+
+def _lightness(image: Image.Image) -> Image.Image:
+    return _flat(image, "black").convert("L")

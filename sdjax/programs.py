@@ -1,0 +1,125 @@
+"""What is compiled: the functions of one device's part of a batch that `sdjax.generate` runs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from sdjax.models.clip import CLIPTextModel
+from sdjax.models.unet import UNet2DCondition
+from sdjax.models.vae import AutoencoderKL
+from sdjax.sampling import Tables, noise, scan
+
+
+def encode_text(
+    text_encoder: CLIPTextModel,
+    ids: Int[Array, "batch prompts chunks length"],
+    weights: Float[Array, "batch prompts chunks length"],
+    clip_skip: Int[Array, " batch"],
+) -> Float[Array, "batch prompts tokens hidden"]:
+    """Text states for joined prompts and the negative one, from the layer that the request asks for.
+
+    Weighted as A1111 does it: each token's state times its weight, then the chunk's mean as it was.
+    """
+    batch, prompts, chunks, length = ids.shape
+    hidden = jnp.stack(text_encoder(ids.reshape(-1, length)).hidden_states[1:])
+    layer = len(hidden) - 1 - jnp.repeat(clip_skip, prompts * chunks)
+    states = text_encoder.text_model.final_layer_norm(hidden[layer, jnp.arange(batch * prompts * chunks)])
+    factors = weights.reshape(-1, length, 1)
+    weighted = states.astype(jnp.float32) * factors
+    ratio = states.mean((1, 2), keepdims=True, dtype=jnp.float32) / weighted.mean((1, 2), keepdims=True)
+    plain = jnp.all(factors == 1, axis=1, keepdims=True)
+    states = jnp.where(plain, states, (weighted * ratio).astype(states.dtype))
+    return states.reshape(batch, prompts, chunks * length, -1)
+
+
+def encode_image(
+    vae: AutoencoderKL,
+    pixels: Float[Array, "batch height width 3"],
+    there: Bool[Array, " batch"],
+    keys: Array,
+    is_given: Bool[Array, " batch"],
+    given: Float[Array, "batch h w c"],
+    *,
+    scale: float,
+) -> Float[Array, "batch h w c"]:
+    """Latents of images in -1..1, sampled from the VAE's posterior; zeros for a request that has none."""
+    mean, logvar = (moment.astype(jnp.float32) for moment in vae.encode(pixels))
+    drawn = jnp.where(is_given[:, None, None, None], given, noise.jax_latents(keys, noise.POSTERIOR, given.shape[1:]))
+    return jnp.where(there[:, None, None, None], scale * (mean + jnp.exp(0.5 * logvar) * drawn), 0)
+
+
+def encode_mean(vae: AutoencoderKL, pixels: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w c"]:
+    """What a UNet that edits images is told of one: the posterior's mean, unscaled."""
+    return vae.encode(pixels)[0].astype(jnp.float32)
+
+
+def enlarge(
+    vae: AutoencoderKL,
+    latents: Float[Array, "batch h w c"],
+    keys: Array,
+    is_given: Bool[Array, " batch"],
+    given: Float[Array, "batch new_h new_w c"],
+    size: tuple[int, int],
+    *,
+    scale: float,
+) -> Float[Array, "batch new_h new_w c"]:
+    """Latents of the images of latents, resized to height and width by Lanczos."""
+    image = jnp.clip(vae.decode(latents / scale).astype(jnp.float32), -1, 1)
+    image = jax.image.resize(image, (len(image), *size, image.shape[-1]), "lanczos3")
+    return encode_image(vae, jnp.clip(image, -1, 1), jnp.ones_like(is_given), keys, is_given, given, scale=scale)
+
+
+def start(
+    keys: Array,
+    is_given: Bool[Array, " batch"],
+    given: Float[Array, "batch h w c"],
+    levels: Float[Array, "batch 2"],
+    image: Float[Array, "batch h w c"],
+    mask: Float[Array, "batch h w 1"],
+) -> tuple[scan.State, scan.Known]:
+    """A run's start: each request's image and its own noise, at its sampler's levels; and what its mask keeps."""
+    drawn = noise.jax_latents(keys, noise.START, given.shape[1:])
+    fresh = jnp.where(is_given[:, None, None, None], given, drawn)
+    signal, scale = levels[:, :1, None, None], levels[:, 1:, None, None]
+    return scan.begin(signal * image + scale * fresh), scan.Known(image, fresh, mask)
+
+
+def advance(
+    unet: UNet2DCondition,
+    state: scan.State,
+    context: Float[Array, "batch prompts tokens hidden"],
+    rows: tuple[Tables, Float[Array, "batch rows prompts"]],
+    keys: Array,
+    rescale: Float[Array, " batch"],
+    given: scan.Given,
+    known: scan.Known | None,
+    told: tuple[Array, ...] | None,
+    *,
+    last_is_told: bool,
+) -> tuple[scan.State, Int[Array, ""]]:
+    """The next sampler rows of a device's part of the batch, and how many have been run.
+
+    known: what is blended in.
+    told: further channels, [batch, h, w, any], for a UNet that has them.
+    last_is_told: whether the last prompt sees them; else it sees zeros.
+    """
+
+    def network(half: Int[Array, ""], x: Array, t: Array) -> Array:
+        if told is not None:
+            hidden = jnp.logical_and(not last_is_told, half == context.shape[1] - 1)
+            x = jnp.concatenate([x, *(jnp.where(hidden, 0, part) for part in told)], axis=-1)
+        return unet(x, t, context[:, half])
+
+    tables, weights = rows
+    state = scan.advance(network, tables, state, keys=keys, weights=weights, rescale=rescale, given=given, known=known)
+    return state, state.row
+
+
+def decode(
+    vae: AutoencoderKL, latents: Float[Array, "batch h w c"], *, scale: float
+) -> tuple[UInt8[Array, "batch height width 3"], Bool[Array, " batch"]]:
+    """Pixels, and which images are finite; the others are black."""
+    image = vae.decode(latents / scale).astype(jnp.float32)
+    finite = jnp.isfinite(image).all(axis=(1, 2, 3), keepdims=True)
+    pixels = jnp.round(jnp.clip(jnp.where(finite, image, -1.0) / 2 + 0.5, 0, 1) * 255)
+    return pixels.astype(jnp.uint8), finite.ravel()

@@ -1,0 +1,308 @@
+"""What a user may ask for: one `Request` an image, checked when made, read from a row of a prompt file."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
+
+import numpy as np
+from PIL import Image
+
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_SIDE = 4096
+MAX_STEPS = 1000
+MAX_SEED = 2**32 - 1
+
+Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+"""A picture as a path, an fsspec URL, a Pillow image, or uint8 [height, width(, 1, 3 or 4)]."""
+
+
+class RequestError(ValueError):
+    """A request that cannot be honoured; the message names the field and what is allowed, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One image to make. A field left as None takes the checkpoint's default.
+
+    Args:
+        prompt: what to show, at most 10,000 characters.
+        negative_prompt: what to stay away from; used where guidance_scale > 1.
+        seed: 0 to 2**32 - 1; all of the request's noise comes from it.
+        num_inference_steps: sampler steps, 1 to 1000.
+        guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598), 0 to 100; 1 or less runs the
+            conditional network alone, as diffusers does.
+        guidance_start, guidance_end: the share of the steps from which and until which guidance_scale holds, 0 to 1;
+            outside the conditional network alone runs (https://arxiv.org/abs/2404.07724).
+        guidance_rescale: share of the rescaled guidance of https://arxiv.org/abs/2305.08891 (section 3.4), 0 to 1.
+        image_guidance_scale: for a checkpoint that edits by instruction (https://arxiv.org/abs/2211.09800): how closely
+            to keep to `image`, 1 to 100.
+        sampler: k-diffusion's name (`dpmpp_2m`); `sdjax.sampling` lists them.
+        sigmas: noise schedule of the sampler (`karras`).
+        eta: share of fresh noise in ddim, 0 to 1.
+        width, height: pixels, multiples of 8, 8 to 4096.
+        image: a picture to start from; without width and height its own size is made, rounded down to what the model
+            can make. Once in a Request it is text: a picture in memory becomes a `data:` URL of a PNG.
+        image_sha256: what the image file's SHA-256 must be, in hex; `Spec.resolve` finds it where None. It names the
+            request in place of the path.
+        mask_image: a picture of any size, fitted to the image: white is repainted, black stays. Edges between are
+            where the two are blended; the sampler repaints where the mask is at least half white.
+        mask_image_sha256: as image_sha256.
+        padding_mask_crop: repaint only the part around the mask, with this margin in pixels, at the full width and
+            height, and paste it back into the image.
+        overlay: put the image's own pixels back where the mask is black, exactly; false keeps what the VAE made there.
+        outpaint: grow the canvas of `image`: margins in pixels (`left=128,top=64`) or a size (`768x512`) around its
+            middle. The image's own pixels stay exactly.
+        strength: how far from `image` to go, above 0 and up to 1.
+        hires_scale: above 1, make a second pass at this many times the size, from the first one's enlarged image.
+        hires_strength: the second pass's strength.
+        resize: the size to bring the finished image to by Lanczos, such as `640x360`.
+        clip_skip: how many of the text encoder's last layers to leave out, 0 to 11.
+        prompt_language: `a1111`, in which brackets weigh words, AND joins prompts, and a long prompt is encoded in
+            chunks (`sdjax.prompts` describes it), or `plain`, in which all is text and a long prompt is cut.
+        noise: `jax`, or `torch` for the draws that torch's CPU generator makes from the same seed.
+
+    Raises:
+        RequestError: a value of the wrong type or out of its range.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_rescale: float = 0.0
+    image_guidance_scale: float = 1.5
+    sampler: str | None = None
+    sigmas: str | None = None
+    eta: float = 0.0
+    width: int | None = None
+    height: int | None = None
+    image: Picture | None = None
+    image_sha256: str | None = None
+    mask_image: Picture | None = None
+    mask_image_sha256: str | None = None
+    padding_mask_crop: int | None = None
+    overlay: bool = True
+    outpaint: str | None = None
+    strength: float = 0.8
+    hires_scale: float = 1.0
+    hires_strength: float = 0.7
+    resize: str | None = None
+    clip_skip: int = 0
+    prompt_language: str = "a1111"
+    noise: str = "jax"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = _coerce(field.name, getattr(self, field.name), _TYPES[field.name])
+            object.__setattr__(self, field.name, value)
+        if not self.prompt.strip():
+            raise RequestError("prompt is empty; give the text of the picture")
+        for name in ("prompt", "negative_prompt"):
+            _check_text(name, getattr(self, name))
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise RequestError(f"{name}={value} is out of range; allowed is {low} to {high}")
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None and side % 8:
+                raise RequestError(
+                    f"{name}={side} is not a multiple of 8; the nearest is {max(8, round(side / 8) * 8)}"
+                )
+        for name in ("strength", "hires_strength"):
+            if getattr(self, name) == 0:
+                raise RequestError(f"{name}=0 leaves no step to run; allowed is above 0 and up to 1")
+        if self.hires_scale > 1 and (self.mask_image is not None or self.outpaint is not None):
+            raise RequestError("hires_scale would enlarge what mask_image and outpaint keep; leave it out")
+        size = self.resize or "1x1"
+        if not (_SIZE.fullmatch(size) and all(1 <= side <= MAX_SIDE for side in size_of(size))):
+            raise RequestError(f"resize={_shown(size)} is no size; give one such as '640x360'")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise RequestError(f"{name}={_shown(value)} is unknown; allowed are {' and '.join(map(repr, allowed))}")
+        for name, needed in _NEEDS.items():
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise RequestError(f"{name} is given without {needed}, which it needs")
+        if self.outpaint is not None:
+            if self.mask_image is not None:
+                raise RequestError("outpaint makes its own mask; leave out mask_image, or repaint in a second request")
+            if not (_SIZE.fullmatch(self.outpaint) or _MARGINS.fullmatch(self.outpaint)):
+                raise RequestError(
+                    f"outpaint={_shown(self.outpaint)} is not understood; give margins such as 'left=128,top=64', or "
+                    "a size such as '768x512'"
+                )
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], **defaults: Any) -> tuple["Request", dict[str, Any]]:
+        """The request in a row of a prompt file, and the row's other columns.
+
+        Columns are matched to fields without case; numbers may be text, as in a CSV; empty cells and nulls take the
+        field's default (from `defaults` where it has one).
+
+        Raises:
+            RequestError: a value that its field does not allow, no prompt, or two columns for one field.
+        """
+        values: dict[str, Any] = dict(defaults)
+        extras: dict[str, Any] = {}
+        seen: set[str] = set()
+        for column, value in row.items():
+            name = column.strip().lower()
+            if name not in _TYPES:
+                extras[column] = value
+                continue
+            if name in seen:
+                raise RequestError(f"two columns are named {name!r}; a field takes one")
+            seen.add(name)
+            empty = value is None or (isinstance(value, float) and math.isnan(value)) or value == ""
+            if not empty:
+                values[name] = value
+        if not isinstance(values.get("prompt", ""), str):
+            raise RequestError(f"prompt is {type(values['prompt']).__name__}; it takes text")
+        return cls(**{"prompt": "", **values}), extras
+
+    def canonical(self) -> str:
+        """The request as JSON with sorted keys: equal text exactly where the requests are equal.
+
+        Fields at their default are left out, so that the text stays when a later version adds a field; so is a picture
+        whose content is known by its hash: where it lies is no part of what is asked.
+        """
+        values = {name: value for name, value in vars(self).items() if value != _DEFAULTS[name]}
+        for name in ("image", "mask_image"):
+            if f"{name}_sha256" in values:
+                del values[name]
+        return json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Request)}
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, MAX_SEED),
+    "num_inference_steps": (1, MAX_STEPS),
+    "guidance_scale": (0, 100),
+    "guidance_start": (0, 1),
+    "guidance_end": (0, 1),
+    "guidance_rescale": (0, 1),
+    "image_guidance_scale": (1, 100),
+    "eta": (0, 1),
+    "width": (8, MAX_SIDE),
+    "height": (8, MAX_SIDE),
+    "padding_mask_crop": (0, MAX_SIDE),
+    "strength": (0, 1),
+    "hires_scale": (1, 4),
+    "hires_strength": (0, 1),
+    "clip_skip": (0, 11),
+}
+_CHOICES = {"prompt_language": ("a1111", "plain"), "noise": ("jax", "torch")}
+_NEEDS = {
+    "image_sha256": "image",
+    "mask_image": "image",
+    "mask_image_sha256": "mask_image",
+    "padding_mask_crop": "mask_image",
+    "outpaint": "image",
+}
+_SIZE = re.compile(r"\d{1,5}x\d{1,5}")
+_MARGINS = re.compile(r"(?!.*\b(\w+)=.*\b\1=)((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height of `640x360`."""
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def _field_type(hint: Any) -> tuple[type, bool]:
+    """The plain type of a field's annotation, and whether None is allowed."""
+    if get_origin(hint) is types.UnionType:
+        return next(t for t in get_args(hint) if t is not type(None)), True
+    return hint, False
+
+
+_TYPES: dict[str, tuple[type, bool]] = {
+    name: _field_type(hint) for name, hint in get_type_hints(Request).items() if not name.startswith("_")
+}
+
+
+def field_types() -> dict[str, type]:
+    """Each Request field's name and plain type, in order: what the command lines are built from."""
+    return {name: kind for name, (kind, _) in _TYPES.items()}
+
+
+def _coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
+    """`value` as the field's type; only lossless conversions (text to number, 3.0 to 3, NumPy scalars)."""
+    kind, optional = expected
+    if value is None and optional:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if name in ("image", "mask_image"):
+        value = _picture(name, value)
+    if kind is bool:
+        if isinstance(value, str):
+            value = _WORDS.get(value.strip().lower(), value)
+        if isinstance(value, (bool, int, float)) and value in (0, 1):
+            return bool(value)
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    elif value is not None and not isinstance(value, bool):
+        try:
+            number = float(value) if kind is float or not isinstance(value, str) else int(value)
+            if kind is int and number == int(number):
+                return int(value) if isinstance(value, (int, str)) else int(number)
+            if kind is float and math.isfinite(number):
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+    wanted = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
+    raise RequestError(f"{name}={_shown(value)} is not {wanted}")
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+def _picture(name: str, value: Any) -> Any:
+    """A path as text; a picture in memory as a URL that holds it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3):
+            raise RequestError(f"{name} is {value.dtype} {list(value.shape)}; an array is uint8 [height, width, 3]")
+        try:
+            value = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+        except (TypeError, ValueError):
+            raise RequestError(f"{name} is uint8 {list(value.shape)}; an array is uint8 [height, width, 3]") from None
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        try:
+            value.save(buffer, "PNG", compress_level=1, exif=value.getexif())
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{name} cannot be kept: {error}; convert it to RGB") from None
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if isinstance(value, str) and ("\0" in value or not value.strip()):
+        raise RequestError(f"{name}={_shown(value)} is no path or URL")
+    return value
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(f"{name} has {len(text):,} characters; allowed are {MAX_PROMPT_CHARACTERS:,}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not valid Unicode at character {error.start}; give UTF-8 text") from None
+    if "\0" in text:
+        raise RequestError(f"{name} holds a NUL character; give plain text")

@@ -1,0 +1,151 @@
+"""`python -m sdjax.sample PROMPT...`: images on this machine, with a progress bar, PNG metadata and a contact sheet."""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sdjax import images
+from sdjax.request import Request, RequestError, field_types
+
+if TYPE_CHECKING:
+    from sdjax.generate import StableDiffusion
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; each Request field is one, by its name with dashes."""
+    result = argparse.ArgumentParser(prog="python -m sdjax.sample", description="Make images from prompts.")
+    result.add_argument("prompts", nargs="+", metavar="PROMPT", help="the text of a picture")
+    result.add_argument(
+        "--model", help="folder, hub id or fsspec URL in the diffusers layout (default: the bundled model)"
+    )
+    result.add_argument("--variant", help="which weight files to read where there are several, such as fp16")
+    result.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
+    result.add_argument("--num-images", type=int, default=1, help="images a prompt, on seeds that count up from --seed")
+    result.add_argument("--format", choices=sorted(images.FORMATS), default="png", help="default: %(default)s")
+    result.add_argument("--quality", type=int, default=images.QUALITY, help="of jpg and webp; default: %(default)s")
+    result.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    result.add_argument("--batch-size", type=int, help="images that a device makes at once")
+    result.add_argument("--verbose", action="store_true", help="say what runs where, and what it takes")
+    add_request_options(result)
+    return result
+
+
+def add_request_options(to: argparse.ArgumentParser, *, leave_out: Sequence[str] = ("prompt",)) -> None:
+    """One option for each field of Request but those left out; values stay text, which Request reads and checks."""
+    group = to.add_argument_group("request")
+    defaults = {field.name: field.default for field in fields(Request)}
+    for name in field_types():
+        if name not in leave_out:
+            default = defaults[name]
+            shown = "the model's" if default is None else repr(default) if default == "" else str(default)
+            assert default is not MISSING, name
+            group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"default: {shown}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the process's exit status."""
+    options = parser().parse_args(argv)
+    given = {name: value for name, value in vars(options).items() if name in field_types()}
+    try:
+        if options.num_images < 1:
+            raise RequestError(f"--num-images={options.num_images} makes nothing; allowed is 1 or more")
+        requests = []
+        for prompt in options.prompts:
+            first, _ = Request.from_row({"prompt": prompt, **given})
+            for i in range(options.num_images):
+                requests.append(Request.from_row({"prompt": prompt, **given, "seed": first.seed + i})[0])
+        return _make(requests, options)
+    except KeyboardInterrupt:
+        print("interrupted; the files that are there are whole", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"{parser().prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    from sdjax.generate import StableDiffusion
+    from sdjax.spec import BUNDLED
+
+    pipe = StableDiffusion.from_pretrained(
+        options.model or BUNDLED, dtype=options.dtype, batch_size=options.batch_size, variant=options.variant
+    )
+    if options.verbose:
+        print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)
+    # Every request is checked against the checkpoint before the first image is made.
+    resolved = [pipe.spec.resolve(request) for request in requests]
+    options.output.mkdir(parents=True, exist_ok=True)
+    made = []
+    with _Bars(len(resolved)) as bars:
+        for result in pipe.stream(resolved, progress=bars.steps):
+            text = images.parameters(result.request, pipe.spec.name)
+            path = options.output / f"{result.id}.{options.format}"
+            images.write_whole(path, images.encode(result.pixels, options.format, text=text, quality=options.quality))
+            made.append(result)
+            bars.image()
+            if result.flags:
+                bars.say(f"{path}: {', '.join(result.flags)}")
+    captions = [f"{result.request.prompt} ({result.request.seed})" for result in made]
+    sheet = images.contact_sheet([result.image for result in made], captions)
+    images.write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
+    seconds = time.perf_counter() - started
+    print(f"{len(made)} images in {options.output}, with sheet.png, in {seconds:.1f} s", file=sys.stderr)
+    if options.verbose:
+        print(_memory(pipe.devices.devices), file=sys.stderr)
+    return 0
+
+
+class _Bars:
+    """A bar of images and, above it, one of the sampler steps of the batch in hand."""
+
+    def __init__(self, count: int) -> None:
+        self._steps = tqdm(desc="steps", unit="step", leave=False, position=1)
+        self._images = tqdm(total=count, desc="images", unit="image", position=0)
+
+    def __enter__(self) -> "_Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.close()
+        self._images.close()
+
+    def steps(self, done: int, total: int) -> None:
+        self._steps.total, self._steps.n = total, done
+        self._steps.refresh()
+
+    def image(self) -> None:
+        self._images.update()
+
+    def say(self, text: str) -> None:
+        self._images.write(text, file=sys.stderr)
+
+
+def _facts(pipe: "StableDiffusion", seconds: float) -> str:
+    """What was loaded, and onto what."""
+    devices = pipe.devices.devices
+    return (
+        f"{pipe.spec.name} ({pipe.spec.dtype}, {pipe.parameters:,} parameters), loaded in {seconds:.1f} s on "
+        f"{len(devices)} x {devices[0].device_kind}, each making {pipe.batch_size} images at once"
+    )
+
+
+def _memory(devices: Sequence[Any]) -> str:
+    """The most memory that each device, or this process, has held."""
+    stats = [device.memory_stats() for device in devices]
+    if not all(stats):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return f"peak memory of the process: {peak / 2**30:.2f} GiB"
+    return "peak memory of the devices: " + ", ".join(f"{stat['peak_bytes_in_use'] / 2**30:.2f} GiB" for stat in stats)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

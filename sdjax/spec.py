@@ -1,0 +1,250 @@
+"""What a checkpoint promises, without its weights: enough to check, complete, name and pack requests on any machine."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdjax import canvas, sampling
+from sdjax.canvas import Canvas
+from sdjax.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
+from sdjax.prompts import MAX_CLAUSES
+from sdjax.request import MAX_SIDE, Request, RequestError
+from sdjax.text import Text, Tokenizer
+from sdjax.weights.checkpoint import Checkpoint, CheckpointError
+
+BUNDLED = str(Path(__file__).parent / "bundled")
+DTYPES = ("float32", "bfloat16", "float16")
+CONFIGS: dict[str, Any] = {"text_encoder": CLIPTextConfig, "unet": UNetConfig, "vae": VAEConfig}
+_PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix"))
+
+
+class Program(NamedTuple):
+    """What is compiled into a program; requests that agree on it can share a batch."""
+
+    width: int
+    height: int
+    prompts: int  # that the network is asked with: the joined ones and the negative one
+    chunks: int  # of tokens, in each of them
+    final_width: int  # after a second pass
+    final_height: int
+
+    @property
+    def has_second_pass(self) -> bool:
+        return (self.width, self.height) != (self.final_width, self.final_height)
+
+
+class Spec:
+    """A checkpoint's configurations, and what follows from them for a request.
+
+    Args:
+        source, variant: see `Checkpoint`.
+        dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
+
+    Raises:
+        CheckpointError, ConfigError, SamplingError: what is there cannot be run; the message names it.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] = BUNDLED, *, dtype: str = "float32", variant: str | None = None):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
+        self.dtype = dtype
+        self.checkpoint = Checkpoint(source, variant=variant)
+        kind = self.checkpoint.index.get("_class_name")
+        if kind not in _PIPELINES:
+            raise CheckpointError(f"{source} is a {kind}; supported are {', '.join(_PIPELINES)}")
+        self.configs = {}
+        for name, config in CONFIGS.items():
+            try:
+                self.configs[name] = config.from_dict(self.checkpoint.json(name, "config.json"))
+            except ConfigError as error:
+                raise ConfigError(f"{name}/config.json of {source}: {error}") from None
+        self.schedule = sampling.Schedule.from_config(self.checkpoint.json("scheduler", "scheduler_config.json"))
+        unet, text = self.configs["unet"], self.configs["text_encoder"]
+        latent = self.configs["vae"].latent_channels
+        if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1):
+            raise CheckpointError(
+                f"{source}: the UNet takes {unet.in_channels} channels; with this VAE {latent} can be run, "
+                f"{2 * latent} for editing images, or {2 * latent + 1} for painting inside masks"
+            )
+        if unet.cross_attention_dim != text.hidden_size:
+            raise CheckpointError(
+                f"{source}: the UNet attends to {unet.cross_attention_dim} channels, the text encoder gives "
+                f"{text.hidden_size}; they are not a pair"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+
+    @property
+    def name(self) -> str:
+        """What metadata calls the model."""
+        return self.checkpoint.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything about the model that pixels depend on, in hex."""
+        files = self.checkpoint.fingerprint([*CONFIGS, "tokenizer", "scheduler"])
+        return hashlib.sha256(f"{files} {self.dtype}".encode()).hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, read when first needed. Raises CheckpointError."""
+        text = self.configs["text_encoder"]
+        with self.checkpoint.local("tokenizer") as folder:
+            return Tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings)
+
+    @property
+    def scale(self) -> int:
+        """Pixels a latent, on each axis."""
+        return 2 ** (len(self.configs["vae"].block_out_channels) - 1)
+
+    @property
+    def multiple(self) -> int:
+        """What a width or height is a multiple of."""
+        return max(8, self.scale)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet is told the mask and the image outside of it, and so always needs them."""
+        return self.configs["unet"].in_channels == 2 * self.configs["vae"].latent_channels + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet is told the image that the prompt is an instruction for (InstructPix2Pix)."""
+        return self.configs["unet"].in_channels == 2 * self.configs["vae"].latent_channels
+
+    def resolve(self, request: Request, *, read: bool = True) -> Request:
+        """The request with this checkpoint's defaults in place of None.
+
+        A resolved request comes back as it is.
+
+        Args:
+            request: its pictures are read, for their size and hashes.
+            read: False passes over pictures whose size and hashes the request has already.
+
+        Raises:
+            RequestError: this checkpoint cannot make it, or a picture cannot be used.
+        """
+        known = None not in (request.image_sha256, request.width, request.height)
+        mask_known = request.mask_image is None or request.mask_image_sha256 is not None
+        if request.image is not None and (read or not (known and mask_known)):
+            request = self._measured(request)
+        size = self.configs["unet"].sample_size or 64
+        height, width = size if isinstance(size, tuple) else (size, size)
+        try:
+            asked = request.sampler
+            sampler = sampling.canonical(asked) if asked else sampling.default_sampler(self.schedule)
+            defaults = {
+                "width": width * self.scale,
+                "height": height * self.scale,
+                "sigmas": sampling.default_sigmas(self.schedule, sampler),
+            }
+            missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+            request = dataclasses.replace(request, sampler=sampler, **missing)
+            self.table(request)
+            if request.hires_scale > 1:
+                self.hires_table(request)
+        except sampling.SamplingError as error:
+            raise RequestError(str(error)) from None
+        for name in ("width", "height"):
+            side = getattr(request, name)
+            if side % self.multiple:
+                raise RequestError(f"{name}={side} is not a multiple of {self.multiple}, which this model's VAE needs")
+        if self.inpaints and request.mask_image is None and request.outpaint is None:
+            raise RequestError("this checkpoint paints inside masks; give image and mask_image, or image and outpaint")
+        if self.edits and (request.image is None or request.mask_image is not None or request.outpaint is not None):
+            raise RequestError("this checkpoint edits images; give image, without mask_image and outpaint")
+        if self.edits and request.hires_scale > 1:
+            raise RequestError("hires_scale does not go with a checkpoint that edits images; leave it out")
+        if max(self.program(request)[-2:]) > MAX_SIDE:
+            raise RequestError(f"hires_scale={request.hires_scale:g} makes a side longer than {MAX_SIDE}")
+        layers = self.configs["text_encoder"].num_hidden_layers
+        if request.clip_skip >= layers:
+            raise RequestError(f"clip_skip={request.clip_skip} leaves no layer; the text encoder has {layers}")
+        joined = len(self.text(request).clauses)
+        if joined > MAX_CLAUSES:
+            raise RequestError(f"prompt joins {joined} prompts by AND; allowed are {MAX_CLAUSES}")
+        return request
+
+    def _measured(self, request: Request) -> Request:
+        """A request with its pictures' hashes, and with its image's size where that is what will be made."""
+        loaded = canvas.load(request, self.multiple)
+        size: dict[str, int] = {}
+        if request.padding_mask_crop is None:
+            size = {
+                name: side // self.multiple * self.multiple
+                for name, side in zip(("width", "height"), loaded.image.size, strict=True)
+                if getattr(request, name) is None
+            }
+        if 0 in size.values():
+            raise RequestError(
+                f"image has {loaded.image.width}x{loaded.image.height} pixels; a side needs {self.multiple}, or "
+                "give width and height"
+            )
+        return dataclasses.replace(request, **loaded.hashes, **size)
+
+    def prepare(self, resolved: Request) -> Canvas | None:
+        """The pictures of a resolved request as pixels at its size; None where it has none.
+
+        Raises:
+            RequestError: they cannot be read any more, or are others.
+        """
+        return None if resolved.image is None else canvas.fit(resolved, canvas.load(resolved, self.multiple))
+
+    def id(self, resolved: Request) -> str:
+        """The name of the image that a resolved request makes: 32 hex digits of a hash of it and the fingerprint."""
+        return hashlib.sha256(f"{self.fingerprint} {resolved.canonical()}".encode()).hexdigest()[:32]
+
+    def program(self, resolved: Request) -> Program:
+        """What must be compiled for a resolved request."""
+        width, height = resolved.width, resolved.height
+        assert width is not None, "resolve the request first"
+        assert height is not None
+        prompts, chunks, _ = self.text(resolved).ids.shape
+        final = [round(side * resolved.hires_scale / self.multiple) * self.multiple for side in (width, height)]
+        return Program(width, height, prompts, chunks, final[0], final[1])
+
+    def text(self, request: Request) -> Text:
+        """What the text encoder is given for a request."""
+        text = _text(self.tokenizer, request.prompt, request.negative_prompt, request.prompt_language)
+        return text.with_negative_twice() if self.edits else text
+
+    def calls(self, resolved: Request) -> int:
+        """Sampler rows that a resolved request takes: network calls, or pairs of them under guidance."""
+        second = self.hires_table(resolved).calls if self.program(resolved).has_second_pass else 0
+        return self.table(resolved).calls + second
+
+    def table(self, resolved: Request) -> sampling.Table:
+        """The sampler table of a resolved request."""
+        strength = None if resolved.image is None or self.edits else resolved.strength
+        masked = resolved.mask_image is not None or resolved.outpaint is not None
+        if masked and strength == 1:
+            strength = None  # noise alone, as in diffusers: what is known comes in by the mask
+        return self._table(resolved, strength)
+
+    def hires_table(self, resolved: Request) -> sampling.Table:
+        """The sampler table of its second pass."""
+        return self._table(resolved, resolved.hires_strength)
+
+    def _table(self, resolved: Request, strength: float | None) -> sampling.Table:
+        return _table(
+            self.schedule, resolved.sampler, resolved.num_inference_steps, resolved.sigmas, resolved.eta, strength
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _text(tokenizer: Tokenizer, prompt: str, negative_prompt: str, language: str) -> Text:
+    return (tokenizer.plain if language == "plain" else tokenizer.weighted)(prompt, negative_prompt)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(
+    schedule: sampling.Schedule, sampler: str, steps: int, sigmas: str, eta: float, strength: float | None
+) -> sampling.Table:
+    return sampling.make_table(
+        schedule, sampler=sampler, num_inference_steps=steps, sigmas=sigmas, eta=eta, strength=strength
+    )

@@ -1,0 +1,113 @@
+"""Prompts to token ids and their weights, with the checkpoint's own tokenizer."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int32
+from transformers import CLIPTokenizer
+
+from sdjax.prompts import Token, in_chunks, parse
+from sdjax.weights.safetensors import CheckpointError
+
+# A prompt over the limit is reported by `Tokenizer`, with its request, rather than by the library, for the process.
+logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+
+MAX_CHUNKS = 8
+"""Chunks that a prompt may have; the rest of it is cut off. Each number of them is a program of its own."""
+
+
+class Text(NamedTuple):
+    """A request's prompts for the text encoder; all have as many chunks, empty ones at the end of shorter prompts.
+
+    ids: start, tokens, end and padding of each chunk of the joined prompts, then of the negative one.
+    weights: of each id; 1 outside of brackets.
+    clauses: weights of the joined prompts.
+    truncated: whether something had to be cut off.
+    """
+
+    ids: Int32[np.ndarray, "prompts chunks length"]
+    weights: Float32[np.ndarray, "prompts chunks length"]
+    clauses: Float32[np.ndarray, " joined"]
+    truncated: bool
+
+    def with_negative_twice(self) -> "Text":
+        """For a network that is asked with the negative prompt once with an image and once without."""
+        ids, weights = (np.concatenate([rows, rows[-1:]]) for rows in (self.ids, self.weights))
+        return self._replace(ids=ids, weights=weights)
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding of prompts into chunks of a fixed number of ids.
+
+    Args:
+        folder: vocab.json, merges.txt and tokenizer_config.json, as transformers writes them.
+        vocab_size: of the text encoder; an id beyond it could not be embedded.
+        length: ids of a chunk, or that a text is padded or cut to: the text encoder's max_position_embeddings.
+
+    Raises:
+        CheckpointError: no tokenizer is there, or it does not fit the text encoder.
+    """
+
+    def __init__(self, folder: str | Path, *, vocab_size: int, length: int) -> None:
+        files = {path.name for path in Path(folder).iterdir()}
+        if not ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files):
+            raise CheckpointError(
+                "the checkpoint's tokenizer folder lacks vocab.json and merges.txt, or tokenizer.json"
+            )
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+        if len(self._tokenizer) > vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {len(self._tokenizer)} tokens, the text encoder {vocab_size}; they are not a pair"
+            )
+        self.length = length
+        self._comma = self.tokens(",")[-1]
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text, without start, end and padding."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def __call__(
+        self, prompts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "prompts length"], Bool[np.ndarray, " prompts"]]:
+        """The prompts' ids, from the start token to padding, and which prompts were cut short."""
+        ids = self._tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=False)[
+            "input_ids"
+        ]
+        cut = np.array([len(row) > self.length for row in ids], bool)
+        # A prompt that is too long keeps its start and its end token, as transformers truncates.
+        rows = [row[: self.length - 1] + row[-1:] if len(row) > self.length else row for row in ids]
+        return np.array(rows, np.int32), cut
+
+    def plain(self, prompt: str, negative_prompt: str) -> Text:
+        """Prompts of which every character is text, each in one chunk."""
+        ids, cut = self([prompt, negative_prompt])
+        return Text(ids[:, None], np.ones((2, 1, self.length), np.float32), np.ones(1, np.float32), bool(cut.any()))
+
+    def weighted(self, prompt: str, negative_prompt: str) -> Text:
+        """Prompts in the language of `sdjax.prompts`; without brackets, AND and BREAK, and short, they are `plain`."""
+        clauses = parse(prompt) + parse(negative_prompt, join=False)
+        chunked = [
+            in_chunks(clause.parts, self.tokens, length=self.length - 2, comma=self._comma) for clause in clauses
+        ]
+        longest = max(map(len, chunked))
+        count = min(longest, MAX_CHUNKS)
+        rows = [list(map(self._row, (chunks + [[]] * count)[:count])) for chunks in chunked]
+        return Text(
+            ids=np.array([[ids for ids, _ in row] for row in rows], np.int32),
+            weights=np.array([[weights for _, weights in row] for row in rows], np.float32),
+            clauses=np.array([clause.weight for clause in clauses[:-1]], np.float32),
+            truncated=longest > MAX_CHUNKS,
+        )
+
+    def _row(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
+        """A chunk between start and end, padded, with the weights of all."""
+        special, padding = self._tokenizer, self.length - 2 - len(chunk)
+        ids = [special.bos_token_id, *(token.id for token in chunk), special.eos_token_id]
+        weights = [1.0, *(token.weight for token in chunk), 1.0]
+        return ids + [special.pad_token_id] * padding, weights + [1.0] * padding

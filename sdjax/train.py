@@ -1,0 +1,51 @@
+"""Train the VAE or the UNet: python -m sdjax.train --config configs/X.toml
+
+A run writes into its output folder: checkpoints/ (from which the same command goes on), metrics.csv, tensorboard/,
+sheets/ (pictures of how far it is) and, at its end, model/ (the averaged weights in the diffusers layout).
+Ctrl-C writes a checkpoint and stops.
+"""
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from sdjax.training import config as training_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns 0 at the end of training, 130 if it was stopped before, 2 if it could not start."""
+    parser = argparse.ArgumentParser(prog="python -m sdjax.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", required=True, type=Path, help="a TOML file; configs/ holds examples")
+    parser.add_argument("--output", help="the run's folder, in place of the configuration's")
+    parser.add_argument("--init", help="the checkpoint to start from, in place of the configuration's")
+    parser.add_argument("--steps", type=int, help="the number of steps, in place of the configuration's")
+    parser.add_argument("--export", type=Path, help="train nothing: write the last checkpoint's model into this folder")
+    parser.add_argument("--export-dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    arguments = parser.parse_args(argv)
+    try:
+        config = training_config.load(
+            arguments.config, output=arguments.output, init=arguments.init, steps=arguments.steps
+        )
+        from sdjax.training.loop import Run  # JAX, seconds to import, after what a typing error can spoil
+
+        run = Run(config)
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    if arguments.export is not None:
+        run.export(arguments.export, arguments.export_dtype)
+        return 0
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
+    if not run.train(stop):
+        print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
+        return 130
+    run.export(run.folder / "model", arguments.export_dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

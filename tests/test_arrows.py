@@ -1,0 +1,85 @@
+"""The arrows between the rooms run one way (ARCHITECTURE.md)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each room, and everything of this project that its files may import.
+MAY_IMPORT = {
+    "sdjax/request.py": set(),
+    "sdjax/config.py": set(),
+    "sdjax/images.py": {"sdjax.request"},
+    "sdjax/inputs.py": {"sdjax.request"},
+    "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request"},
+    "sdjax/parallel.py": set(),
+    "sdjax/models": {"sdjax.config", "sdjax.models"},
+    "sdjax/sampling": {"sdjax.sampling"},
+    "sdjax/weights": {"sdjax.weights", "sdjax.config"},
+    "sdjax/prompts.py": set(),
+    "sdjax/text.py": {"sdjax.prompts", "sdjax.weights"},
+    "sdjax/spec.py": {
+        *("sdjax.canvas", "sdjax.config", "sdjax.prompts", "sdjax.request"),
+        *("sdjax.sampling", "sdjax.text", "sdjax.weights"),
+    },
+    "sdjax/postprocess.py": {"sdjax.request"},
+    "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling"},
+    "sdjax/programs.py": {"sdjax.models", "sdjax.sampling"},
+    "sdjax/generate.py": {
+        *("sdjax.batch", "sdjax.canvas", "sdjax.models", "sdjax.parallel", "sdjax.postprocess", "sdjax.programs"),
+        *("sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.weights"),
+    },
+}
+NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
+NO_JAX = tuple(
+    f"sdjax/{name}.py" for name in ("__init__", "canvas", "config", "images", "inputs", "prompts", "request")
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function, TYPE_CHECKING blocks included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(module: str, rooms: set[str]) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in rooms)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_what_lies_below_it(room):
+    path = ROOT / room
+    for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+        for module in imports(file):
+            if within(module, {"sdjax", "pipelines", "tests"}):
+                assert within(module, MAY_IMPORT[room]), f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_sdjax_imports_no_beam_and_no_torch():
+    for file in sorted((ROOT / "sdjax").rglob("*.py")):
+        # The bench alone may compare itself with diffusers, where that is installed.
+        allowed = {"torch", "diffusers"} if file.name == "bench.py" else set()
+        for module in imports(file):
+            assert not within(module, NOT_IN_SDJAX - allowed), f"{file.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("file", NO_JAX)
+def test_what_needs_no_devices_imports_no_jax(file):
+    path = ROOT / file
+    tops = {module for module in imports(path) if within(module, {"jax", "flax"})}
+    assert not tops
+
+
+def test_importing_sdjax_waits_for_no_jax():
+    code = "import sys, sdjax; sdjax.Request(prompt='a'); sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,229 @@
+"""Whole images: diffusers' on the same weights and seed, the same in any company, and one program for every request."""
+
+import dataclasses
+import threading
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+
+from sdjax import Request, RequestError, StableDiffusion
+from sdjax.spec import Spec
+from tests import checkpoints
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+RED = Request(prompt="a red circle", seed=3, num_inference_steps=5, width=48, height=32)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1])
+
+
+def theirs(pipeline, folder, request, scheduler, **config):
+    """diffusers' image for a request with torch's noise, as uint8."""
+    if scheduler == "DDIMScheduler":
+        config["clip_sample"] = False  # diffusers' default where the file is another scheduler's; it ruins latents
+    pipeline.scheduler = getattr(diffusers, scheduler).from_pretrained(folder / "scheduler", **config)
+    pixels = pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        guidance_rescale=request.guidance_rescale,
+        eta=request.eta,
+        clip_skip=request.clip_skip or None,
+        width=request.width,
+        height=request.height,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="np",
+    ).images[0]
+    return (pixels * 255).round().astype(np.uint8)
+
+
+def difference(a, b):
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+CHECKPOINTS = {
+    "sd1": {},
+    "v_prediction, linear projections, three levels": {
+        "unet": {
+            "block_out_channels": [32, 64, 64],
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+            "layers_per_block": 2,
+            "use_linear_projection": True,
+            "attention_head_dim": [2, 4, 4],
+        },
+        "vae": {"latent_channels": 4, "layers_per_block": 2},
+        "text": {"hidden_act": "gelu", "num_hidden_layers": 3},
+        "scheduler": ("EulerDiscreteScheduler", {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    },
+    "PNDM's file, eight-pixel VAE": {
+        "vae": {
+            "block_out_channels": [32, 32, 64, 64],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        },
+        "scheduler": ("PNDMScheduler", {}),
+    },
+}
+REQUESTS = [
+    ("ddim", {}, RED),
+    ("dpmpp_2m", {"use_karras_sigmas": True}, dataclasses.replace(RED, sigmas="karras", num_inference_steps=8)),
+    ("euler", {}, dataclasses.replace(RED, negative_prompt="cat", guidance_scale=3, seed=2**32 - 1)),
+    ("heun", {"use_karras_sigmas": True}, dataclasses.replace(RED, sigmas="karras", guidance_rescale=0.7)),
+    ("ddim", {}, dataclasses.replace(RED, guidance_scale=1, clip_skip=1)),
+    ("ddim", {}, dataclasses.replace(RED, eta=0.8)),
+    ("euler_ancestral", {}, dataclasses.replace(RED, prompt="red " * 100, prompt_language="plain")),
+]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_images_are_those_of_diffusers(name, tmp_path):
+    changes = dict(CHECKPOINTS[name])
+    if "scheduler" in changes:
+        scheduler, config = changes["scheduler"]
+        changes["scheduler"] = checkpoints.scheduler(scheduler, **config)
+    pipeline = checkpoints.saved(tmp_path / "model", **changes)
+    pipe = StableDiffusion.from_pretrained(tmp_path / "model", devices=jax.devices()[:1])
+    requests = [dataclasses.replace(request, sampler=sampler, noise="torch") for sampler, _, request in REQUESTS]
+    results = pipe.generate(requests)
+    for result, (sampler, config, request) in zip(results, REQUESTS, strict=True):
+        expected = theirs(pipeline, tmp_path / "model", request, SCHEDULERS[sampler], **config)
+        assert difference(result.pixels, expected) <= 2, (sampler, request)
+        assert result.pixels.std() > 10, "a picture of nothing compares nothing"
+        assert result.flags == (("truncated",) if len(request.prompt) > 300 else ())
+    # The checkpoint's own scheduler is the default.
+    if name == "sd1":
+        assert pipe.generate([dataclasses.replace(RED, noise="torch")])[0].request.sampler == "ddim"
+
+
+def test_a_request_gives_the_same_pixels_in_any_company(tiny, pipe):
+    one = dataclasses.replace(RED, sampler="dpmpp_2m", sigmas="karras", num_inference_steps=6)
+    others = [
+        dataclasses.replace(RED, seed=i, sampler=sampler, num_inference_steps=2 + i, guidance_scale=i, prompt="cat" * i)
+        for i, sampler in enumerate(["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "euler_ancestral"], 1)
+    ]
+    alone = [pipe.generate([request])[0] for request in (one, *others)]
+    for devices in (2, 8):
+        wide = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:devices])
+        for order in ([0, 1, 2, 3, 4, 5, 6], [6, 3, 0, 5, 1, 2, 4], [5, 0]):
+            for i, result in zip(order, wide.generate([(one, *others)[i] for i in order]), strict=True):
+                assert result.id == alone[i].id
+                assert np.array_equal(result.pixels, alone[i].pixels), (devices, order, i)
+
+
+def test_a_batch_gives_the_pixels_of_each_row_alone(tiny):
+    pipe = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:2], batch_size=3)
+    requests = [
+        dataclasses.replace(
+            RED, seed=i, sampler=sampler, guidance_scale=1 + i % 3, num_inference_steps=3 + i, noise=noise
+        )
+        for i, (sampler, noise) in enumerate([(s, n) for s in SCHEDULERS for n in ("jax", "torch")])
+    ]
+    together = pipe.generate(requests)
+    for request, result in zip(requests, together, strict=True):
+        assert np.array_equal(pipe.generate([request])[0].pixels, result.pixels), request
+
+
+def test_only_a_new_size_compiles(pipe, compilations):
+    pipe.generate([RED])
+    compilations()
+    for sampler in SCHEDULERS:
+        pipe.generate(
+            [
+                dataclasses.replace(RED, sampler=sampler, num_inference_steps=2, seed=9, prompt="cat"),
+                dataclasses.replace(RED, sampler=sampler, num_inference_steps=21, guidance_scale=1, noise="torch"),
+                dataclasses.replace(RED, sampler=sampler, negative_prompt="red", guidance_rescale=0.5, clip_skip=1),
+            ]
+        )
+    pipe.generate([dataclasses.replace(RED, sampler="dpmpp_2m", sigmas="karras"), dataclasses.replace(RED, eta=1)])
+    assert compilations() == 0
+    pipe.generate([dataclasses.replace(RED, width=32)])
+    assert compilations() > 0
+
+
+def test_a_call_moves_no_parameters(tiny):
+    pipe = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:2])
+    pipe.generate([RED])
+    with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
+        pipe.generate([RED])
+
+
+def test_stream_hands_out_in_order_with_progress(pipe):
+    seen = []
+    requests = [dataclasses.replace(RED, num_inference_steps=n, width=w) for n, w in [(3, 48), (12, 48), (4, 32)]]
+    results = list(pipe.stream(iter(requests), progress=lambda done, total: seen.append((done, total))))
+    assert [result.request.num_inference_steps for result in results] == [3, 12, 4]
+    assert [result.pixels.shape for result in results] == [(32, 48, 3), (32, 48, 3), (32, 32, 3)]
+    assert seen == [(3, 3), (5, 12), (10, 12), (12, 12), (4, 4)]
+
+
+def test_guidance_holds_in_its_interval_alone(pipe):
+    def pixels(**changes):
+        return pipe.generate([dataclasses.replace(RED, **changes)])[0].pixels
+
+    none, whole = pixels(guidance_scale=1), pixels()
+    assert np.array_equal(pixels(guidance_end=0), none)
+    assert np.array_equal(pixels(guidance_start=1), none)
+    late = pixels(guidance_start=0.35)
+    assert np.array_equal(late, pixels(guidance_start=0.4))
+    assert difference(late, none) > 0
+    assert difference(late, whole) > 0
+
+
+def test_threads_can_share_a_pipe(pipe):
+    expected, got = pipe.generate([RED])[0].pixels, {}
+    threads = [threading.Thread(target=lambda i=i: got.update({i: pipe.generate([RED])[0].pixels})) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(got[i], expected) for i in range(3))
+
+
+def test_a_nan_is_flagged_and_hurts_nothing_else(tiny):
+    pipe = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1], batch_size=2)
+    fine = pipe.generate([RED, RED])[0]
+    embedding = pipe._networks["text_encoder"].text_model.embeddings.token_embedding.embedding
+    (word,) = pipe.spec.tokenizer.tokens("cat")
+    embedding[...] = embedding[...].at[:, word].set(np.nan)
+    bad, good = pipe.generate([dataclasses.replace(RED, prompt="cat"), RED])
+    assert bad.flags == ("nan",)
+    assert not bad.pixels.any()
+    assert good.flags == ()
+    assert np.array_equal(good.pixels, fine.pixels)
+
+
+def test_bf16_is_close(tiny):
+    exact = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1]).generate([RED])[0]
+    half = StableDiffusion.from_pretrained(tiny, dtype="bfloat16", devices=jax.devices()[:1]).generate([RED])[0]
+    assert half.id != exact.id
+    error = np.square(half.pixels.astype(float) - exact.pixels).mean()
+    assert 10 * np.log10(255**2 / error) > 25
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "magic"}, "unknown sampler 'magic'; there are ddim,"),
+        ({"sampler": "ddim", "sigmas": "karras"}, "karras"),
+        ({"sampler": "euler", "sigmas": "wavy"}, "wavy"),
+        ({"clip_skip": 2}, "clip_skip=2 leaves no layer; the text encoder has 2"),
+    ],
+)
+def test_what_the_checkpoint_cannot_make_is_refused_in_one_line(tiny, changes, message):
+    with pytest.raises(RequestError) as refused:
+        Spec(tiny).resolve(dataclasses.replace(RED, **changes))
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,158 @@
+"""Pictures that are read: every usual mode, and everything that must be refused in one line."""
+
+import base64
+import io
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdjax import inputs
+from sdjax.request import Request, RequestError
+
+GREY = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+RGB = np.stack([GREY, 255 - GREY, GREY // 2], axis=-1)
+
+
+def saved(folder, image, name="image.png", **options):
+    image.save(folder / name, **options)
+    return str(folder / name)
+
+
+def read(path, **options):
+    return np.asarray(inputs.load(path, "image", **options).image)
+
+
+def half_transparent(values):
+    alpha = np.full((4, 6, 1), 255, np.uint8)
+    alpha[:, 3:] = 0
+    return np.concatenate([values, alpha], axis=-1), np.where(alpha == 0, 255, values)
+
+
+def test_colours_and_grey(tmp_path):
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(RGB))), RGB)
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(GREY))), np.stack([GREY] * 3, -1))
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(GREY > 99))), np.stack([(GREY > 99) * 255] * 3, -1))
+
+
+def test_alpha_lies_over_white_and_in_a_mask_over_black(tmp_path):
+    values, flat = half_transparent(RGB)
+    path = saved(tmp_path, Image.fromarray(values))
+    assert np.array_equal(read(path), flat)
+    assert not read(path, mask=True)[:, 3:].any()
+    values, flat = half_transparent(np.stack([GREY], -1))
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(values, "LA"))), np.repeat(flat, 3, -1))
+
+
+def test_a_palette_with_a_transparent_colour(tmp_path):
+    image = Image.fromarray((GREY > 99).astype(np.uint8))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    expected = np.where((GREY > 99)[..., None], (0, 0, 255), (255, 0, 0))
+    assert np.array_equal(read(saved(tmp_path, image)), expected)
+    expected[GREY > 99] = 255
+    assert np.array_equal(read(saved(tmp_path, image, transparency=1)), expected)
+
+
+def test_sixteen_bits_and_cmyk(tmp_path):
+    deep = Image.fromarray(GREY.astype(np.uint16) * 257 + 100)
+    assert np.array_equal(read(saved(tmp_path, deep))[..., 0], GREY)
+    cmyk = Image.fromarray(np.concatenate([255 - RGB, np.zeros((4, 6, 1), np.uint8)], -1), "CMYK")
+    assert np.array_equal(read(saved(tmp_path, cmyk, "image.tiff")), RGB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_undone(tmp_path, orientation):
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    turns |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # what a camera held so has stored
+    stored = Image.fromarray(RGB)
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose[turns[orientation]])
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    assert np.array_equal(read(saved(tmp_path, stored, exif=exif)), RGB)
+
+
+def bomb(width, height):
+    """A PNG that says it is that large, and holds a few bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "is not there"),
+        (b"", "is no picture"),
+        (b"GIF89a", "is no picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no picture"),
+        (bomb(8200, 8200), "has 8200 x 8200 pixels; the most is 67,108,864 in all"),
+        (bomb(60_000, 60_000), "exceeds limit"),
+        (bomb(64, 64), "is broken: image file is truncated"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, data, message):
+    if data is not None:
+        (tmp_path / "image.png").write_bytes(data)
+    with pytest.raises(RequestError) as refused:
+        inputs.load(str(tmp_path / "image.png"), "image")
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("image ")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_may_not_be_larger_than_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_BYTES", 2**20)
+    (tmp_path / "image.png").write_bytes(bytes(2**20 + 1))
+    with pytest.raises(RequestError, match="larger than 1 MiB"):
+        inputs.load(str(tmp_path / "image.png"), "image")
+
+
+@pytest.mark.parametrize("url", ["nowhere://a/b.png", "data:image/png;base64,###", "/", "file:///no/such", "a\nb"])
+def test_any_url_gives_a_picture_or_a_request_error(url):
+    with pytest.raises(RequestError) as refused:
+        inputs.load(url, "image")
+    assert len(str(refused.value)) < 400
+
+
+def test_a_hash_pins_the_content(tmp_path):
+    path = saved(tmp_path, Image.fromarray(RGB))
+    found = inputs.load(path, "image").sha256
+    assert inputs.load(path, "image", sha256=found).sha256 == found
+    saved(tmp_path, Image.fromarray(RGB[::-1].copy()))
+    with pytest.raises(RequestError, match=f"has changed: its SHA-256 is .*, not {found}"):
+        inputs.load(path, "image", sha256=found)
+
+
+@given(st.binary(max_size=200))
+def test_bytes_give_a_picture_or_a_request_error(data):
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "PNG")
+    for content in (data, buffer.getvalue()[: len(data)] + data):
+        try:
+            loaded = inputs.load("data:;base64," + base64.b64encode(content).decode(), "image")
+        except RequestError as error:
+            assert "\n" not in str(error)
+        else:
+            assert loaded.image.mode == "RGB"
+
+
+@pytest.mark.parametrize("picture", [Image.fromarray(RGB), RGB, GREY, GREY[..., None], Image.fromarray(GREY > 99)])
+def test_a_picture_in_memory_travels_as_text(picture):
+    request = Request(prompt="a", image=picture)
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture)
+    expected = pixels if pixels.shape[-1] == 3 else np.repeat(pixels.reshape(4, 6, 1), 3, -1)
+    assert np.array_equal(read(request.image), expected)
+    assert Request(prompt="a", image=request.image) == request
+
+
+def test_an_array_that_is_no_picture_is_refused():
+    for bad in (RGB.astype(np.float32), RGB[None], np.zeros((4, 6, 7), np.uint8)):
+        with pytest.raises(RequestError, match="an array is uint8"):
+            Request(prompt="a", image=bad)

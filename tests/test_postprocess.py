@@ -1,0 +1,70 @@
+"""Finished pixels: what is odd about them, their size, and the second pass at a larger one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax import Request, RequestError, StableDiffusion
+from sdjax.postprocess import oddities, resize
+
+RED = Request(prompt="a red circle", seed=3, num_inference_steps=5, width=48, height=32)
+PIXELS = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    return StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1])
+
+
+def test_black_and_flat_images_are_told_from_others():
+    assert oddities(PIXELS) == []
+    assert oddities(PIXELS // 64) == ["black"]
+    assert oddities(np.full_like(PIXELS, 200)) == ["flat"]
+    assert oddities(np.full_like(PIXELS, (250, 10, 90)) + PIXELS % 3) == ["flat"]
+    corner = np.full_like(PIXELS, 0)
+    corner[:6, :6] = 255
+    assert oddities(corner) == []
+
+
+def test_resize_is_pillows_lanczos():
+    assert resize(PIXELS, None) is PIXELS
+    assert np.array_equal(resize(PIXELS, "31x7"), Image.fromarray(PIXELS).resize((31, 7), Image.Resampling.LANCZOS))
+
+
+def test_a_flat_image_is_flagged_and_a_size_is_heeded(tiny, pipe):
+    broken = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1])
+    kernel = broken._networks["vae"].decoder.conv_out.kernel
+    kernel[...] = kernel[...] * 0
+    small = dataclasses.replace(RED, resize="20x30", prompt="red " * 80, prompt_language="plain")
+    flat, fine = broken.generate([small])[0], pipe.generate([small])[0]
+    assert flat.flags == ("flat", "truncated")
+    assert fine.flags == ("truncated",)
+    assert flat.pixels.shape == fine.pixels.shape == (30, 20, 3)
+    whole = pipe.generate([dataclasses.replace(small, resize=None)])[0]
+    assert np.array_equal(fine.pixels, resize(whole.pixels, "20x30"))
+
+
+@pytest.mark.parametrize("noise", ["jax", "torch"])
+def test_a_second_pass_is_an_image_from_the_enlarged_first(pipe, noise):
+    first = dataclasses.replace(RED, width=24, height=16, noise=noise)
+    both = dataclasses.replace(first, hires_scale=2, hires_strength=0.5)
+    seen = []
+    (result,) = pipe.stream([both], progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(5, 7), (7, 7)]
+    assert pipe.spec.calls(result.request) == 7
+    assert pipe.spec.program(result.request)[-2:] == (48, 32)
+    enlarged = resize(pipe.generate([first])[0].pixels, "48x32")
+    second = dataclasses.replace(RED, image=enlarged, strength=0.5, noise=noise)
+    difference = np.abs(result.pixels.astype(int) - pipe.generate([second])[0].pixels)
+    assert difference.mean() < 1.5  # the first is rounded to eight bits on the longer way
+    assert difference.max() < 20
+
+
+def test_a_second_pass_that_cannot_be_is_refused(pipe):
+    with pytest.raises(RequestError, match="hires_scale=3 makes a side longer than 4096"):
+        pipe.spec.resolve(dataclasses.replace(RED, width=1400, hires_scale=3))
+    with pytest.raises(RequestError, match=r"strength=0\.1 of 5 steps leaves no step"):
+        pipe.spec.resolve(dataclasses.replace(RED, hires_strength=0.1, hires_scale=2))

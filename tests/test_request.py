@@ -1,0 +1,131 @@
+"""Requests: what is allowed, what is refused and in which words, and rows of prompt files."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdjax.request import MAX_SEED, Request, RequestError
+
+REFUSED = [
+    ({"prompt": ""}, "prompt is empty"),
+    ({"prompt": " \n"}, "prompt is empty"),
+    ({"prompt": "x" * 1_000_000}, "1,000,000 characters; allowed are 10,000"),
+    ({"prompt": "a\ud800"}, "not valid Unicode at character 1"),
+    ({"prompt": "a\0b"}, "NUL"),
+    ({"prompt": 7}, "prompt=7 is not text"),
+    ({"prompt": None}, "prompt=None is not text"),
+    ({"negative_prompt": "x" * 10_001}, "negative_prompt has 10,001"),
+    ({"seed": -1}, "allowed is 0 to 4294967295"),
+    ({"seed": MAX_SEED + 1}, "allowed is 0 to 4294967295"),
+    ({"seed": 1.5}, "seed=1.5 is not a whole number"),
+    ({"seed": "9" * 5000}, "is not a whole number"),
+    ({"seed": True}, "seed=True is not a whole number"),
+    ({"num_inference_steps": 0}, "allowed is 1 to 1000"),
+    ({"num_inference_steps": 10_000}, "allowed is 1 to 1000"),
+    ({"guidance_scale": math.nan}, "guidance_scale=nan is not a finite number"),
+    ({"guidance_scale": math.inf}, "not a finite number"),
+    ({"guidance_scale": "much"}, "guidance_scale='much' is not a finite number"),
+    ({"guidance_scale": None}, "guidance_scale=None is not a finite number"),
+    ({"guidance_rescale": 1.1}, "allowed is 0 to 1"),
+    ({"eta": -0.1}, "allowed is 0 to 1"),
+    ({"width": 100}, "width=100 is not a multiple of 8; the nearest is 96"),
+    ({"height": 0}, "allowed is 8 to 4096"),
+    ({"height": 100_000}, "allowed is 8 to 4096"),
+    ({"strength": 0}, "allowed is above 0"),
+    ({"clip_skip": -1}, "allowed is 0 to 11"),
+    ({"noise": "white"}, "allowed are 'jax' and 'torch'"),
+    ({"prompt_language": "yaml"}, "prompt_language='yaml' is unknown; allowed are 'a1111' and 'plain'"),
+    ({"hires_scale": 0.5}, "allowed is 1 to 4"),
+    ({"hires_strength": 0}, "hires_strength=0 leaves no step"),
+    ({"image": "a", "outpaint": "left=8", "hires_scale": 2}, "hires_scale would enlarge what mask_image and outpaint"),
+    ({"resize": "64"}, "resize='64' is no size; give one such as '640x360'"),
+    ({"resize": "0x64"}, "resize='0x64' is no size"),
+    ({"resize": "64x9000"}, "resize='64x9000' is no size"),
+    ({"image": 7}, "image=7 is not text"),
+    ({"image": " "}, "image=' ' is no path or URL"),
+    ({"mask_image": "m.png"}, "mask_image is given without image, which it needs"),
+    ({"image": "a.png", "padding_mask_crop": 8}, "padding_mask_crop is given without mask_image"),
+    ({"outpaint": "left=8"}, "outpaint is given without image"),
+    ({"image": "a.png", "mask_image": "m.png", "outpaint": "left=8"}, "outpaint makes its own mask"),
+    ({"image": "a.png", "outpaint": "left=8,left=9"}, "outpaint='left=8,left=9' is not understood; give margins"),
+    ({"image": "a.png", "outpaint": "left=-8"}, "is not understood"),
+    ({"image": "a.png", "overlay": "maybe"}, "overlay='maybe' is not true or false"),
+    ({"image": "a.png", "overlay": 2}, "overlay=2 is not true or false"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_bad_value_is_refused_in_one_line(values, message):
+    with pytest.raises(RequestError) as refused:
+        Request(**{"prompt": "a red circle", **values})
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
+def test_from_row_matches_columns_without_case_and_keeps_the_others():
+    row = {"Prompt": "a cat", "SEED": "7", " Guidance_Scale": "2.5", "width": 64.0, "steps": 3, "class": "cat"}
+    request, extras = Request.from_row(row)
+    assert request == Request(prompt="a cat", seed=7, guidance_scale=2.5, width=64)
+    assert extras == {"steps": 3, "class": "cat"}
+
+
+def test_from_row_takes_the_default_for_an_empty_cell():
+    request, _ = Request.from_row({"prompt": "a", "seed": "", "height": None, "eta": math.nan}, seed=5, eta=0.5)
+    assert request == Request(prompt="a", seed=5, eta=0.5)
+
+
+@pytest.mark.parametrize("row", [{}, {"prompt": ""}, {"prompt": None}, {"prompt": b"bytes"}, {"prompt": ["a"]}])
+def test_from_row_without_a_usable_prompt_is_refused(row):
+    with pytest.raises(RequestError, match="prompt"):
+        Request.from_row(row)
+
+
+def test_from_row_refuses_two_columns_for_one_field():
+    with pytest.raises(RequestError, match="two columns are named 'seed'"):
+        Request.from_row({"prompt": "a", "seed": 1, "Seed": 2})
+
+
+REQUESTS = st.builds(
+    Request,
+    prompt=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip),
+    seed=st.integers(0, MAX_SEED),
+    num_inference_steps=st.integers(1, 1000),
+    guidance_scale=st.floats(0, 100),
+    eta=st.floats(0, 1),
+    width=st.none() | st.integers(1, 512).map(lambda side: side * 8),
+    noise=st.sampled_from(["jax", "torch"]),
+)
+
+
+@given(REQUESTS)
+def test_a_request_survives_text_and_numpy(request):
+    values = json.loads(request.canonical())
+    assert Request(**values) == request
+    assert Request.from_row({key: None if value is None else str(value) for key, value in values.items()})[0] == request
+    as_numpy = {
+        key: np.asarray(value)[()] if isinstance(value, int | float) else value for key, value in values.items()
+    }
+    assert Request(**as_numpy) == request
+
+
+@given(REQUESTS, REQUESTS)
+def test_canonical_text_is_equal_exactly_for_equal_requests(a, b):
+    assert (a.canonical() == b.canonical()) == (a == b)
+    assert dataclasses.replace(a).canonical() == a.canonical()
+
+
+@given(st.dictionaries(st.text(), st.none() | st.text() | st.integers() | st.floats() | st.binary() | st.booleans()))
+def test_any_row_gives_a_request_or_a_request_error(row):
+    try:
+        request, extras = Request.from_row(row)
+    except RequestError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(extras) <= len(row)
+        assert request.prompt.strip()

@@ -1,0 +1,112 @@
+"""`python -m sdjax.sample`: its files, its words, and what an interrupt leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax import Request, sample
+from sdjax.request import field_types
+
+SMALL = ["--num-inference-steps", "2", "--width", "48", "--height", "32"]
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """The folder of a run over two prompts with two images each."""
+    folder = tmp_path_factory.mktemp("sample") / "new" / "folder"
+    prompts = ["a red circle", "ein Kreis, 円"]
+    options = ["--model", str(tiny), "--output", str(folder), "--num-images", "2", "--seed", "7", "--sampler", "euler"]
+    assert sample.main([*prompts, *options, "--negative-prompt", "cat", *SMALL, "--verbose"]) == 0
+    return folder
+
+
+def test_each_image_is_a_png_that_says_how_it_was_made(made):
+    files = sorted(made.glob("[0-9a-f]*.png"))
+    assert len(files) == 4
+    texts = []
+    for file in files:
+        image = Image.open(file)
+        assert image.size == (48, 32)
+        texts.append(image.info["parameters"])
+    for text in texts:
+        assert "Negative prompt: cat\nSteps: 2, Sampler: euler, CFG scale: 7.5, Seed: " in text
+        assert text.endswith("Size: 48x32, Model: tiny")
+    assert sorted((text.split("\n")[0], text.split("Seed: ")[1][0]) for text in texts) == [
+        (prompt, seed) for prompt in ("a red circle", "ein Kreis, 円") for seed in "78"
+    ]
+
+
+def test_the_contact_sheet_holds_every_image(made):
+    assert {path.name for path in made.iterdir()} == {"sheet.png", *(path.name for path in made.glob("[0-9a-f]*.png"))}
+    sheet = np.asarray(Image.open(made / "sheet.png"))
+    assert sheet.shape == (2 * 282 + 8, 2 * 264 + 8, 3)
+    cells = [sheet[8 + y * 282 :, 8 + x * 264 :][:256, :256] for y in range(2) for x in range(2)]
+    assert len({cell.tobytes() for cell in cells}) == 4
+
+
+def test_every_request_field_is_an_option():
+    text = sample.parser().format_help()
+    for name in field_types():
+        assert f"--{name.replace('_', '-')} " in text or name == "prompt", name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed=-1 is out of range; allowed is 0 to 4294967295"),
+        (["--num-images", "0"], "--num-images=0 makes nothing"),
+        (["--width", "100"], "width=100 is not a multiple of 8"),
+        (["--sampler", "magic"], "unknown sampler 'magic'"),
+        (["--seed", "4294967295", "--num-images", "2"], "seed=4294967296 is out of range"),
+        (["--model", "/no/such/folder"], "/no/such/folder is neither a folder, nor a hub id"),
+        (["--batch-size", "0"], "batch_size=0 makes nothing"),
+    ],
+)
+def test_a_bad_call_is_refused_in_one_line_and_writes_nothing(tiny, tmp_path, capsys, arguments, message):
+    output = ["--output", str(tmp_path / "out")]
+    assert sample.main(["a red circle", "--model", str(tiny), *SMALL, *output, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m sdjax.sample: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_command_makes_the_same_files(made, tiny, tmp_path):
+    arguments = ["--model", str(tiny), "--output", str(tmp_path), "--seed", "8", "--sampler", "euler"]
+    assert sample.main(["a red circle", "--negative-prompt", "cat", *arguments, *SMALL]) == 0
+    (file,) = tmp_path.glob("[0-9a-f]*.png")
+    assert (made / file.name).read_bytes() == file.read_bytes()
+    assert Request(prompt="a red circle").seed == 0
+
+
+def test_an_interrupt_leaves_whole_files_only(tiny, tmp_path):
+    command = [sys.executable, "-m", "sdjax.sample", "a red circle", "--num-images", "500", "--model", str(tiny)]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(
+        [*command, *SMALL, "--output", str(tmp_path / "out")],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while len(list((tmp_path / "out").glob("*.png"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "interrupted; the files that are there are whole"
+    files = list((tmp_path / "out").iterdir())
+    assert 3 <= len(files) < 500
+    for file in files:
+        assert file.suffix == ".png"
+        Image.open(file).load()

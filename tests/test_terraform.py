@@ -1,0 +1,85 @@
+"""terraform/: formatted, valid, its own tests pass, and it agrees with the launcher and the job about names.
+
+The providers cannot be downloaded everywhere. A stand-in that knows their schemas may lie beside the checkout, in
+../shared/tools/terraform-offline; without it, the checks that need a provider are skipped.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pipelines.dataflow import Deployment
+from pipelines.machines import MACHINES
+from pipelines.options import GenerateOptions
+
+ROOT = Path(__file__).parents[1]
+TERRAFORM = ROOT / "terraform"
+OFFLINE = ROOT.parent / "shared/tools/terraform-offline/terraform-offline"
+needs_terraform = pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")
+needs_provider = pytest.mark.skipif(
+    shutil.which("terraform") is None or not OFFLINE.exists(), reason="terraform or its offline provider is not at hand"
+)
+
+
+def run(*command) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_terraform
+def test_formatted():
+    run("terraform", f"-chdir={TERRAFORM}", "fmt", "-check", "-diff", "-recursive")
+
+
+@needs_provider
+def test_valid():
+    assert "The configuration is valid" in run(OFFLINE, TERRAFORM)
+
+
+@needs_provider
+def test_its_own_tests_pass():
+    printed = run(OFFLINE, TERRAFORM, "test", "-no-color")
+    assert re.search(r"\b[1-9][0-9]* passed, 0 failed", printed), printed
+
+
+@pytest.mark.slow
+def test_policy_checks_find_nothing():
+    checkov = shutil.which("checkov")
+    if checkov is None:
+        pytest.skip("checkov is not installed; it wants an environment of its own")
+    run(checkov, "-d", TERRAFORM, "--framework", "terraform", "--skip-download", "--compact", "--quiet")
+
+
+def test_outputs_are_what_the_launcher_reads():
+    """And one more, for signing in as the launcher."""
+    outputs = set(re.findall(r'^output "(\w+)"', (TERRAFORM / "outputs.tf").read_text(), re.MULTILINE))
+    read = {field.name for field in dataclasses.fields(Deployment)}
+    assert outputs == read | {"launcher_service_account"}
+
+
+def test_template_declares_every_option_of_the_job():
+    metadata = json.loads((TERRAFORM / "flex-template-metadata.json").read_text())
+    declared = {parameter["name"]: parameter for parameter in metadata["parameters"]}
+    own = set(GenerateOptions([]).get_all_options(current_only=True)) - {"overwrite"}  # a flag has no value to pass
+    beams = {"disk_size_gb", "number_of_worker_harness_threads", "sdk_location", "worker_zone"}
+    assert set(declared) == own | beams
+    assert [name for name, parameter in declared.items() if not parameter.get("isOptional")] == ["prompts", "output"]
+    for parameter in declared.values():
+        assert parameter["label"]
+        assert parameter["helpText"].endswith(".")
+        for regex in parameter.get("regexes", []):
+            re.compile(regex)
+
+
+def test_example_jobs_name_real_machines():
+    for example in sorted(TERRAFORM.glob("examples/*/main.tf")):
+        text = example.read_text()
+        machine = MACHINES[re.search(r'machine_type = "(.*)"', text)[1]]
+        assert machine.worker_accelerator == re.search(r'accelerator  = "(.*)"', text)[1]
+        assert machine.target == re.search(r'target       = "(.*)"', text)[1]
