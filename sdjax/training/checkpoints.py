@@ -1,0 +1,31 @@
+"""Checkpoints of a run: the whole state, by orbax, written whole or not at all."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from sdjax.training.step import State
+
+
+class Checkpoints:
+    """The last few states of a run, in a folder."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        # Synchronous: a state is donated to the next step, and these are written seldom.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, state: State) -> None:
+        """Write a state that has no device axis, under its step; a step that is there already is left."""
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    def latest(self, like: State) -> State | None:
+        """Return the last state that was written whole, or None; `like` gives shapes and dtypes."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like._asdict())
+        return State(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))

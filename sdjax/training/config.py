@@ -1,0 +1,170 @@
+"""The training configuration: a TOML file as strict dataclasses. No JAX here.
+
+A key that is unknown or of the wrong type is an error that names it. The `[model]` tables hold the keys of the
+components' own config.json files and are checked by `sdjax.config`.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+class TrainConfigError(ValueError):
+    """A training configuration that cannot be used; the message is one line naming the key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where examples come from: exactly one of `folder`, `shards` and `generator`."""
+
+    folder: str | None = None  # images with metadata.jsonl or .txt captions: a folder or an fsspec URL
+    shards: str | None = None  # WebDataset tar files: a path or fsspec URL, with * ? [] patterns
+    generator: str | None = None  # "module:Class", a source made from `options`
+    options: dict[str, Any] = field(default_factory=dict)
+    size: int = 512  # images are cut and scaled to size x size
+    workers: int = 2
+    cache_latents: bool = False  # encode the whole data set once before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with a linear warm-up, a constant rate and a linear decay to zero over the last `decay_steps`."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0  # on matrices and kernels only
+    clip_norm: float | None = 1.0  # of the whole gradient
+    accumulate: int = 1  # a step's batch is worked off in this many parts
+    ema_decay: float = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """The UNet's objective; epsilon or v is what the scheduler's `prediction_type` says."""
+
+    min_snr_gamma: float | None = None
+    offset_noise: float = 0.0
+    caption_dropout: float = 0.1
+    train_text_encoder: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """The VAE's objective: absolute and squared error, and the weights of that of its edges and of KL."""
+
+    edges: float = 0.0
+    kl: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Components to make from scratch, by the keys of their config.json; the others come from `init`."""
+
+    unet: dict[str, Any] | None = None
+    vae: dict[str, Any] | None = None
+    text_encoder: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    tokenizer: dict[str, int] | None = None  # merges, max_length: trained on the captions of the data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training run."""
+
+    task: Literal["vae", "unet"]
+    output: str
+    steps: int
+    batch_size: int  # of all devices and accumulated parts together
+    data: Data
+    init: str | None = None  # a checkpoint in the diffusers layout
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer are float32
+    remat: bool = False  # gradient checkpointing of the UNet: each block is computed again in the backward pass
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    diffusion: Diffusion = Diffusion()
+    reconstruction: Reconstruction = Reconstruction()
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    sheet_every: int = 1000
+    sheet_prompts: tuple[str, ...] = ()
+
+
+def load(path: str | Path, **overrides: Any) -> Train:
+    """Read a TOML file; `overrides` replace top-level keys where they are not None.
+
+    Raises:
+        TrainConfigError: the file, or a key of it, cannot be used.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TrainConfigError(f"{path} is not there; configs/ holds examples") from None
+    except tomllib.TOMLDecodeError as error:
+        raise TrainConfigError(f"{path} is not TOML: {error}") from None
+    config = build(Train, table | {key: value for key, value in overrides.items() if value is not None})
+    check(config)
+    return config
+
+
+def build(kind: Any, value: Any, name: str = "") -> Any:
+    """Return `value` as `kind`: a dataclass from a table, or a checked value."""
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TrainConfigError(f"{name} is a table, not {value!r}")
+        hints, prefix = typing.get_type_hints(kind), f"{name}." if name else ""
+        if unknown := sorted(set(value) - set(hints)):
+            raise TrainConfigError(f"{prefix}{unknown[0]} is no option; there are {', '.join(sorted(hints))}")
+        required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}  # both MISSING
+        if missing := sorted(required - set(value)):
+            raise TrainConfigError(f"{prefix}{missing[0]} is missing")
+        made: Any = kind
+        return made(**{key: build(hints[key], item, prefix + key) for key, item in value.items()})
+    if isinstance(kind, types.UnionType):  # "X | None"
+        return build(kind.__args__[0], value, name)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise TrainConfigError(f"{name} is {value!r}; it can be {' or '.join(map(repr, arguments))}")
+        return value
+    if origin is dict and isinstance(value, dict):
+        return {
+            key: item if arguments[1] is Any else build(arguments[1], item, f"{name}.{key}")
+            for key, item in value.items()
+        }
+    if origin is tuple and isinstance(value, list):
+        return tuple(build(arguments[0], item, name) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not (origin or kind):
+        raise TrainConfigError(f"{name} is {value!r}; it must be of type {(origin or kind).__name__}")
+    return value
+
+
+def check(config: Train) -> None:
+    """Raise TrainConfigError where values do not go together."""
+    if sum(source is not None for source in (config.data.folder, config.data.shards, config.data.generator)) != 1:
+        raise TrainConfigError("data must name exactly one of folder, shards and generator")
+    positive = {"steps": config.steps, "batch_size": config.batch_size, "data.size": config.data.size}
+    positive |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every}
+    positive |= {"sheet_every": config.sheet_every, "keep_checkpoints": config.keep_checkpoints}
+    positive |= {"optimizer.accumulate": config.optimizer.accumulate, "data.workers": config.data.workers}
+    for name, value in positive.items():
+        if value < 1:
+            raise TrainConfigError(f"{name} is {value}; it must be at least 1")
+    for name, value in {
+        "diffusion.caption_dropout": config.diffusion.caption_dropout,
+        "optimizer.ema_decay": config.optimizer.ema_decay,
+    }.items():
+        if not 0 <= value <= 1:
+            raise TrainConfigError(f"{name} is {value}; it must lie between 0 and 1")
+    if config.optimizer.warmup_steps + config.optimizer.decay_steps > config.steps:
+        raise TrainConfigError("optimizer.warmup_steps and decay_steps together are more than steps")

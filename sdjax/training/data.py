@@ -1,0 +1,266 @@
+"""Sources of training examples, and batches of them in an order that is a function of the step.
+
+A source is a sequence: `len`, `image(index)` and `caption(index, rng)`. Because any example can be asked for by its
+number, the batch of any step can be made without having made those before it, which is what exact resumption needs.
+"""
+
+import importlib
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import fsspec
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sdjax.training import scenes
+from sdjax.training.config import Data
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+_CAPTIONS = ("text", "caption", "prompt")  # the columns of metadata.jsonl that are taken, the first that is there
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message is one line naming the file."""
+
+
+class Source(Protocol):
+    """A captioned image data set."""
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]: ...
+    def caption(self, index: int, rng: np.random.Generator) -> str: ...
+
+
+class Scenes:
+    """`count` training scenes of `sdjax.training.scenes`; a caption is phrased anew at each visit.
+
+    With `closeup`, pictures are drawn at that size and a window of `size` around the first thing is cut out of them: an
+    autoencoder learns outlines from a quarter of the pixels.
+    """
+
+    def __init__(self, size: int, count: int, seed: int = 0, closeup: int | None = None) -> None:
+        self._size, self._count, self._seed, self._closeup = size, count, seed, closeup
+
+    def __len__(self) -> int:
+        return self._count
+
+    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        scene = scenes.scene(index, self._seed)
+        if self._closeup is None:
+            return scenes.draw(scene, self._size)
+        thing, most = scene.things[0], self._closeup - self._size
+        left, top = (min(max(round(at * self._closeup - self._size / 2), 0), most) for at in (thing.x, thing.y))
+        return scenes.draw(scene, self._closeup)[top : top + self._size, left : left + self._size]
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        return scenes.caption(scenes.scene(index, self._seed), rng)
+
+
+class Folder:
+    """Images below a folder or fsspec URL, captioned by metadata.jsonl (`file_name`, `text`) or by .txt files."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._fs, root = fsspec.core.url_to_fs(url)
+        self._size, self._url = size, url
+        table = posixpath.join(root, "metadata.jsonl")
+        if self._fs.isfile(table):
+            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl")
+            self._files = [(posixpath.join(root, name), caption) for name, caption in rows]
+        else:
+            images = sorted(path for path in self._fs.find(root) if path.lower().endswith(_IMAGES))
+            self._files = [(path, None) for path in images]
+        if not self._files:
+            raise DataError(f"{url} holds no image ({', '.join(_IMAGES)})")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        path, _ = self._files[index]
+        return _decode(self._read(path), self._size, path)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        path, caption = self._files[index]
+        return self._read(posixpath.splitext(path)[0] + ".txt").decode().strip() if caption is None else caption
+
+    def _read(self, path: str) -> bytes:
+        try:
+            return self._fs.cat_file(path)
+        except FileNotFoundError:
+            raise DataError(f"{path} is not there; {self._url} needs it as an image or a caption") from None
+
+
+class _Span(NamedTuple):
+    """The bytes of one file inside a tar."""
+
+    shard: str
+    start: int
+    stop: int
+
+
+class Shards:
+    """WebDataset tar files at a path or fsspec URL (`*`, `?`, `[]`): `key.png|jpg|webp` beside `key.txt`.
+
+    The tars are walked once, header by header, and examples are then read by their place in the tar.
+    """
+
+    def __init__(self, pattern: str, size: int) -> None:
+        self._fs, path = fsspec.core.url_to_fs(pattern)
+        self._size = size
+        shards = sorted(str(shard) for shard in self._fs.glob(path)) if any(c in path for c in "*?[") else [path]
+        self._examples = [example for shard in shards for example in self._index(shard)]
+        if not self._examples:
+            raise DataError(f"{pattern} holds no image with a .txt caption beside it")
+
+    def _index(self, shard: str) -> Iterator[tuple[_Span, _Span]]:
+        found: dict[str, dict[str, _Span]] = {}
+        try:
+            with self._fs.open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+                for member in tar:
+                    key, dot, extension = member.name.partition(".")
+                    span = _Span(shard, member.offset_data, member.offset_data + member.size)
+                    found.setdefault(key, {})[dot + extension.lower()] = span
+        except FileNotFoundError:
+            raise DataError(f"{shard} is not there") from None
+        except tarfile.TarError:
+            raise DataError(f"{shard} is not a tar file") from None
+        for parts in found.values():
+            image = next((parts[extension] for extension in _IMAGES if extension in parts), None)
+            if image is not None and ".txt" in parts:
+                yield image, parts[".txt"]
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        span = self._examples[index][0]
+        return _decode(self._read(span), self._size, f"an image of {span.shard}")
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        return self._read(self._examples[index][1]).decode().strip()
+
+    def _read(self, span: _Span) -> bytes:
+        return self._fs.cat_file(span.shard, span.start, span.stop)
+
+
+def open_source(data: Data) -> Source:
+    """Return the source that the configuration names.
+
+    Raises:
+        DataError: it is not there, or holds nothing that can be trained on.
+    """
+    if data.folder is not None:
+        return Folder(data.folder, data.size)
+    if data.shards is not None:
+        return Shards(data.shards, data.size)
+    module, _, name = (data.generator or "").partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        raise DataError(f'data.generator {data.generator!r} cannot be imported; write "module:Class"') from None
+    try:
+        return kind(size=data.size, **data.options)
+    except TypeError as error:
+        raise DataError(f"data.options do not fit {data.generator}: {error}") from None
+
+
+def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(content.decode().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            yield row["file_name"], next(row[column] for column in _CAPTIONS if column in row)
+        except (ValueError, KeyError, TypeError, StopIteration):
+            raise DataError(f"{what} line {number} needs file_name and one of {', '.join(_CAPTIONS)}") from None
+
+
+def _decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size 3"]:
+    """Decode an image, over white where it is transparent, and cut the largest centred square to size x size."""
+    try:
+        picture = Image.open(io.BytesIO(content))
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (UnidentifiedImageError, OSError):
+        raise DataError(f"{what} is not an image that can be read") from None
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture)
+    return np.asarray(ImageOps.fit(ground.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, " length"]:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def indices(step: int, batch_size: int, length: int, seed: int) -> Int[np.ndarray, " batch"]:
+    """Return which examples step `step` sees: each epoch is one permutation, and batches run on across epochs."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    return np.array([_permutation(length, seed, int(place) // length)[place % length] for place in places])
+
+
+class Batch(NamedTuple):
+    """The examples of one step; `captions` may be empty strings where the caption was dropped."""
+
+    indices: Int[np.ndarray, " batch"]
+    pixels: UInt8[np.ndarray, "batch size size 3"] | None
+    captions: list[str]
+
+
+class Loader:
+    """Batches by step, made ahead of time by threads.
+
+    Args:
+        source: the data set.
+        batch_size: examples a step.
+        seed: of the order, the captions' phrasing and their dropout.
+        images, captions: whether to read them.
+        caption_dropout: the part of captions that become empty.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        *,
+        images: bool = True,
+        captions: bool = True,
+        caption_dropout: float = 0.0,
+        workers: int = 2,
+    ) -> None:
+        self._source, self._batch_size, self._seed = source, batch_size, seed
+        self._images, self._captions, self._dropout = images, captions, caption_dropout
+        self._workers = workers
+
+    def batch(self, step: int) -> Batch:
+        """Make the batch of a step."""
+        chosen = indices(step, self._batch_size, len(self._source), self._seed)
+        captions = []
+        for place, index in enumerate(chosen if self._captions else []):
+            rng = np.random.default_rng([self._seed, step, place])
+            dropped = rng.random() < self._dropout
+            caption = self._source.caption(int(index), rng)
+            captions.append("" if dropped else caption)
+        pixels = np.stack([self._source.image(int(index)) for index in chosen]) if self._images else None
+        return Batch(chosen, pixels, captions)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield the batches of the steps from `start` to before `stop`, a few made ahead."""
+        with ThreadPoolExecutor(self._workers) as pool:
+            ahead = [pool.submit(self.batch, step) for step in range(start, min(stop, start + 2 * self._workers))]
+            try:
+                for step in range(start, stop):
+                    batch = ahead.pop(0).result()
+                    if step + 2 * self._workers < stop:
+                        ahead.append(pool.submit(self.batch, step + 2 * self._workers))
+                    yield batch
+            finally:
+                for future in ahead:
+                    future.cancel()

@@ -1,0 +1,60 @@
+"""Latents of a whole data set, made once, and how large they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float16
+from tqdm import tqdm
+
+from sdjax.training.networks import bind
+from sdjax.training.objective import to_unit
+
+if TYPE_CHECKING:
+    from sdjax.training.loop import Run
+
+_BATCH = 64
+_SAMPLE = 512  # images that the scaling factor is measured on
+
+
+def _encoder(run: Run):
+    """The function uint8 [batch, h, w, 3] -> mean and logvar [batch, h / f, w / f, 2 c], on the first device."""
+    module = run.networks.modules["vae"]
+    params = run.state.ema["vae"] if run.config.task == "vae" else run.networks.params["vae"]
+
+    @jax.jit
+    def moments(params, pixels):
+        return jnp.concatenate(bind(module, params).encode(to_unit(pixels)), axis=-1)
+
+    return lambda pixels: np.asarray(moments(params, pixels), np.float32)
+
+
+def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
+    """Return the latent's mean and logvar of every example, made at the first call and kept in the run's folder."""
+    path, unfinished = run.folder / "latents.npy", run.folder / "latents.part.npy"
+    if not path.exists():
+        encode, count = _encoder(run), len(run.source)
+        store = None
+        for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
+            chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
+            part = encode(np.stack([run.source.image(int(index)) for index in chosen])).astype(np.float16)
+            if store is None:
+                store = np.lib.format.open_memmap(unfinished, "w+", np.float16, (count, *part.shape[1:]))
+            store[start : start + _BATCH] = part[: count - start]
+        del store
+        unfinished.rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def scaling_factor(run: Run) -> float:
+    """Return what makes the standard deviation of the data set's latents 1 (Rombach et al. 2022, appendix G)."""
+    encode, count = _encoder(run), len(run.source)
+    parts = [
+        encode(np.stack([run.source.image(index % count) for index in range(start, start + _BATCH)]))
+        for start in range(0, _SAMPLE, _BATCH)
+    ]
+    means = np.split(np.concatenate(parts), 2, axis=-1)[0]
+    return round(float(1 / means.std()), 5)

@@ -1,0 +1,161 @@
+"""A training run from its configuration to its exported model."""
+
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from sdjax.config import VAEConfig
+from sdjax.parallel import Devices
+from sdjax.sampling.schedule import Schedule
+from sdjax.training import latents, objective
+from sdjax.training.checkpoints import Checkpoints
+from sdjax.training.config import Train, TrainConfigError
+from sdjax.training.data import Batch, Loader, Source, open_source
+from sdjax.training.metrics import Metrics
+from sdjax.training.networks import Networks, Params, prepare
+from sdjax.training.sheet import Sheet
+from sdjax.training.step import State, initial, make_step, parts
+
+
+class Run:
+    """A run with its networks, ready to be trained or exported.
+
+    Args:
+        config: what to do.
+        devices: None takes all local devices.
+
+    Raises:
+        TrainConfigError, DataError, CheckpointError, ConfigError: something of the configuration cannot be used.
+    """
+
+    def __init__(self, config: Train, devices: Devices | None = None) -> None:
+        self.config = config
+        self.folder = Path(config.output)
+        self.devices = devices or Devices()
+        pieces = len(self.devices) * config.optimizer.accumulate
+        if config.batch_size % pieces:
+            raise TrainConfigError(
+                f"batch_size is {config.batch_size}; {len(self.devices)} devices and optimizer.accumulate "
+                f"{config.optimizer.accumulate} need a multiple of {pieces}"
+            )
+        self.source: Source = open_source(config.data)
+        self.networks: Networks = prepare(config, self.source)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
+        trained = {"vae"} if config.task == "vae" else {"unet"}
+        if config.diffusion.train_text_encoder and config.task == "unet":
+            trained.add("text_encoder")
+        params = self.networks.params
+        self.frozen: dict[str, Params] = {name: params[name] for name in params if name not in trained}
+        fresh = initial({name: params[name] for name in sorted(trained)}, config.optimizer, config.steps)
+        self.state = self.checkpoints.latest(fresh) or fresh
+
+    def train(self, stop: threading.Event | None = None) -> bool:
+        """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end."""
+        config, devices = self.config, self.devices
+        cache = latents.cached(self) if config.task == "unet" and config.data.cache_latents else None
+        tokenizer = self.networks.tokenizer() if config.task == "unet" else None
+        loader = Loader(
+            self.source,
+            config.batch_size,
+            config.seed,
+            images=cache is None,
+            captions=tokenizer is not None,
+            caption_dropout=config.diffusion.caption_dropout,
+            workers=config.data.workers,
+        )
+
+        def arrays(batch: Batch) -> dict[str, np.ndarray]:
+            result = {"place": np.arange(config.batch_size, dtype=np.int32)}
+            if tokenizer is not None:
+                result["ids"] = tokenizer(batch.captions)[0]
+            if cache is not None:
+                result["moments"] = cache[batch.indices]
+            if batch.pixels is not None:
+                result["pixels"] = batch.pixels
+            return result
+
+        step = make_step(
+            self._objective(),
+            config.optimizer,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            devices=devices,
+        )
+        start = int(self.state.step)
+        metrics = Metrics(self.folder, start)
+        sheet = Sheet(self)
+        state, frozen = self._replicated(self.state), self._replicated(self.frozen)
+        pending: list[tuple[int, Mapping[str, Any]]] = []
+        progress = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
+        since, done = time.perf_counter(), start
+        finished = True
+        for number, batch in enumerate(loader.batches(start, config.steps), start + 1):
+            state, values = step(state, frozen, parts(arrays(batch), config.optimizer.accumulate, devices))
+            pending.append((number, values))
+            finished = number == config.steps
+            stopped = stop is not None and stop.is_set()
+            saving = number % config.checkpoint_every == 0 or finished or stopped
+            if number % config.log_every == 0 or saving:
+                rows = [{"step": at, **{name: float(v[0]) for name, v in row.items()}} for at, row in pending]
+                speed = (number - done) * config.batch_size / (time.perf_counter() - since)
+                metrics.write(rows, speed)
+                progress.update(number - done)
+                progress.set_postfix_str(f"loss {np.mean([row['loss'] for row in rows]):.4f}, {speed:.1f} images/s")
+                pending, done = [], number
+                if not np.isfinite(rows[-1]["loss"]):
+                    raise FloatingPointError(f"the loss is {rows[-1]['loss']} at step {number}")
+            if saving:
+                self.state = _first(state)
+                self.checkpoints.save(self.state)
+            if number % config.sheet_every == 0 or finished:
+                self.state = _first(state)
+                sheet.write(number)
+            if number % config.log_every == 0 or saving:
+                since = time.perf_counter()
+            if stopped and not finished:
+                break
+        progress.close()
+        return finished
+
+    def export(self, folder: Path, dtype: str | None = None) -> None:
+        """Write the averaged model as a checkpoint in the diffusers layout, in place of one that is there.
+
+        A model card, README.md, is kept.
+        """
+        if self.config.task == "vae":
+            self.networks.configs["vae"]["scaling_factor"] = latents.scaling_factor(self)
+        card = folder / "README.md"
+        text = card.read_text(encoding="utf-8") if card.exists() else None
+        shutil.rmtree(folder, ignore_errors=True)
+        self.networks.export(folder, self.state.ema, dtype)
+        if text is not None:
+            card.write_text(text, encoding="utf-8")
+
+    def _objective(self) -> objective.Objective:
+        config, modules = self.config, self.networks.modules
+        if config.task == "vae":
+            return objective.reconstruction(modules, config.reconstruction)
+        return objective.denoising(
+            modules,
+            Schedule.from_config(self.networks.scheduler),
+            config.diffusion,
+            scaling_factor=VAEConfig.from_dict(self.networks.configs["vae"]).scaling_factor,
+            batch_size=config.batch_size,
+        )
+
+    def _replicated(self, tree: Any) -> Any:
+        # Copied: what a step gives up must not be shared with the host's arrays.
+        return jax.tree.map(lambda leaf: self.devices.replicate(np.array(leaf)), tree)
+
+
+def _first(state: State) -> State:
+    """The state without its device axis, on the host."""
+    return jax.tree.map(lambda leaf: np.array(leaf[0]), state)

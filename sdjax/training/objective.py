@@ -1,0 +1,109 @@
+"""What is minimised: the VAE's reconstruction, the UNet's denoising. Losses are per example, in float32.
+
+Everything random is drawn from a key and the example's place in the whole batch, so a loss depends neither on the
+number of devices nor on how a batch is cut into parts.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from sdjax.sampling.schedule import Schedule
+from sdjax.training.config import Diffusion, Reconstruction
+from sdjax.training.networks import Params, bind
+
+Losses = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
+# (trained parameters, other parameters, arrays of the batch, the step's key) -> losses, and other numbers to report
+Objective = Callable[[dict[str, Params], dict[str, Params], Mapping[str, Any], Any], Losses]
+
+
+def to_unit(pixels: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
+    """sRGB bytes to the range -1 to 1."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
+
+
+def _mean(x: Float[Array, "batch ..."]) -> Float[Array, " batch"]:
+    return x.astype(jnp.float32).mean(axis=tuple(range(1, x.ndim)))
+
+
+def _normal(key: Any, places: Int[Array, " batch"], shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
+    """Unit normals of `shape` for each example, a function of its place in the whole batch."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def reconstruction(modules: Mapping[str, nnx.Module], options: Reconstruction) -> Objective:
+    """The VAE's objective on `pixels` uint8 [batch, h, w, 3].
+
+    Mean absolute plus mean squared error; `edges` times the mean absolute error of the differences between neighbouring
+    pixels on both axes, without which small shapes come out soft; `kl` times the mean over the latent of its KL
+    divergence from a unit normal (Kingma & Welling 2013).
+    """
+
+    def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
+        vae = bind(modules["vae"], trained["vae"])
+        x = to_unit(batch["pixels"])
+        mean, logvar = (part.astype(jnp.float32) for part in vae.encode(x))
+        noise = _normal(key, batch["place"], mean.shape[1:])
+        error = vae.decode(mean + jnp.exp(0.5 * logvar) * noise).astype(jnp.float32) - x
+        edges = _mean(jnp.abs(jnp.diff(error, axis=1))) + _mean(jnp.abs(jnp.diff(error, axis=2)))
+        kl = 0.5 * _mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+        absolute, square = _mean(jnp.abs(error)), _mean(error**2)
+        total = absolute + square + options.edges * edges + options.kl * kl
+        return total, {"absolute": absolute, "square": square, "edges": edges, "kl": kl}
+
+    return loss
+
+
+def denoising(
+    modules: Mapping[str, nnx.Module],
+    schedule: Schedule,
+    options: Diffusion,
+    *,
+    scaling_factor: float,
+    batch_size: int,
+) -> Objective:
+    """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, length].
+
+    The mean squared error of the schedule's epsilon or v (Salimans & Ho 2022), with min-SNR weights (Hang et al. 2023)
+    where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random shift
+    (Kingma et al. 2021), which leaves each one uniform and makes the loss less noisy. `offset_noise` adds that much
+    noise that is constant over the picture.
+    """
+    alphas = jnp.asarray(np.sqrt(schedule.alphas_cumprod), jnp.float32)
+    sigmas = jnp.asarray(np.sqrt(1 - schedule.alphas_cumprod), jnp.float32)
+    predicts_v = schedule.prediction_type == "v_prediction"
+
+    def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
+        networks = {name: bind(modules[name], params) for name, params in (frozen | trained).items()}
+        key_latent, key_time, key_noise, key_offset = jax.random.split(key, 4)
+        place = batch["place"]
+        if "moments" in batch:
+            mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+        else:
+            mean, logvar = (part.astype(jnp.float32) for part in networks["vae"].encode(to_unit(batch["pixels"])))
+        x = (mean + jnp.exp(0.5 * logvar) * _normal(key_latent, place, mean.shape[1:])) * scaling_factor
+
+        part = (jax.random.uniform(key_time) + place / batch_size) % 1
+        t = jnp.minimum((part * len(alphas)).astype(jnp.int32), len(alphas) - 1)
+        alpha, sigma = alphas[t][:, None, None, None], sigmas[t][:, None, None, None]
+        noise = _normal(key_noise, place, x.shape[1:])
+        if options.offset_noise:
+            noise += options.offset_noise * _normal(key_offset, place, (1, 1, x.shape[-1]))
+        target = alpha * noise - sigma * x if predicts_v else noise
+
+        context = networks["text_encoder"](batch["ids"]).last_hidden_state
+        output = networks["unet"](alpha * x + sigma * noise, t.astype(jnp.float32), context)
+        error = _mean((output.astype(jnp.float32) - target) ** 2)
+        weight = jnp.ones_like(error)
+        if options.min_snr_gamma is not None:
+            snr = (alphas[t] / sigmas[t]) ** 2
+            weight = jnp.minimum(snr, options.min_snr_gamma) / (snr + 1 if predicts_v else snr)
+        return weight * error, {"error": error}
+
+    return loss

@@ -1,0 +1,39 @@
+"""The bundled model: small, whole, and it draws what it is told. The full table is in its model card."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from transformers import CLIPTokenizer
+
+from sdjax.generate import StableDiffusion
+from sdjax.spec import BUNDLED
+from sdjax.training import config, evaluate
+
+FOLDER = Path(BUNDLED)
+
+
+def test_it_is_small_and_float16():
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) < 12e6
+    for path in FOLDER.glob("*/*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        assert {tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"} == {"F16"}
+
+
+def test_it_is_what_its_configurations_make():
+    configs = Path(__file__).parents[2] / "configs"
+    vae, unet = (config.load(configs / f"bundled-{name}.toml").model for name in ("vae", "unet"))
+    for name, table in {"vae": vae.vae, "unet": unet.unet, "text_encoder": unet.text_encoder}.items():
+        assert table is not None
+        assert table.items() <= json.loads((FOLDER / name / "config.json").read_text()).items()
+    assert unet.scheduler == json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text())
+    assert unet.tokenizer is not None
+    assert CLIPTokenizer.from_pretrained(FOLDER / "tokenizer").model_max_length == unet.tokenizer["max_length"]
+
+
+@pytest.fixture(scope="module")
+def counts():
+    pipe = StableDiffusion.from_pretrained(batch_size=12, devices=jax.devices()[:1])
+    return evaluate.measure(pipe, evaluate.held_out(24), num_inference_steps=20)[0]

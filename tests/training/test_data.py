@@ -1,0 +1,181 @@
+"""Data sources read what other tools write, and the order of examples is a function of the step."""
+
+import io
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sdjax.training import scenes
+from sdjax.training.config import Data
+from sdjax.training.data import DataError, Loader, Scenes, indices, open_source
+
+RNG = np.random.default_rng(0)
+PICTURES = {f"{number:03d}": scenes.draw(scenes.scene(number), 24) for number in range(5)}
+
+
+def _png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def _folder(root):
+    fs, path = fsspec.core.url_to_fs(root)
+    for key, pixels in PICTURES.items():
+        fs.pipe_file(f"{path}/{key}.png", _png(pixels))
+        fs.pipe_file(f"{path}/{key}.txt", f" picture {key}\n".encode())
+    return root
+
+
+def _read(source):
+    return {source.caption(i, RNG): source.image(i) for i in range(len(source))}
+
+
+def _same(found, names=lambda key: f"picture {key}"):
+    assert set(found) == {names(key) for key in PICTURES}
+    for key, pixels in PICTURES.items():
+        np.testing.assert_array_equal(found[names(key)], pixels)
+
+
+@pytest.mark.parametrize("url", ["file", "memory"])
+def test_a_folder_with_captions_beside_its_images(url, tmp_path):
+    root = _folder(str(tmp_path) if url == "file" else "memory://captions")
+    _same(_read(open_source(Data(folder=root, size=24))))
+
+
+def test_a_folder_with_metadata(tmp_path):
+    _folder(str(tmp_path))
+    rows = [{"file_name": f"{key}.png", "text": f"row {key}"} for key in PICTURES]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    _same(_read(open_source(Data(folder=str(tmp_path), size=24))), lambda key: f"row {key}")
+
+
+def _shards(folder):
+    with webdataset.ShardWriter(f"{folder}/%04d.tar", maxcount=2, verbose=0) as writer:
+        for key, pixels in PICTURES.items():
+            writer.write({"__key__": key, "png": _png(pixels), "txt": f"picture {key}", "json": {"a": 1}})
+
+
+def test_webdataset_shards(tmp_path):
+    _shards(tmp_path)
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+    _same(_read(open_source(Data(shards=f"{tmp_path}/*.tar", size=24))))
+    one = open_source(Data(shards=f"{tmp_path}/0001.tar", size=24))
+    assert [one.caption(i, RNG) for i in range(len(one))] == ["picture 002", "picture 003"]
+
+
+def test_webdataset_shards_of_a_url(tmp_path):
+    _shards(tmp_path)
+    fs = fsspec.filesystem("memory")
+    for path in tmp_path.glob("*.tar"):
+        fs.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    _same(_read(open_source(Data(shards="memory://bucket/0*.tar", size=24))))
+
+
+def test_images_are_cut_to_a_square_and_made_opaque(tmp_path):
+    wide = np.zeros((10, 30, 4), np.uint8)
+    wide[:, 10:20] = (255, 0, 0, 255)
+    Image.fromarray(wide, "RGBA").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    assert (open_source(Data(folder=str(tmp_path), size=10)).image(0) == (255, 0, 0)).all()
+    Image.fromarray(np.zeros_like(wide), "RGBA").save(tmp_path / "a.png")
+    assert (open_source(Data(folder=str(tmp_path), size=4)).image(0) == 255).all()
+
+
+def test_a_generator_named_in_the_configuration():
+    source = open_source(Data(generator="sdjax.training.data:Scenes", options={"count": 7, "seed": 3}, size=32))
+    assert len(source) == 7
+    np.testing.assert_array_equal(source.image(2), scenes.draw(scenes.scene(2, 3), 32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folder": "{tmp}/empty"}, "holds no image"),
+        ({"shards": "{tmp}/none-*.tar"}, "holds no image with a .txt"),
+        ({"shards": "{tmp}/none.tar"}, "none.tar is not there"),
+        ({"shards": "{tmp}/bad.tar"}, "bad.tar is not a tar file"),
+        ({"generator": "sdjax.training.data:None_"}, "cannot be imported"),
+        ({"generator": "nothing"}, "cannot be imported"),
+        ({"generator": "sdjax.training.data:Scenes"}, "options do not fit"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(tmp_path, options, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(DataError, match=message):
+        open_source(Data(**{key: value.format(tmp=tmp_path) for key, value in options.items()}))
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    source = open_source(Data(folder=str(tmp_path), size=8))
+    with pytest.raises(DataError, match=r"a\.png is not an image"):
+        source.image(0)
+    with pytest.raises(DataError, match=r"a\.txt is not there"):
+        source.caption(0, RNG)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 1 needs file_name and one of"):
+        open_source(Data(folder=str(tmp_path), size=8))
+
+
+def test_a_tar_with_images_alone_has_no_examples(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    with pytest.raises(DataError, match="holds no image with"):
+        open_source(Data(shards=str(tmp_path / "a.tar")))
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
+def test_each_epoch_shows_every_example_once(length, batch_size, seed):
+    steps = -(-3 * length // batch_size)
+    seen = np.concatenate([indices(step, batch_size, length, seed) for step in range(steps)])[: 3 * length]
+    for epoch in seen.reshape(3, length):
+        assert sorted(epoch) == list(range(length))
+
+
+def test_batches_do_not_depend_on_where_one_starts():
+    loader = Loader(Scenes(16, 50), 8, seed=1, caption_dropout=0.3)
+    whole = list(loader.batches(0, 12))
+    later = list(loader.batches(7, 12))
+    assert len(whole) == 12
+    for a, b in zip(whole[7:], later, strict=True):
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+        np.testing.assert_array_equal(a.indices, b.indices)
+        assert a.captions == b.captions
+    assert {tuple(batch.captions) for batch in whole} != {tuple(whole[0].captions)}
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    for share in (0.0, 0.25, 1.0):
+        loader = Loader(Scenes(16, 500), 50, seed=0, images=False, caption_dropout=share)
+        empty = np.mean([caption == "" for batch in loader.batches(0, 20) for caption in batch.captions])
+        assert abs(empty - share) < 0.04
+
+
+def test_what_is_not_needed_is_not_read():
+    class Blind(Scenes):
+        def image(self, index):
+            raise AssertionError
+
+    batch = next(Loader(Blind(16, 10), 2, 0, images=False).batches(0, 1))
+    assert batch.pixels is None
+    assert next(Loader(Scenes(16, 10), 2, 0, captions=False).batches(0, 1)).captions == []
+
+
+def test_an_error_of_the_source_arrives():
+    class Broken(Scenes):
+        def image(self, index):
+            raise DataError("broken")
+
+    with pytest.raises(DataError, match="broken"):
+        list(Loader(Broken(16, 10), 2, 0).batches(0, 3))

@@ -1,0 +1,49 @@
+"""The measurement of a model: what it asks for is held out, and what it counts is what the checker says."""
+
+import numpy as np
+import pytest
+
+from sdjax.generate import Result
+from sdjax.training import evaluate, scenes
+
+
+class Painter:
+    """Stands in for a model: paints the scene that was asked for, but for every `miss`th, which stays empty."""
+
+    def __init__(self, asked, miss):
+        self._scenes, self._miss = [scene for scene, _ in asked], miss
+
+    def stream(self, requests):
+        for number, request in enumerate(requests):
+            assert request.seed == number
+            pixels = scenes.draw(self._scenes[number])
+            yield Result(request, "", np.full_like(pixels, pixels[0, 0]) if number % self._miss == 0 else pixels)
+
+
+def test_what_is_asked_is_held_out_and_repeatable():
+    asked = evaluate.held_out(60)
+    assert asked == evaluate.held_out(60)
+    for scene, caption in asked:
+        assert any(scenes.is_held_out(thing.shape, thing.colour, thing.position) for thing in scene.things)
+        assert scene.background in caption
+    assert len({caption for _, caption in asked}) > 55
+
+
+@pytest.mark.parametrize("miss", [2, 10])
+def test_counts_are_the_checkers(miss):
+    asked = evaluate.held_out(100)
+    counts, pictures = evaluate.measure(Painter(asked, miss), asked)
+    assert len(pictures) == 100
+    assert counts.pop("background") == (100, 100)
+    singles = [number for number, (scene, _) in enumerate(asked) if len(scene.things) == 1]
+    hits = sum(number % miss != 0 for number in singles)
+    for fact in ("colour", "shape", "side", "alone"):
+        assert counts.pop(fact) == (hits, len(singles))
+    for fact in ("pair", "pair shapes", "relation"):
+        assert counts.pop(fact) == (100 - 100 // miss - hits, 100 - len(singles))
+    assert not counts
+
+
+def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):
+    assert evaluate.main(["--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,165 @@
+"""The objectives, beside their formulas: networks are stand-ins that record what they are given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sdjax.models.clip import TextOutput
+from sdjax.sampling.schedule import Schedule
+from sdjax.training import objective
+from sdjax.training.config import Diffusion, Reconstruction
+
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.02, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+KEY = jax.random.key(3)
+PLAIN = Diffusion()
+BATCH = 64
+MOMENTS = np.random.default_rng(0).normal(size=(BATCH, 8, 8, 8)).astype(np.float32)
+MOMENTS[..., 4:] = -40.0  # no noise of the latent's own
+
+
+class Text(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(()))
+
+    def __call__(self, ids):
+        return TextOutput(self.w * ids[..., None].astype(jnp.float32), (), ids)
+
+
+class UNet(nnx.Module):
+    """Returns what `answer` makes of its inputs."""
+
+    def __init__(self, answer):
+        self.answer, self.w = answer, nnx.Param(jnp.ones(()))
+
+    def __call__(self, x, t, context):
+        return self.w * self.answer(x, t, context)
+
+
+def _losses(answer, options=PLAIN, prediction="epsilon", batch=None):
+    modules = {"unet": UNet(answer), "text_encoder": Text(), "vae": nnx.Module()}
+    schedule = Schedule.from_config(SCHEDULER | {"prediction_type": prediction})
+    loss = objective.denoising(modules, schedule, options, scaling_factor=0.5, batch_size=BATCH)
+    batch = batch or _batch(range(BATCH))
+    one = {"w": jnp.ones(())}
+    losses, metrics = loss({"unet": one}, {"text_encoder": one, "vae": {}}, batch, KEY)
+    return schedule, np.asarray(losses), np.asarray(metrics["error"])
+
+
+def _batch(places):
+    places = np.array(places)
+    ids = np.tile(places[:, None], (1, 5)).astype(np.int32)
+    return {"place": places.astype(np.int32), "moments": MOMENTS[places], "ids": ids}
+
+
+def _inputs(options=PLAIN):
+    """The UNet's inputs: x, t, context."""
+    seen = []
+
+    def answer(*inputs):
+        seen.append(jax.tree.map(np.asarray, inputs))
+        return jnp.zeros_like(inputs[0])
+
+    schedule, _, _ = _losses(answer, options)
+    return schedule, *seen[0]
+
+
+def _alpha_sigma(schedule, t):
+    share = schedule.alphas_cumprod[t.astype(int)][:, None, None, None]
+    return np.sqrt(share), np.sqrt(1 - share)
+
+
+def test_the_network_sees_a_noised_latent():
+    schedule, x, t, context = _inputs()
+    alpha, sigma = _alpha_sigma(schedule, t)
+    noise = (x - alpha * MOMENTS[..., :4] * 0.5) / sigma
+    assert abs(noise.mean()) < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    np.testing.assert_array_equal(context[:, 0, 0], np.arange(BATCH))
+
+
+def test_timesteps_cover_the_schedule_evenly():
+    _, _, t, _ = _inputs()
+    np.testing.assert_allclose(np.diff(np.sort(t)), 1000 / BATCH, atol=1.01)
+    assert 0 <= t.min() < t.max() <= 999
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_right_answer_has_no_loss(prediction):
+    schedule = Schedule.from_config(SCHEDULER)
+    alphas, sigmas = np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
+
+    def answer(x, t, context):
+        alpha, sigma = (jnp.asarray(table)[t.astype(int)][:, None, None, None] for table in (alphas, sigmas))
+        clean = MOMENTS[..., :4] * 0.5
+        noise = (x - alpha * clean) / sigma
+        return noise if prediction == "epsilon" else alpha * noise - sigma * clean
+
+    _, losses, _ = _losses(answer, prediction=prediction)
+    assert losses.max() < 1e-4
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_by_its_formula(prediction):
+    seen = []
+    answer = lambda x, t, context: seen.append(np.asarray(t)) or jnp.zeros_like(x)  # noqa: E731
+    schedule, losses, errors = _losses(answer, Diffusion(min_snr_gamma=5.0), prediction)
+    snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))[seen[0].astype(int)]
+    np.testing.assert_allclose(losses, errors * np.minimum(snr, 5) / (snr + (prediction == "v_prediction")), rtol=1e-3)
+    _, plain, errors = _losses(answer, Diffusion(), prediction)
+    np.testing.assert_array_equal(plain, errors)
+
+
+def test_offset_noise_moves_whole_pictures():
+    def spread(strength):
+        schedule, x, t, _ = _inputs(Diffusion(offset_noise=strength))
+        alpha, sigma = _alpha_sigma(schedule, t)
+        return ((x - alpha * MOMENTS[..., :4] * 0.5) / sigma).mean(axis=(1, 2)).std()
+
+    assert spread(0.0) == pytest.approx(1 / 8, rel=0.15)
+    assert spread(1.0) == pytest.approx(np.sqrt(1 + 1 / 64), rel=0.15)
+
+
+def test_a_loss_does_not_depend_on_its_company():
+    answer = lambda x, t, context: jnp.sin(x * 3) + t[:, None, None, None] / 1000 + context[:, :1, :1, None]  # noqa: E731
+    _, whole, _ = _losses(answer)
+    _, part, _ = _losses(answer, batch=_batch([40, 3, 17]))
+    np.testing.assert_allclose(part, whole[[40, 3, 17]], rtol=1e-5)
+
+
+class VAE(nnx.Module):
+    """Encodes to the picture itself; decodes what it is given, changed by w."""
+
+    def __init__(self, logvar):
+        self.logvar, self.w = logvar, nnx.Param(jnp.ones(()))
+
+    def encode(self, x):
+        return x, jnp.full_like(x, self.logvar)
+
+    def decode(self, z):
+        return z * self.w
+
+
+@pytest.mark.parametrize(("edges", "kl"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.1)])
+def test_reconstruction_adds_its_terms(edges, kl):
+    pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    loss = objective.reconstruction({"vae": VAE(-60.0)}, Reconstruction(edges=edges, kl=kl))
+    batch = {"pixels": pixels, "place": np.arange(4)}
+    losses, metrics = loss({"vae": {"w": jnp.asarray(0.5)}}, {}, batch, KEY)
+    x = pixels / 127.5 - 1
+    wrong = -0.5 * x
+    expected = np.abs(wrong).mean((1, 2, 3)) + (wrong**2).mean((1, 2, 3))
+    expected += edges * (
+        np.abs(np.diff(wrong, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(wrong, axis=2)).mean((1, 2, 3))
+    )
+    expected += kl * 0.5 * (x**2 + np.exp(-60.0) - 1 + 60).mean((1, 2, 3))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert set(metrics) == {"absolute", "square", "edges", "kl"}
+
+
+def test_reconstruction_draws_from_the_latents_distribution():
+    pixels = np.full((8, 16, 16, 3), 128, np.uint8)
+    loss = objective.reconstruction({"vae": VAE(np.log(0.25))}, Reconstruction(kl=0.0))
+    _, metrics = loss({"vae": {"w": jnp.ones(())}}, {}, {"pixels": pixels, "place": np.arange(8)}, KEY)
+    assert float(metrics["square"].mean()) == pytest.approx(0.25, rel=0.1)

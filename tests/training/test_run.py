@@ -1,0 +1,249 @@
+"""Whole runs of tiny networks: killed and resumed, stopped, exported, and what each option changes."""
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from sdjax import train
+from sdjax.generate import StableDiffusion
+from sdjax.parallel import Devices
+from sdjax.request import Request
+from sdjax.training import config
+from sdjax.training.loop import Run
+
+ONE = Devices(jax.devices()[:1])
+SHARED = """
+output = "{output}"
+steps = 8
+batch_size = 4
+log_every = 1
+checkpoint_every = 3
+sheet_every = 8
+[data]
+generator = "sdjax.training.data:Scenes"
+options = {{ count = 11 }}
+size = 16
+cache_latents = {cache}
+[model.vae]
+block_out_channels = [4, 8]
+down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D"]
+up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D"]
+norm_num_groups = 2
+mid_block_add_attention = false
+[optimizer]
+learning_rate = 1e-3
+ema_decay = 0.9
+"""
+UNET = """
+[model.unet]
+sample_size = 8
+block_out_channels = [8]
+down_block_types = ["CrossAttnDownBlock2D"]
+up_block_types = ["CrossAttnUpBlock2D"]
+layers_per_block = 1
+norm_num_groups = 4
+cross_attention_dim = 8
+attention_head_dim = 2
+[model.text_encoder]
+hidden_size = 8
+intermediate_size = 16
+num_hidden_layers = 1
+num_attention_heads = 2
+[model.tokenizer]
+merges = 100
+max_length = 20
+[model.scheduler]
+_class_name = "DDIMScheduler"
+beta_schedule = "scaled_linear"
+prediction_type = "v_prediction"
+[diffusion]
+train_text_encoder = true
+min_snr_gamma = 5.0
+offset_noise = 0.1
+"""
+
+
+def _write(folder, task="unet", cache="true", prompts=()):
+    path = folder / f"{task}.toml"
+    text = f'task = "{task}"\nsheet_prompts = {list(prompts)}\n{SHARED}'.format(output=folder / "run", cache=cache)
+    path.write_text(text + (UNET if task == "unet" else ""))
+    return path
+
+
+def _command(*options):
+    # On a CPU that is busy otherwise, XLA's threads may add up in another order; one thread always gives the same bits.
+    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sdjax.train", *options]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def _losses(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _weights(folder):
+    return {path.parent.name: load_file(path) for path in sorted(folder.glob("*/*.safetensors"))}
+
+
+def _wait_for_rows(folder, count, process):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.csv").exists() and len(_losses(folder)) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = _command("--config", str(_write(folder, prompts=["a red circle", "a blue star"])))
+    assert process.wait() == 0, process.communicate()[1]
+    return folder / "run"
+
+
+def test_a_run_leaves_its_numbers_pictures_and_model(whole):
+    rows = _losses(whole)
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert {"loss", "error", "gradient_norm", "learning_rate"} < set(rows[0])
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert list((whole / "tensorboard").glob("events*"))
+    assert [path.name for path in (whole / "sheets").glob("*.png")] == ["000008.png"]
+    pipe = StableDiffusion.from_pretrained(whole / "model", devices=jax.devices()[:1])
+    assert pipe.generate([Request(prompt="a red circle", num_inference_steps=2)])[0].pixels.shape == (16, 16, 3)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
+    path = _write(tmp_path)
+    process = _command("--config", str(path))
+    _wait_for_rows(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "model").exists()
+    assert _command("--config", str(path)).wait() == 0
+    assert _losses(tmp_path / "run") == _losses(whole)
+    for network, tensors in _weights(whole / "model").items():
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(_weights(tmp_path / "run" / "model")[network][key], tensor, err_msg=key)
+
+
+def test_a_stopped_run_writes_a_checkpoint(tmp_path):
+    path = _write(tmp_path, "vae")
+    process = _command("--config", str(path), "--steps", "100000")
+    _wait_for_rows(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last = int(_losses(tmp_path / "run")[-1]["step"])
+    assert f"stopped at step {last}" in errors
+    assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
+    run = Run(config.load(path), ONE)
+    assert int(run.state.step) == last
+
+
+def test_a_checkpoint_can_be_exported_and_started_from(whole, tmp_path):
+    """--export writes the average; a new run from it has its networks, and trains the VAE alone."""
+    options = ["--config", str(_write(tmp_path)), "--output", str(whole), "--export", str(tmp_path / "half")]
+    assert _command(*options, "--export-dtype", "float16").wait() == 0
+    exported, model = _weights(tmp_path / "half"), _weights(whole / "model")
+    for network, tensors in model.items():
+        for key, tensor in tensors.items():
+            np.testing.assert_array_equal(exported[network][key], tensor.astype(np.float16))
+    loaded = config.load(_write(tmp_path, "vae"), init=str(whole / "model"), output=str(tmp_path / "other"))
+    run = Run(dataclasses.replace(loaded, model=config.Model()), ONE)
+    assert set(run.networks.modules) == {"vae"}
+    np.testing.assert_array_equal(run.state.params["vae"]["decoder.conv_in.bias"], model["vae"]["decoder.conv_in.bias"])
+
+
+def _gradients(folder, devices=ONE, dtype="float32", remat=False, text=True, accumulate=1):
+    """The gradients of a run's first step, by network: a tenth of them is Adam's first moment."""
+    loaded = config.load(_write(folder, cache="false"), steps=1)
+    changed = dataclasses.replace(
+        loaded,
+        batch_size=8,
+        dtype=dtype,
+        remat=remat,
+        diffusion=dataclasses.replace(loaded.diffusion, train_text_encoder=text),
+        optimizer=dataclasses.replace(loaded.optimizer, clip_norm=None, accumulate=accumulate),
+    )
+    run = Run(changed, devices)
+    # What starts at zero would hide the gradients of what comes before it.
+    for name, leaf in run.state.params["unet"].items():
+        if not leaf.any() and name.endswith("kernel"):
+            run.state.params["unet"][name] = 0.1 * jax.random.normal(jax.random.key(len(name)), leaf.shape)
+    run.train()
+    return optax.tree_utils.tree_get(run.state.optimizer, "mu")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    return _gradients(tmp_path_factory.mktemp("plain"))
+
+
+def _distance(a, b):
+    a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(a)
+
+
+@pytest.mark.parametrize(
+    ("change", "least", "most"),
+    [
+        ({"devices": Devices()}, 0, 1e-4),
+        ({"accumulate": 4}, 0, 1e-4),
+        ({"remat": True}, 0, 1e-4),
+        ({"dtype": "bfloat16"}, 1e-3, 0.05),
+    ],
+    ids=["eight devices", "accumulation", "remat", "bfloat16"],
+)
+def test_the_gradient_of_a_step(gradients, tmp_path, change, least, most):
+    changed = _gradients(tmp_path, **change)
+    assert least <= _distance(gradients, changed) < most
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(changed))
+
+
+def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
+    frozen = _gradients(tmp_path, text=False)
+    assert set(gradients) == {"unet", "text_encoder"}
+    assert np.abs(gradients["text_encoder"]["text_model.embeddings.token_embedding.embedding"]).max() > 0
+    assert set(frozen) == {"unet"}
+    assert _distance(gradients["unet"], frozen["unet"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "s/batch_size = 4/batch_size = 3/",
+            "batch_size is 3; 8 devices and optimizer.accumulate 1 need a multiple of 8",
+        ),
+        ("s/cross_attention_dim = 8/cross_attention_dim = 9/", "model.unet.cross_attention_dim must be 8"),
+        ("s/sample_size = 8/in_channels = 5/", "model.unet must have in_channels and out_channels 4"),
+        ("s/merges = 100/mergez = 100/", "model.tokenizer"),
+        ("s/[model.scheduler]/[model.other]/", "model.other is no option"),
+        ("s/norm_num_groups = 4/norm_num_groups = 3/", "norm_num_groups=3"),
+        ("s/scaled_linear/cubic/", "beta_schedule='cubic'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):
+    path = _write(tmp_path)
+    _, old, new, _ = change.split("/")
+    assert old in path.read_text()
+    text = path.read_text().replace(old, new)
+    path.write_text(text if "batch_size" in old else text.replace("batch_size = 4", "batch_size = 8"))
+    assert train.main(["--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,98 @@
+"""Training configurations: the shipped ones load, and a wrong key is named."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
+from sdjax.training import config
+from sdjax.training.config import TrainConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LEAST = {"task": "vae", "output": "x", "steps": 10, "batch_size": 2, "data": {"folder": "y"}}
+
+
+def _load(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return config.load(path)
+
+
+@pytest.mark.parametrize("name", ["bundled-vae", "bundled-unet"])
+def test_the_bundled_models_configurations(name):
+    path = CONFIGS / f"{name}.toml"
+    assert path.read_text().startswith(f"# python -m sdjax.train --config configs/{name}.toml\n")
+    loaded = config.load(path)
+    kinds = {"vae": VAEConfig, "unet": UNetConfig, "text_encoder": CLIPTextConfig}
+    made = [kind.from_dict(table) for key, kind in kinds.items() if (table := getattr(loaded.model, key)) is not None]
+    assert len(made) == (1 if name == "bundled-vae" else 2)
+
+
+def test_defaults_and_overrides(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('task = "vae"\noutput = "x"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "y"\n')
+    assert config.load(path) == config.build(config.Train, LEAST)
+    assert config.load(path, output="z", init=None).output == "z"
+    assert config.load(path, output="z", init=None).init is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 1}, "stepz is no option; there are batch_size"),
+        ({"steps": "ten"}, "steps is 'ten'; it must be of type int"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"task": "lora"}, "task is 'lora'; it can be 'vae' or 'unet'"),
+        ({"data": {}}, "data must name exactly one"),
+        ({"data": {"folder": "a", "shards": "b"}}, "data must name exactly one"),
+        ({"data": {"folder": "a", "sise": 3}}, "data.sise is no option"),
+        ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate is 'fast'; it must be of type float"),
+        ({"optimizer": {"warmup_steps": 8, "decay_steps": 8}}, "together are more than steps"),
+        ({"optimizer": {"ema_decay": 1.5}}, "optimizer.ema_decay is 1.5; it must lie between 0 and 1"),
+        ({"diffusion": 3}, "diffusion is a table, not 3"),
+        ({"sheet_prompts": ["a", 3]}, "sheet_prompts is 3"),
+        ({"dtype": "float8"}, "dtype is 'float8'; it can be 'float32' or 'bfloat16'"),
+    ],
+)
+def test_a_wrong_key_is_named_in_one_line(change, message):
+    with pytest.raises(TrainConfigError) as error:
+        config.check(config.build(config.Train, LEAST | change))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(TrainConfigError, match="batch_size is missing"):
+        config.build(config.Train, {key: value for key, value in LEAST.items() if key != "batch_size"})
+
+
+@pytest.mark.parametrize("text", ["task = ", "= 3", "\x00"])
+def test_a_file_that_is_not_toml(tmp_path, text):
+    with pytest.raises(TrainConfigError, match="is not TOML"):
+        _load(tmp_path, text)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(TrainConfigError, match="is not there"):
+        config.load(tmp_path / "none.toml")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(key=st.sampled_from(sorted(tomllib.loads((CONFIGS / "bundled-unet.toml").read_text()))), value=JSON)
+def test_any_value_is_taken_or_refused_by_name(key, value):
+    try:
+        made = config.build(config.Train, LEAST | {key: value})
+    except TrainConfigError as error:
+        assert str(error).startswith(key)
+    else:
+        assert isinstance(made, config.Train)
