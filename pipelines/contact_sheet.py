@@ -1,0 +1,77 @@
+"""index.html: a page of thumbnails with their prompts, self-contained, searchable, and drawn as it is scrolled."""
+
+import base64
+import html
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.storage import Store
+
+NAME = "index.html"
+SIDE = 160  # pixels of a thumbnail's longer side
+_COLUMNS = ["id", "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"]
+_COLUMNS += ["height", "flags", "file", "shard", "offset", "bytes"]
+
+
+def write(store: Store, limit: int) -> None:
+    """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept."""
+    manifests = store.find("manifest")
+    old = _cards_of(store)
+    cards: list[dict[str, Any]] = []
+    for name in manifests:
+        if len(cards) >= limit:
+            break
+        cards += _cards(store, name, old, limit - len(cards))
+    total = sum(pq.read_metadata(pa.BufferReader(store.read(name))).num_rows for name in manifests)
+    page = files("pipelines").joinpath("index.html").read_text(encoding="utf-8")
+    data = json.dumps(cards, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    shown = f"{len(cards):,} of {total:,} images" if len(cards) < total else f"{total:,} images"
+    store.write(NAME, page.replace("__SHOWN__", html.escape(shown)).replace("__CARDS__", data).encode())
+
+
+def _cards(store: Store, manifest: str, old: dict[str, dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    rows = pq.read_table(pa.BufferReader(store.read(manifest)), columns=_COLUMNS).slice(0, limit).to_pylist()
+
+    def card(row: dict[str, Any]) -> dict[str, Any]:
+        if row["id"] in old:
+            return old[row["id"]]
+        facts = f"seed {row['seed']}, {row['sampler']}, {row['num_inference_steps']} steps, "
+        facts += f"guidance {row['guidance_scale']:g}, {row['width']}x{row['height']}"
+        if row["negative_prompt"]:
+            facts += f", not: {row['negative_prompt']}"
+        if row["flags"]:
+            facts += f" [{', '.join(row['flags'])}]"
+        path = row["shard"] or row["file"]
+        data = store.read(path, row["offset"], row["offset"] + row["bytes"])
+        place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
+        return {"id": row["id"], "prompt": row["prompt"], "facts": facts, "file": place, "thumb": thumbnail(data)}
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(card, rows))
+
+
+def thumbnail(data: bytes) -> str:
+    """An image file's bytes as a small JPEG in base64."""
+    with Image.open(io.BytesIO(data)) as image:
+        small = image.convert("RGB")
+        small.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=70)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _cards_of(store: Store) -> dict[str, dict[str, Any]]:
+    try:
+        page = store.read(NAME).decode()
+    except FileNotFoundError:
+        return {}
+    found = re.search(r'<script type="application/json" id="cards">(.*?)</script>', page, re.DOTALL)
+    return {card["id"]: card for card in json.loads(found[1])} if found else {}

@@ -1,0 +1,109 @@
+"""How far a running job is: each worker process keeps a small file in the output, and the launcher adds them up.
+
+Files, because they work for any runner: threads, processes and machines that cannot see each other all write to OUTPUT.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from typing import IO
+
+from pipelines.storage import Store
+
+FOLDER = ".progress"
+_EVERY = {True: 1.0, False: 15.0}  # seconds between writes, on a disk and in a bucket
+
+
+class Heartbeat:
+    """One process's counts, written to its file now and then; for looking at only, a retried bundle counts twice."""
+
+    def __init__(self, store: Store):
+        self._store, self._every = store, _EVERY[store.is_local]
+        self._name = f"{FOLDER}/{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
+        self._counts: Counter[str] = Counter()
+        self._written = 0.0
+        self._lock = threading.Lock()
+
+    def add(self, **counts: int) -> None:
+        with self._lock:
+            for name, value in counts.items():
+                self._counts[name] += value
+            if time.monotonic() - self._written >= self._every:
+                self._write()
+
+    def flush(self) -> None:
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        try:
+            if self._store.is_local:
+                os.makedirs(self._store.path(FOLDER), exist_ok=True)
+            self._store.fs.pipe_file(self._store.path(self._name), json.dumps(self._counts).encode())
+        except Exception:  # a job does not fail for its progress line
+            return
+
+
+class ProgressLine:
+    """A line on a terminal, or now and then a line in a log, that follows a job's counts until the block ends."""
+
+    def __init__(self, store: Store, stream: IO[str] = sys.stderr):
+        self._store, self._stream = store, stream
+        self._tty = stream.isatty()
+        self._every = max(_EVERY[store.is_local], 0.0 if self._tty else 10.0)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._started = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when images were first seen, and how many
+
+    def __enter__(self) -> "ProgressLine":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if self._tty:
+            self._stream.write("\r\x1b[K")
+
+    def _follow(self) -> None:
+        while not self._ended.wait(self._every):
+            line = self.line(totals(self._store), time.monotonic())
+            self._stream.write(f"\r\x1b[K{line}" if self._tty else line + "\n")
+            self._stream.flush()
+
+    def line(self, counts: Counter[str], now: float) -> str:
+        """The counts as text: how many of how many, images/s since the first, the time left, the rejected."""
+        if not counts["images"]:
+            line = f"{counts['rows']:,} rows read, {counts['rejected']:,} rejected"
+            return line + (f", {counts['planned']:,} images to make" if counts["planned"] else "")
+        if self._first is None:
+            self._first = (now, counts["images"])
+        line = f"{counts['images']:,} of {counts['planned']:,} images"
+        elapsed, made = now - self._first[0], counts["images"] - self._first[1]
+        if elapsed > 0 and made > 0:
+            left = max(0, counts["planned"] - counts["images"]) * elapsed / made
+            line += f", {made / elapsed:.2f} images/s, {_clock(left)} left"
+        return f"{line}, {counts['rejected']:,} rejected"
+
+
+def totals(store: Store) -> Counter[str]:
+    """The counts of all processes so far; a file that is being written is left out."""
+    counts: Counter[str] = Counter()
+    try:
+        for name in store.find(FOLDER):
+            counts.update(store.read_json(name) or {})
+    except Exception:  # as in Heartbeat
+        pass
+    return counts
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -1,0 +1,207 @@
+"""A unit's images to a WebDataset tar or to files, then its manifest: the Parquet file whose presence commits them."""
+
+import hashlib
+import io
+import json
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.storage import Store
+from pipelines.units import Row, Unit
+from sdjax.images import encode, parameters
+from sdjax.request import Request, field_types
+
+FORMATS = ("tar", "files")
+
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+MANIFEST = pa.schema(
+    [pa.field("id", pa.string())]
+    + [pa.field(name, _ARROW[kind]) for name, kind in field_types().items()]
+    + [
+        pa.field("file", pa.string()),  # the tar's member, or the path in the output
+        pa.field("shard", pa.string()),  # the tar's path in the output; null with --format files
+        pa.field("offset", pa.int64()),  # of the image's bytes in the shard or file
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),
+        pa.field("flags", pa.list_(pa.string())),
+        pa.field("seconds", pa.float64()),  # the unit's time on the device, shared out evenly
+        pa.field("model", pa.string()),
+        pa.field("model_fingerprint", pa.string()),
+        pa.field("versions", pa.string()),
+        pa.field("device", pa.string()),
+        pa.field("extras", pa.string()),  # the input's other columns, as a JSON object
+        pa.field("input_file", pa.string()),
+        pa.field("input_row", pa.int64()),
+    ]
+)
+
+
+class Picture(Protocol):
+    """What a unit is made of: `sdjax.generate.Result`."""
+
+    request: Request
+    pixels: np.ndarray
+    flags: tuple[str, ...]
+
+
+class Encoded(NamedTuple):
+    """An image file's bytes and what the manifest says of it."""
+
+    data: bytes
+    sha256: str
+    flags: tuple[str, ...]
+
+
+class Provenance(NamedTuple):
+    """What made the images of a unit."""
+
+    model: str
+    fingerprint: str
+    device: str
+
+
+def versions() -> str:
+    """The packages that decide about pixels and files, with their versions."""
+    found = []
+    for name in ("sdjax", "jax", "jaxlib", "numpy", "pillow"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def encode_picture(picture: Picture, image_format: str, model: str) -> Encoded:
+    data = encode(picture.pixels, image_format, text=parameters(picture.request, model))
+    return Encoded(data, hashlib.sha256(data).hexdigest(), tuple(picture.flags))
+
+
+def manifest_name(unit: str) -> str:
+    return f"manifest/{unit}.parquet"
+
+
+def shard_name(unit: str) -> str:
+    return f"shards/{unit}.tar"
+
+
+def image_name(id: str, image_format: str) -> str:
+    return f"images/{id[:2]}/{id}.{image_format}"
+
+
+def committed(store: Store, unit: str) -> int | None:
+    """How many images the unit's manifest commits; None where there is none."""
+    try:
+        return pq.read_metadata(pa.BufferReader(store.read(manifest_name(unit)))).num_rows
+    except FileNotFoundError:
+        return None
+
+
+def extras_json(row: Row) -> str:
+    return json.dumps(row.extras, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def make_tar(unit: Unit, images: list[Encoded], image_format: str, fingerprint: str) -> tuple[bytes, list[int]]:
+    """The unit as a WebDataset tar, and where each image's bytes begin in it; equal images give equal bytes."""
+    buffer = io.BytesIO()
+    offsets = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row, image in zip(unit.rows, images, strict=True):
+            # Empty text for null, so that readers which infer types from the first samples find one type.
+            fields = {k: "" if v is None else v for k, v in vars(row.request).items()}
+            facts = {
+                "id": row.id,
+                **fields,
+                "model_fingerprint": fingerprint,
+                "sha256": image.sha256,
+                "flags": ",".join(image.flags),
+                "extras": extras_json(row),
+            }
+            offsets.append(tar.offset + tarfile.BLOCKSIZE)
+            _add(tar, f"{row.id}.{image_format}", image.data)
+            _add(tar, f"{row.id}.txt", row.request.prompt.encode())
+            _add(tar, f"{row.id}.json", json.dumps(facts, ensure_ascii=False).encode())
+    return buffer.getvalue(), offsets
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # owner 0, time 0: nothing of this machine or moment
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_unit(
+    store: Store,
+    unit: Unit,
+    images: list[Encoded],
+    *,
+    format: str,
+    image_format: str,
+    made_by: Provenance,
+    seconds: float,
+) -> int:
+    """Write the images whole, then the manifest that commits them; the bytes of images written.
+
+    Where another worker has committed the unit meanwhile, its images stand and these are dropped.
+    """
+    if format == "tar":
+        data, offsets = make_tar(unit, images, image_format, made_by.fingerprint)
+        files, shard = [f"{row.id}.{image_format}" for row in unit.rows], shard_name(unit.name)
+        if not _place(store, unit.name, shard, data):
+            return 0
+    else:
+        offsets, shard = [0] * len(images), None
+        files = [image_name(row.id, image_format) for row in unit.rows]
+        with ThreadPoolExecutor(16) as pool:
+            placed = pool.map(lambda f, i: _place(store, unit.name, f, i.data), files, images)
+            if not all(list(placed)):
+                return 0
+    facts = {
+        "shard": shard,
+        "seconds": seconds / len(images),
+        "model": made_by.model,
+        "model_fingerprint": made_by.fingerprint,
+        "versions": versions(),
+        "device": made_by.device,
+    }
+    rows = [
+        {
+            "id": row.id,
+            **vars(row.request),
+            **facts,
+            "file": file,
+            "offset": offset,
+            "bytes": len(image.data),
+            "sha256": image.sha256,
+            "flags": list(image.flags),
+            "extras": extras_json(row),
+            "input_file": row.place.file,
+            "input_row": row.place.row,
+        }
+        for row, image, file, offset in zip(unit.rows, images, files, offsets, strict=True)
+    ]
+    table = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, MANIFEST), table, compression="zstd")
+    try:
+        store.write(manifest_name(unit.name), table.getvalue().to_pybytes(), create=True)
+    except FileExistsError:
+        return 0
+    return sum(len(image.data) for image in images)
+
+
+def _place(store: Store, unit: str, name: str, data: bytes) -> bool:
+    """Put a file that no manifest speaks of yet; False where the unit turns out to be committed."""
+    try:
+        store.write(name, data, create=True)
+        return True
+    except FileExistsError:
+        if store.exists(manifest_name(unit)):
+            return False
+        if store.read(name) != data:  # left behind by a killed run on other hardware or versions
+            store.write(name, data)
+        return True

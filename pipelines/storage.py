@@ -1,0 +1,141 @@
+"""One folder on a disk or in a bucket, through fsspec: whole-or-absent writes, retries, listings."""
+
+import contextlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+# gcsfs asks each bucket for its storage layout over gRPC, which takes 20-80 s an operation where gRPC is closed.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from sdjax.images import write_whole
+
+ATTEMPTS = 9
+FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
+
+_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
+
+T = TypeVar("T")
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed later: cut connections, timeouts, 429 and 5xx answers, a full disk."""
+    if isinstance(error, _PERMANENT) or str(error).startswith("Forbidden"):
+        return False
+    gcs = sys.modules.get("gcsfs.retry")  # only where some path is a gs:// one
+    if gcs is not None and gcs.is_retriable(error):
+        return True
+    return isinstance(error, OSError) or str(getattr(error, "code", "")) in map(str, _TRANSIENT_CODES)
+
+
+def retry(call: Callable[[], T]) -> T:
+    """The call's value, tried again with growing waits while its errors are transient."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            if attempt == ATTEMPTS - 1 or not is_transient(error):
+                raise
+            # Full jitter: a hundred hosts that failed together do not come back together.
+            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder named by a path or an fsspec URL; names are relative to it, with forward slashes.
+
+    Every call is retried while its errors are transient. A write is whole or absent.
+    """
+
+    url: str
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        return fsspec.core.url_to_fs(self.url)[0]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    def path(self, name: str = "") -> str:
+        """The name as the file system takes it."""
+        root = fsspec.core.url_to_fs(self.url)[1].rstrip("/")
+        return f"{root}/{name}" if name else root
+
+    def exists(self, name: str) -> bool:
+        return retry(lambda: self.fs.exists(self.path(name)))
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
+        """A file's bytes, or those from `start` up to `end`. FileNotFoundError where it is absent."""
+        return retry(lambda: bytes(self.fs.cat_file(self.path(name), start=start, end=end)))  # type: ignore[arg-type]
+
+    def write(self, name: str, data: bytes, *, create: bool = False) -> None:
+        """Put a whole file.
+
+        Raises:
+            FileExistsError: `create` is set and the file is there; Cloud Storage checks it as it commits
+                (ifGenerationMatch=0), a disk before it writes.
+        """
+        path = self.path(name)
+
+        def put() -> None:
+            if not self.is_local:
+                self.fs.pipe_file(path, data, mode="create" if create else "overwrite")
+                return
+            if create and os.path.exists(path):
+                raise FileExistsError(path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_whole(Path(path), data)
+
+        retry(put)
+
+    def find(self, folder: str) -> list[str]:
+        """The names of all files under a folder, sorted; none where the folder is absent."""
+        fs, root = self.fs, self.path()
+
+        def listing() -> list[str]:
+            fs.invalidate_cache()
+            return list(fs.find(self.path(folder)))
+
+        try:
+            return sorted(str(path)[len(root) + 1 :] for path in retry(listing))
+        except FileNotFoundError:
+            return []
+
+    def delete(self, names: list[str]) -> None:
+        """Remove files; an absent one is no error."""
+
+        def remove(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                retry(lambda: self.fs.rm_file(self.path(name)))
+
+        with ThreadPoolExecutor(16) as pool:
+            for _ in pool.map(remove, names):
+                pass
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder and what is in it; an absent one is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            retry(lambda: self.fs.rm(self.path(name), recursive=True))
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file's object, or None where it is absent or cut short."""
+        try:
+            return json.loads(self.read(name))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,105 @@
+"""Prompt templates: a TOML file that stands for the product of its lists, any row of it made on demand.
+
+    images_per_prompt = 4                     # seeds 0, 1, 2, 3 (counted from `seed` below); 1 where left out
+    prompts = ["a photo of a {animal} in {place}", "a drawing of a {animal}"]
+
+    [lists]
+    animal = ["cat", "dog"]
+    place = ["Paris", "the snow"]
+
+    [request]                                 # any other Request field, for every row
+    num_inference_steps = 20
+
+This one expands to (2 x 2 + 2) x 4 rows. The values taken from the lists travel with the row as extra columns.
+"""
+
+import math
+import string
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from sdjax.request import field_types
+
+
+class TemplateError(ValueError):
+    """A template file that says something it cannot mean; one line."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """The rows a template file stands for: `len(template)` of them, `template[i]` made when asked for."""
+
+    prompts: tuple[str, ...]
+    lists: dict[str, tuple[Any, ...]]
+    request: dict[str, Any]
+    images_per_prompt: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Template":
+        """Read the TOML text.
+
+        Raises:
+            TemplateError: not TOML, an unknown key, no prompts, a list that is empty or missing.
+        """
+        try:
+            spec = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise TemplateError(f"not TOML: {error}") from None
+        unknown = set(spec) - {"prompts", "lists", "request", "images_per_prompt"}
+        if unknown:
+            raise TemplateError(
+                f"unknown key {min(unknown)!r}; allowed are prompts, lists, request and images_per_prompt"
+            )
+        prompts, lists, request = spec.get("prompts", []), spec.get("lists", {}), spec.get("request", {})
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
+            raise TemplateError("prompts must be a list of one or more texts")
+        for name, values in lists.items():
+            if not isinstance(values, list) or not values:
+                raise TemplateError(f"lists.{name} must be a list of one or more values")
+        unknown = set(request) - (set(field_types()) - {"prompt"})
+        if unknown:
+            raise TemplateError(f"request.{min(unknown)} is not a Request field")
+        images = spec.get("images_per_prompt", 1)
+        if not isinstance(images, int) or isinstance(images, bool) or images < 1:
+            raise TemplateError(f"images_per_prompt={images!r} must be a whole number of 1 or more")
+        template = cls(tuple(prompts), {k: tuple(v) for k, v in lists.items()}, request, images)
+        for prompt in prompts:
+            for name in template._names(prompt):
+                if name not in lists:
+                    raise TemplateError(f"the prompt {prompt!r} uses {{{name}}}, and there is no list of that name")
+        return template
+
+    def _names(self, prompt: str) -> list[str]:
+        """The lists a prompt uses, in the order of their first use."""
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
+        except ValueError as error:
+            raise TemplateError(f"the prompt {prompt!r}: {error}; write {{{{ and }}}} for braces") from None
+        return list(dict.fromkeys(fields))
+
+    def _size(self, prompt: str) -> int:
+        return self.images_per_prompt * math.prod(len(self.lists[name]) for name in self._names(prompt))
+
+    def __len__(self) -> int:
+        return sum(map(self._size, self.prompts))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index`: the prompt, its seed, the request's fields and the lists' values. The last list turns fastest
+        but for the seed."""
+        for prompt in self.prompts:
+            if index < self._size(prompt):
+                break
+            index -= self._size(prompt)
+        else:
+            raise IndexError(index)
+        index, image = divmod(index, self.images_per_prompt)
+        values: dict[str, Any] = {}
+        for name in reversed(self._names(prompt)):
+            index, place = divmod(index, len(self.lists[name]))
+            values[name] = self.lists[name][place]
+        columns = {name: value for name, value in reversed(values.items()) if name.lower() not in field_types()}
+        seed = self.request.get("seed", 0)
+        fields = {**self.request, "seed": seed + image if isinstance(seed, int) else seed}
+        fields |= {name.lower(): value for name, value in values.items() if name.lower() in field_types()}
+        return {**columns, **fields, "prompt": prompt.format_map(values)}

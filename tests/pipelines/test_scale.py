@@ -1,0 +1,87 @@
+"""Sizes that datasets have: a million rows planned, ten thousand images on a page."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import generate_images, sources
+from pipelines.options import GenerateOptions, parse
+from tests.pipelines import standin
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_parquet(path: Path, rows: int) -> None:
+    with pq.ParquetWriter(path, pa.schema({"prompt": pa.string(), "seed": pa.int64(), "label": pa.string()})) as writer:
+        for start in range(0, rows, 100_000):
+            seeds = range(start, min(rows, start + 100_000))
+            prompts = [f"a photo of object number {i} in a field of flowers at dusk" for i in seeds]
+            labels = [f"class {i % 1000}" for i in seeds]
+            writer.write_table(pa.table({"prompt": prompts, "seed": list(seeds), "label": labels}))
+
+
+def write_template(path: Path, rows: int) -> None:
+    a, b = [json.dumps([f"{kind} {i}" for i in range(n)]) for kind, n in (("thing", rows // 1000), ("place", 100))]
+    path.write_text(f'images_per_prompt = 10\nprompts = ["a {{a}} near {{b}}"]\n[lists]\na = {a}\nb = {b}')
+
+
+def plan(prompts: str, output: str) -> None:
+    """Plan a job and print its images, seconds and peak memory in MB: what a process of its own is started for."""
+    started = time.monotonic()
+    options = parse(["--prompts", prompts, "--output", output])
+    job = options.view_as(GenerateOptions)
+    with beam.Pipeline(options=options) as pipeline:
+        units, _ = generate_images.plan(pipeline, job, sources.find(job.prompts), standin.Spec())
+        images = units | beam.Map(lambda unit: unit.images) | beam.CombineGlobally(sum)
+        _ = images | beam.io.WriteToText(f"{output}/images", num_shards=1, shard_name_template="")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps([int(Path(output, "images").read_text()), time.monotonic() - started, peak]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "write"), [(".parquet", write_parquet), (".toml", write_template)])
+def test_a_million_rows_are_planned_in_minutes_and_little_memory(tmp_path, suffix, write):
+    measured = {}
+    for rows in (10_000, 100_000, 1_000_000):
+        path = tmp_path / f"{rows}{suffix}"
+        write(path, rows)
+        call = f"from tests.pipelines.test_scale import plan; plan({str(path)!r}, {str(tmp_path / str(rows))!r})"
+        told = subprocess.run([sys.executable, "-c", call], cwd=ROOT, capture_output=True, check=True).stdout
+        images, seconds, peak = json.loads(told.splitlines()[-1])
+        print(f"{suffix}: {rows:,} rows in {seconds:.1f} s, peak {peak:.0f} MB")
+        assert images == rows
+        measured[rows] = seconds, peak
+    assert measured[1_000_000][0] < 300
+    assert measured[1_000_000][1] - measured[10_000][1] < 500
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_shows_and_searches_ten_thousand_images(tmp_path):
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i} of the sheet\n" for i in range(10_000)))
+    arguments = ("--prompts", tmp_path / "p.txt", "--output", tmp_path / "out", "--contact-sheet", 10_000)
+    assert standin.run(*arguments) == 0
+
+    def browse(fragment: str) -> str:
+        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+        page = f"file://{tmp_path}/out/index.html{fragment}"
+        return subprocess.run(
+            [*command, "--dump-dom", page], capture_output=True, check=True, timeout=120
+        ).stdout.decode()
+
+    whole = browse("")
+    assert ">10,000 images<" in whole
+    assert 100 <= whole.count("<figure") < 1000  # the rest is drawn as it is scrolled to
+    found = browse("#prompt 7777 SHEET")
+    assert ">1 found<" in found
+    assert found.count("<figure") == 1
+    assert ">prompt 7777 of the sheet</figcaption>" in found

@@ -1,0 +1,132 @@
+"""Units on storage: equal bytes for equal units, committed by the manifest alone, safe to write twice."""
+
+import io
+import json
+import tarfile
+
+import fsspec
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines.sinks import (
+    MANIFEST,
+    Provenance,
+    committed,
+    encode_picture,
+    image_name,
+    make_tar,
+    manifest_name,
+    shard_name,
+    write_unit,
+)
+from pipelines.sources import Place
+from pipelines.storage import Store
+from pipelines.units import Row, Unit, make_units
+from sdjax.request import Request
+from tests.pipelines import standin
+
+SPEC = standin.Spec()
+MADE_BY = Provenance("stand-in", SPEC.fingerprint, "test")
+
+
+@pytest.fixture
+def unit() -> Unit:
+    rows = []
+    for i, prompt in enumerate(["a cat", "ein Bär", standin.NAN_PROMPT]):
+        request = SPEC.resolve(Request(prompt=prompt, seed=i))
+        rows.append(Row(SPEC.id(request), "p", 1, request, {"label": i}, Place("f.csv", i + 1)))
+    [unit] = make_units(rows, 10)
+    return unit
+
+
+def images_of(unit, image_format="png"):
+    return [encode_picture(standin.picture(SPEC, row.request), image_format, "stand-in") for row in unit.rows]
+
+
+def write(store, unit, images=None, format="tar"):
+    return write_unit(
+        store, unit, images or images_of(unit), format=format, image_format="png", made_by=MADE_BY, seconds=3.0
+    )
+
+
+def test_a_tar_is_a_function_of_its_images(unit):
+    data, offsets = make_tar(unit, images_of(unit), "png", SPEC.fingerprint)
+    assert make_tar(unit, images_of(unit), "png", SPEC.fingerprint) == (data, offsets)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = tar.getmembers()
+        assert [m.name for m in members] == [f"{row.id}.{x}" for row in unit.rows for x in ("png", "txt", "json")]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "", "", 0o644)}
+        facts = json.loads(tar.extractfile(members[2]).read())
+    row, image = unit.rows[0], images_of(unit)[0]
+    assert data[offsets[0] : offsets[0] + len(image.data)] == image.data
+    assert facts["id"] == row.id
+    assert facts["sha256"] == image.sha256
+    assert json.loads(facts["extras"]) == row.extras
+    fields = {name: value for name, value in facts.items() if name in vars(row.request)}
+    assert SPEC.resolve(Request.from_row(fields)[0]) == row.request
+
+
+@pytest.mark.parametrize("format", ["tar", "files"])
+def test_the_manifest_tells_all_of_each_image(tmp_path, unit, format):
+    store = Store(str(tmp_path))
+    assert committed(store, unit.name) is None
+    assert write(store, unit, format=format) == sum(len(image.data) for image in images_of(unit))
+    assert committed(store, unit.name) == 3
+    table = pq.read_table(tmp_path / manifest_name(unit.name))
+    assert table.schema.equals(MANIFEST)
+    for row, image, written in zip(unit.rows, images_of(unit), table.to_pylist(), strict=True):
+        assert Request(**{name: written[name] for name in vars(row.request)}) == row.request
+        assert (written["id"], written["sha256"], written["bytes"]) == (row.id, image.sha256, len(image.data))
+        assert written["flags"] == (["nan"] if row.request.prompt == standin.NAN_PROMPT else [])
+        assert (written["input_file"], written["input_row"]) == row.place
+        assert json.loads(written["extras"]) == row.extras
+        assert (written["seconds"], written["device"], written["model"]) == (1.0, "test", "stand-in")
+        assert "pillow " in written["versions"]
+        place = written["shard"] or written["file"]
+        assert place == (shard_name(unit.name) if format == "tar" else image_name(row.id, "png"))
+        assert store.read(place, written["offset"], written["offset"] + written["bytes"]) == image.data
+
+
+@pytest.mark.parametrize("url", ["disk", "memory://twice"])
+def test_a_unit_written_twice_is_written_once(tmp_path, unit, url):
+    store = Store(str(tmp_path) if url == "disk" else url)
+    write(store, unit)
+    before = {name: store.read(name) for name in (shard_name(unit.name), manifest_name(unit.name))}
+    other = [image._replace(data=b"other hardware") for image in images_of(unit)]
+    assert write(store, unit, other) == 0
+    assert {name: store.read(name) for name in before} == before
+
+
+def test_a_shard_left_without_a_manifest_is_replaced(unit):
+    fsspec.filesystem("memory").store.clear()
+    store = Store("memory://left")
+    store.write(shard_name(unit.name), b"of a killed run, on other hardware")
+    write(store, unit)
+    assert store.read(shard_name(unit.name)) == make_tar(unit, images_of(unit), "png", SPEC.fingerprint)[0]
+
+
+def test_the_manifest_is_written_last(tmp_path, unit, monkeypatch):
+    store = Store(str(tmp_path))
+    written = []
+    real = Store.write
+
+    def spy(self, name, data, **options):
+        written.append(name)
+        if name.startswith("shards/"):
+            raise PermissionError("read-only")
+        real(self, name, data, **options)
+
+    monkeypatch.setattr(Store, "write", spy)
+    with pytest.raises(PermissionError):
+        write(store, unit)
+    assert written == [shard_name(unit.name)]
+    assert committed(store, unit.name) is None
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
+def test_every_image_format_is_what_it_says_and_the_same_each_time(unit, image_format):
+    image = images_of(unit, image_format)[0]
+    assert images_of(unit, image_format)[0] == image
+    with Image.open(io.BytesIO(image.data)) as read:
+        assert (read.format, read.size) == ({"jpg": "JPEG"}.get(image_format, image_format.upper()), (16, 16))

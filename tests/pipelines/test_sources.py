@@ -1,0 +1,193 @@
+"""Prompt files: every kind read, cut anywhere and still the same, bad rows alone."""
+
+import csv
+import io
+import json
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import sources
+from pipelines.sources import Place, RowError, Source, SourceError
+
+
+def rows(path, piece=3, column=None):
+    """All rows of a file, read in pieces of a few rows each."""
+    [source] = sources.find([str(path)], column)
+    return [row for p in sources.cut(source, piece) for row in sources.read(p)]
+
+
+def values(path, **options):
+    return [row for _, row in rows(path, **options)]
+
+
+def written(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def test_text_lines_are_prompts_with_their_places(tmp_path):
+    path = written(tmp_path / "p.txt", "\ufeffa cat\r\na dog\n\nein Bär, rot")
+    assert rows(path) == [
+        (Place(str(path), 1), {"prompt": "a cat"}),
+        (Place(str(path), 2), {"prompt": "a dog"}),
+        (Place(str(path), 3), {"prompt": ""}),
+        (Place(str(path), 4), {"prompt": "ein Bär, rot"}),
+    ]
+
+
+def test_csv_tsv_jsonl_and_parquet_give_the_same_rows(tmp_path):
+    table = [{"prompt": f'say "{i}",\nthen stop', "seed": str(i), "label": "x\ty"} for i in range(10)]
+    for name, delimiter in (("a.csv", ","), ("a.tsv", "\t")):
+        with open(tmp_path / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "seed", "label"], delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(table)
+    written(tmp_path / "a.jsonl", "\n".join(map(json.dumps, table)))
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet", row_group_size=4)
+    for name in ("a.csv", "a.tsv", "a.jsonl", "a.parquet"):
+        assert values(tmp_path / name) == table, name
+        assert [place.row for place, _ in rows(tmp_path / name)] == list(range(1, 11))
+
+
+cell = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12)
+
+
+@given(table=st.lists(st.tuples(cell, cell), min_size=1, max_size=30), piece=st.integers(1, 40), dialect=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_csv_cut_anywhere_reads_as_the_csv_module_reads_it_whole(tmp_path_factory, table, piece, dialect):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n" if dialect else "\n", quoting=csv.QUOTE_ALL)
+    writer.writerows([("prompt", "note"), *table])
+    path = written(tmp_path_factory.mktemp("csv") / "p.csv", text.getvalue())
+    assert [tuple(row.values()) for row in values(path, piece=piece)] == table
+
+
+@given(
+    data=st.lists(st.sampled_from([b"a", b'"', b",", b"\n", b"\xff", b"\r\n", b'","']), max_size=40),
+    piece=st.integers(1, 9),
+)
+@settings(max_examples=300, deadline=None)
+def test_where_a_csv_is_cut_never_matters_however_broken_it_is(tmp_path_factory, data, piece):
+    path = written(tmp_path_factory.mktemp("csv") / "p.csv", b"prompt,b\nfirst,1\n" + b"".join(data))
+    assert list(map(str, values(path, piece=piece))) == list(map(str, values(path, piece=10**6)))
+
+
+def test_bad_rows_of_text_files_are_alone(tmp_path):
+    long = b"y" * (sources.MAX_RECORD + 5)
+    path = written(
+        tmp_path / "p.csv",
+        b"prompt,seed\na,1\n\xff\xfe,2\nb,3,surplus\n" + long + b",4\n" + b'"in two\nlines",5\n"open,6\nc,7\nd,8\n',
+    )
+    expected = ["a", "not valid UTF-8", "3 cells", "more than", "in two\nlines", "never closes", "c", "d"]
+    for wanted, row in zip(expected, values(path), strict=True):
+        assert wanted in str(row) if isinstance(row, RowError) else row["prompt"] == wanted
+    path = written(
+        tmp_path / "p.jsonl", b'{"prompt": "a"}\n{"prompt": \n[1]\n\xff\n{"prompt": "b"}\n' + b"[" * 100_000 + b"\n"
+    )
+    expected = [{"prompt": "a"}, "not JSON", "not a JSON object", "not valid UTF-8", {"prompt": "b"}, "not JSON"]
+    for wanted, row in zip(expected, values(path), strict=True):
+        assert row == wanted or wanted in str(row)
+
+
+def test_invalid_utf8_in_parquet_spoils_its_row_only(tmp_path):
+    prompts = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")]
+    )
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "p.parquet")
+    a, bad, b = values(tmp_path / "p.parquet")
+    assert (a, str(bad), b) == ({"prompt": "a"}, "not valid UTF-8", {"prompt": "b"})
+
+
+def test_short_rows_leave_the_last_columns_open(tmp_path):
+    assert values(written(tmp_path / "p.csv", "prompt,seed\na\n")) == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", "", "holds no prompts"),
+        ("p.csv", "", "holds no prompts"),
+        ("p.csv", "prompt,seed\n", "holds no prompts"),
+        ("p.csv", "caption,seed\na,1\n", "no column 'prompt' among 'caption', 'seed'; --prompt-column"),
+        ("p.csv", "prompt,prompt\na,b\n", "two columns have the same name"),
+        ("p.jsonl", '{"text": "a"}\n', "no column 'prompt' among 'text'"),
+        ("p.parquet", b"PAR1", "p.parquet: "),
+        ("p.toml", "prompts = []", "prompts must be a list"),
+        ("p.doc", "x", "not a prompt file; allowed are .txt"),
+    ],
+)
+def test_files_that_no_job_can_run_on_are_refused_by_name(tmp_path, name, data, message):
+    with pytest.raises(SourceError) as error:
+        sources.find([str(written(tmp_path / name, data))])
+    assert name in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_and_globs_without_a_match_are_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"a\.txt: no such file"):
+        sources.find([str(tmp_path / "a.txt")])
+    with pytest.raises(SourceError, match=r"no file matches"):
+        sources.find([str(tmp_path / "*.txt")])
+
+
+def test_globs_and_urls_come_in_the_order_of_their_names(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        written(tmp_path / name, name)
+    assert [s.file for s in sources.find([str(tmp_path / "*.txt")])] == [str(tmp_path / n) for n in ("a.txt", "b.txt")]
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/prompts/x1.txt", b"one\n")
+    fs.pipe_file("/prompts/x2.txt", b"two\n")
+    found = sources.find(["memory://prompts/x*.txt"])
+    assert [row for s in found for p in sources.cut(s) for _, row in sources.read(p)] == [
+        {"prompt": "one"},
+        {"prompt": "two"},
+    ]
+
+
+def test_another_prompt_column_is_matched_without_case(tmp_path):
+    path = written(tmp_path / "p.csv", "Prompt,Caption\nlong,short\n")
+    [row] = values(path, column="CAPTION")
+    assert sources.select_prompt(row, "CAPTION") == {"prompt": "short", "Prompt_": "long"}
+
+
+def test_the_estimate_of_rows_is_near(tmp_path):
+    path = written(tmp_path / "p.csv", "prompt\n" + "".join(f"prompt number {i}\n" for i in range(50_000)))
+    [source] = sources.find([str(path)])
+    assert sources.count(source) == pytest.approx(50_000, rel=0.1)
+    pq.write_table(pa.table({"prompt": ["a"] * 123}), tmp_path / "p.parquet")
+    assert sources.count(Source(str(tmp_path / "p.parquet"))) == 123
+
+
+class _BucketFile(AbstractBufferedFile):
+    """A file as fsspec's bucket filesystems give it, whose readline takes no limit."""
+
+    def _fetch_range(self, start, end):
+        return self.fs.content[start:end]
+
+
+class _Bucket(AbstractFileSystem):
+    protocol = "bucketlike"
+    content = b"prompt,seed\na red circle,1\n" + "ein Kreis 円,2\n".encode() + b"x" * 9 + b",3\n"
+
+    def info(self, path, **_):
+        return {"name": path, "size": len(self.content), "type": "file"}
+
+    def ls(self, path, detail=True, **_):
+        return [self.info(path)] if detail else [path]
+
+    def _open(self, path, mode="rb", **options):
+        return _BucketFile(self, path, mode, size=len(self.content), block_size=7)
+
+
+def test_a_csv_in_a_bucket_is_read_line_by_line():
+    fsspec.register_implementation("bucketlike", _Bucket, clobber=True)
+    (source,) = sources.find(["bucketlike://b/prompts.csv"], None)
+    rows = [values for piece in sources.cut(source) for _, values in sources.read(piece)]
+    assert [row["prompt"] for row in rows] == ["a red circle", "ein Kreis 円", "xxxxxxxxx"]

@@ -1,0 +1,108 @@
+"""Storage: whole or absent, created once, tried again where trying again can help."""
+
+import errno
+import os
+
+import fsspec
+import pytest
+
+from pipelines import storage
+from pipelines.storage import Store, is_transient, retry
+from tests.pipelines.faulty import HttpError
+
+
+@pytest.fixture(params=["disk", "memory"])
+def store(request, tmp_path):
+    if request.param == "disk":
+        return Store(str(tmp_path / "out"))
+    fsspec.filesystem("memory").store.clear()
+    return Store("memory://out")
+
+
+def test_files_are_written_listed_read_and_deleted(store):
+    assert store.find("a") == []
+    store.write("a/x.txt", b"0123456789")
+    store.write("a/b/y.txt", b"y")
+    assert store.find("a") == ["a/b/y.txt", "a/x.txt"]
+    assert store.read("a/x.txt", 2, 5) == b"234"
+    store.write("a/x.txt", b"new")
+    assert store.read("a/x.txt") == b"new"
+    store.delete(["a/x.txt", "a/absent.txt"])
+    assert not store.exists("a/x.txt")
+    store.remove_folder("a")
+    store.remove_folder("a")
+    assert store.find("a") == []
+    with pytest.raises(FileNotFoundError):
+        store.read("a/x.txt")
+
+
+def test_create_writes_once(store):
+    store.write("x", b"first", create=True)
+    with pytest.raises(FileExistsError):
+        store.write("x", b"second", create=True)
+    assert store.read("x") == b"first"
+
+
+def test_a_json_file_that_is_absent_or_cut_short_is_none(store):
+    assert store.read_json("x") is None
+    store.write("x", b'{"a": ')
+    assert store.read_json("x") is None
+    store.write_json("x", {"a": "ü"})
+    assert store.read_json("x") == {"a": "ü"}
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        Store(str(tmp_path)).write("a/x", b"data")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_transient_faults_are_waited_out(faulty):
+    faulty.faults = [HttpError(503), HttpError("429"), TimeoutError(), OSError(errno.ENOSPC, "full"), "answer lost"]
+    store = Store("faulty://out")
+    store.write("x", b"data")
+    assert store.read("x") == b"data"
+    assert faulty.faults == []
+
+
+def test_other_faults_are_raised_at_once(faulty):
+    faulty.faults = [HttpError(503), HttpError(400)]
+    with pytest.raises(HttpError, match="400"):
+        Store("faulty://out").write("x", b"data")
+    assert len(faulty.faults) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (HttpError(500), True),
+        (HttpError(404), False),
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (FileNotFoundError(), False),
+        (PermissionError(), False),
+        (OSError("Forbidden: bucket"), False),
+        (ValueError(), False),
+    ],
+)
+def test_which_faults_pass(error, transient):
+    assert is_transient(error) is transient
+
+
+def test_retrying_ends(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+    calls = []
+
+    def fail():
+        calls.append(1)
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        retry(fail)
+    assert len(calls) == storage.ATTEMPTS

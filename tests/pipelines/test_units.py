@@ -1,0 +1,83 @@
+"""Packing: a plan depends on its rows alone, its units are alike inside, and little of a batch is padding."""
+
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.sources import Place
+from pipelines.units import Row, make_units, pack, padded_calls, rejection, shard_count, shard_of, unit_name, unpack
+from sdjax.request import Request, RequestError
+from tests.pipelines import standin
+
+SPEC = standin.Spec()
+
+
+def planned(**fields) -> Row:
+    request = SPEC.resolve(Request(**{"prompt": "a", **fields}))
+    return Row(SPEC.id(request), repr(SPEC.program(request)), SPEC.calls(request), request, {}, Place("f", 1))
+
+
+def mixed(n: int) -> list[Row]:
+    """Rows of four sizes, lengths 1 to 50, as different as a prompt file may hold them."""
+    draw = random.Random(0)
+    sizes = [(16, 16), (16, 24), (24, 16), (32, 32)]
+    rows = []
+    for i in range(n):
+        width, height = draw.choice(sizes)
+        rows.append(planned(seed=i, num_inference_steps=draw.randint(1, 50), width=width, height=height))
+    return rows
+
+
+@given(st.lists(st.integers(0, 999), unique=True, max_size=60), st.integers(1, 20), st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_a_plan_is_a_partition_that_order_does_not_change(seeds, size, draw):
+    rows = [planned(seed=s, num_inference_steps=1 + s % 7, width=16 + 8 * (s % 3)) for s in seeds]
+    units = list(make_units(rows, size))
+    draw.shuffle(rows)
+    assert list(make_units(rows, size)) == units
+    assert sorted(row.id for unit in units for row in unit.rows) == sorted(row.id for row in rows)
+    for unit in units:
+        assert 1 <= len(unit.rows) <= size
+        assert len({row.program for row in unit.rows}) == 1
+        assert unit.name == unit_name(row.id for row in unit.rows)
+    for program in {row.program for row in rows}:
+        of_program = [unit for unit in units if unit.rows[0].program == program]
+        assert sum(len(unit.rows) < size for unit in of_program) <= 1
+        calls = [row.calls for unit in of_program for row in unit.rows]
+        assert calls == sorted(calls)
+
+
+def test_padding_of_10_000_mixed_rows_is_below_3_percent():
+    units = list(make_units(mixed(10_000), 256))
+    useful = sum(row.calls for unit in units for row in unit.rows)
+    run = sum(padded_calls(unit.rows, 32) for unit in units)  # 8 devices, 4 images each
+    assert 0 <= 1 - useful / run < 0.03
+
+
+def test_padded_calls_counts_full_batches_as_long_as_their_longest():
+    lengths = [planned(num_inference_steps=n) for n in (2, 3, 5)]
+    assert padded_calls(lengths, 2) == 2 * 3 + 2 * 5
+    assert padded_calls(lengths + [planned(num_inference_steps=7, width=64)], 4) == 4 * 5 + 4 * 7
+    assert padded_calls([], 4) == 0
+
+
+def test_ids_spread_evenly_over_shards():
+    assert shard_count(0) == 1
+    assert shard_count(10_000_000) == 610
+    rows = mixed(2_000)
+    held = [sum(shard_of(row.id, 4) == shard for row in rows) for shard in range(4)]
+    assert min(held) > 400
+
+
+def test_a_row_travels_whole_and_small():
+    rows = mixed(256)
+    assert unpack(pack(rows)) == rows
+    assert len(pack(rows)) < 100 * len(rows)
+
+
+def test_a_rejection_is_one_readable_line():
+    line = rejection(Place("f.csv", 3), {"prompt": "x" * 5000, "n": float("nan"), "b": "\udcff"}, RequestError("a\nb"))
+    assert (line["file"], line["row"], line["reason"]) == ("f.csv", 3, "a b")
+    assert line["values"]["prompt"].endswith("... (5,000 characters)")
+    assert line["values"] | {"prompt": ""} == {"prompt": "", "n": "nan", "b": "\\udcff"}
