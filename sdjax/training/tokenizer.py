@@ -25,16 +25,19 @@ def train_tokenizer(captions: Iterable[str], merges: int, max_length: int, folde
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    # The learner's alphabet holds each symbol once or twice, so its vocabulary is asked for large and cut below.
+    # The trainer numbers symbols that end a word in the order of a hash map, and numbers decide between merges of equal
+    # counts: named before, they are always numbered alike, and the same captions make the same tokenizer.
+    endings = [symbol + WORD_END for symbol in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=2 * len(alphabet) + merges,
+        special_tokens=endings,
         end_of_word_suffix=WORD_END,
         initial_alphabet=alphabet,
         show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     pairs = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:merges]
-    symbols = [*alphabet, *(symbol + WORD_END for symbol in alphabet), *(a + b for a, b in pairs), START, END]
+    symbols = [*alphabet, *endings, *(a + b for a, b in pairs), START, END]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
 
     marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}

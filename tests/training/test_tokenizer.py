@@ -49,10 +49,12 @@ def test_captions_fit_and_are_padded_with_the_end(tokenizer):
     assert all(row[0] == start and row[-1] == end for row in ids)
 
 
-def test_training_is_deterministic(folder, tmp_path):
-    train_tokenizer(CAPTIONS, 400, 32, tmp_path)
-    for file in folder.iterdir():
-        assert file.read_bytes() == (tmp_path / file.name).read_bytes()
+@pytest.mark.parametrize(("captions", "merges"), [(1500, 400), (11, 100)], ids=["many", "few, with ties"])
+def test_training_is_deterministic(tmp_path, captions, merges):
+    for run in range(4):
+        train_tokenizer(CAPTIONS[:captions], merges, 32, tmp_path / str(run))
+        for file in (tmp_path / "0").iterdir():
+            assert file.read_bytes() == (tmp_path / str(run) / file.name).read_bytes()
 
 
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=0x2FF), max_size=40))
