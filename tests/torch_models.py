@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import sdjax.config
-from sdjax.models import clip, unet, vae
+from sdjax.models import clip, controlnet, tiny, unet, vae
 
 UNET = {
     "sample_size": 16,
@@ -29,6 +31,15 @@ VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
     "norm_num_groups": 8,
+}
+CONTROLNET = {key: UNET[key] for key in UNET if key not in ("sample_size", "up_block_types")} | {
+    "conditioning_embedding_out_channels": [4, 8],
+}
+TINY = {
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+    "num_encoder_blocks": [1, 2],
+    "num_decoder_blocks": [2, 1],
 }
 CLIP = {
     "vocab_size": 99,
@@ -64,6 +75,22 @@ def torch_vae(config: dict[str, Any], seed: int = 0) -> AutoencoderKL:
     """diffusers' AutoencoderKL for a config.json's content."""
     torch.manual_seed(seed)
     return randomise(AutoencoderKL(**config), seed)
+
+
+def torch_controlnet(config: dict[str, Any], seed: int = 0) -> ControlNetModel:
+    """diffusers' ControlNet for a config.json's content, its zero convolutions filled."""
+    torch.manual_seed(seed)
+    network = ControlNetModel(**config)
+    zeros = [network.controlnet_mid_block, *network.controlnet_down_blocks, network.controlnet_cond_embedding.conv_out]
+    for conv in zeros:
+        conv.reset_parameters()
+    return randomise(network, seed)
+
+
+def torch_tiny(config: dict[str, Any], seed: int = 0) -> AutoencoderTiny:
+    """diffusers' tiny autoencoder for a config.json's content."""
+    torch.manual_seed(seed)
+    return randomise(AutoencoderTiny(**config), seed)
 
 
 def torch_clip(
@@ -112,6 +139,18 @@ def our_unet(config: dict[str, Any], network: torch.nn.Module, **kw: Any) -> une
 def our_vae(config: dict[str, Any], network: torch.nn.Module, **kw: Any) -> vae.AutoencoderKL:
     """Our autoencoder with `network`'s weights."""
     module = vae.AutoencoderKL(sdjax.config.VAEConfig.from_dict(config), rngs=None, **kw)
+    return fill(module, network.state_dict())
+
+
+def our_controlnet(config: dict[str, Any], network: torch.nn.Module, **kw: Any) -> controlnet.ControlNet:
+    """Our ControlNet with `network`'s weights."""
+    module = controlnet.ControlNet(sdjax.config.ControlNetConfig.from_dict(config), rngs=None, **kw)
+    return fill(module, network.state_dict())
+
+
+def our_tiny(config: dict[str, Any], network: torch.nn.Module, **kw: Any) -> tiny.AutoencoderTiny:
+    """Our tiny autoencoder with `network`'s weights."""
+    module = tiny.AutoencoderTiny(sdjax.config.AutoencoderTinyConfig.from_dict(config), rngs=None, **kw)
     return fill(module, network.state_dict())
 
 

@@ -1,1 +1,1 @@
-"""CLIP text encoder, UNet and KL autoencoder in Flax NNX. They know nothing of samplers, files or devices."""
+"""CLIP text encoder, UNet, ControlNet and autoencoders in Flax NNX. They know nothing of samplers, files or devices."""

@@ -85,6 +85,7 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        bias: bool = True,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs | None,
@@ -94,7 +95,7 @@ class Conv(nnx.Module):
         half = kernel_size // 2
         self.padding = ((half, half), (half, half)) if padding is None else padding
         self.kernel = _param(_kernel_init, (kernel_size, kernel_size, in_channels, out_channels), param_dtype, rngs)
-        self.bias = _param(0.0, (out_channels,), param_dtype, rngs)
+        self.bias = _param(0.0, (out_channels,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out_height out_width out"]:
         kernel = self.kernel[...].astype(self.dtype)
@@ -105,7 +106,7 @@ class Conv(nnx.Module):
             y = jax.lax.conv_general_dilated(
                 x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-        return y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 class Embed(nnx.Module):
@@ -295,6 +296,13 @@ class Downsample(nnx.Module):
         return self.conv(x)
 
 
+def doubled(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch twice_h twice_w channels"]:
+    """Every pixel twice along both sides."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
 class Upsample(nnx.Module):
     """Every pixel doubled along both sides, cropped to `size`, and a 3x3 convolution.
 
@@ -307,9 +315,7 @@ class Upsample(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], size: tuple[int, int] | None = None
     ) -> Float[Array, "batch new_height new_width channels"]:
-        batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        x = x.reshape(batch, 2 * height, 2 * width, channels)
+        x = doubled(x)
         if size is not None:
             x = x[:, : size[0], : size[1]]
         return self.conv(x)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdjax.config import Stage, UNetConfig
+from sdjax.config import DownConfig, Stage, UNetConfig
 from sdjax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -82,7 +82,7 @@ class TransformerBlock(nnx.Module):
 class Transformer(nnx.Module):
     """Transformer blocks over an image's positions, between two projections (diffusers' Transformer2DModel)."""
 
-    def __init__(self, config: UNetConfig, stage: Stage, depth: int, **kw: Any):
+    def __init__(self, config: DownConfig, stage: Stage, depth: int, **kw: Any):
         channels = stage.channels
         self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6, **kw)
         # Equal but for the shape of the stored kernel.
@@ -105,7 +105,7 @@ class Block(nnx.Module):
     """The resnets of a stage, `inputs` their input channels, and a transformer after each where the stage attends."""
 
     def __init__(
-        self, config: UNetConfig, stage: Stage, inputs: Sequence[int], output_scale_factor: float = 1.0, **kw: Any
+        self, config: DownConfig, stage: Stage, inputs: Sequence[int], output_scale_factor: float = 1.0, **kw: Any
     ):
         self.resnets = nnx.List(
             [
@@ -129,7 +129,7 @@ class Block(nnx.Module):
 class DownBlock(Block):
     """CrossAttnDownBlock2D and DownBlock2D; returns its output and what the up path will take."""
 
-    def __init__(self, config: UNetConfig, stage: Stage, in_channels: int, *, downsample: bool, **kw: Any):
+    def __init__(self, config: DownConfig, stage: Stage, in_channels: int, *, downsample: bool, **kw: Any):
         super().__init__(config, stage, [in_channels] + [stage.channels] * (stage.layers - 1), **kw)
         self.downsamplers = nnx.List([Downsample(stage.channels, **kw)] if downsample else [])
 
@@ -152,10 +152,11 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """UNetMidBlock2DCrossAttn: a resnet, a transformer and a resnet."""
+    """UNetMidBlock2DCrossAttn, a resnet, a transformer and a resnet; and UNetMidBlock2D, a resnet."""
 
-    def __init__(self, config: UNetConfig, stage: Stage, **kw: Any):
-        super().__init__(config, stage, [stage.channels] * 2, config.mid_block_scale_factor, **kw)
+    def __init__(self, config: DownConfig, stage: Stage, **kw: Any):
+        inputs = [stage.channels] * (len(stage.depths) + 1)
+        super().__init__(config, stage, inputs, config.mid_block_scale_factor, **kw)
 
     def __call__(
         self,
@@ -163,8 +164,10 @@ class MidBlock(Block):
         temb: Float[Array, "batch time"],
         context: Float[Array, "batch keys context"],
     ) -> Float[Array, "batch height width channels"]:
-        x = self.attentions[0](self.resnets[0](x, temb), context)
-        return self.resnets[1](x, temb)
+        x = self.resnets[0](x, temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, context), temb)
+        return x
 
 
 class UpBlock(Block):
@@ -191,7 +194,7 @@ class UpBlock(Block):
         return x
 
 
-def skip_channels(config: UNetConfig) -> list[int]:
+def skip_channels(config: DownConfig) -> list[int]:
     """Channels of each array that goes from the down path to the up path; a ControlNet adds a residual to each."""
     channels = [config.block_out_channels[0]]
     for i, stage in enumerate(config.down_stages):
@@ -218,15 +221,24 @@ class DownPath(nnx.Module):
     `remat` recomputes each block in the backward pass and so trades time for memory in training; values are the same.
     """
 
-    def __init__(self, config: UNetConfig, *, dtype: DTypeLike, remat: bool, **kw: Any):
+    def __init__(
+        self,
+        config: DownConfig,
+        *,
+        conv_in_kernel: int = 3,
+        time_cond_proj_dim: int | None = None,
+        dtype: DTypeLike,
+        remat: bool = False,
+        **kw: Any,
+    ):
         kw["dtype"] = dtype
         channels = config.block_out_channels
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        self.conv_in = Conv(config.in_channels, channels[0], config.conv_in_kernel, **kw)
+        self.conv_in = Conv(config.in_channels, channels[0], conv_in_kernel, **kw)
         self.time_embedding = TimestepEmbedding(
-            channels[0], 4 * channels[0], act_fn=config.act_fn, cond_dim=config.time_cond_proj_dim, **kw
+            channels[0], 4 * channels[0], act_fn=config.act_fn, cond_dim=time_cond_proj_dim, **kw
         )
         if config.addition_embed_type == "text_time":
             assert config.projection_class_embeddings_input_dim is not None  # the config has checked
@@ -289,6 +301,8 @@ class DownPath(nnx.Module):
 class UNet2DCondition(DownPath):
     """Predicts noise, velocity or image from a noisy latent; which of them, the checkpoint's scheduler config says."""
 
+    config: UNetConfig
+
     def __init__(
         self,
         config: UNetConfig,
@@ -299,7 +313,14 @@ class UNet2DCondition(DownPath):
         remat: bool = False,
     ):
         kw = {"param_dtype": param_dtype, "rngs": rngs}
-        super().__init__(config, dtype=dtype, remat=remat, **kw)
+        super().__init__(
+            config,
+            conv_in_kernel=config.conv_in_kernel,
+            time_cond_proj_dim=config.time_cond_proj_dim,
+            dtype=dtype,
+            remat=remat,
+            **kw,
+        )
         kw["dtype"] = dtype
         self.up_blocks = make_up_blocks(config, **kw)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, config.block_out_channels[0], config.norm_eps, **kw)

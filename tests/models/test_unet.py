@@ -11,7 +11,7 @@ import pytest
 import torch
 from flax import nnx
 
-from sdjax.config import UNetConfig
+from sdjax.config import DownConfig, UNetConfig
 from sdjax.models.unet import UNet2DCondition, skip_channels
 from tests.torch_models import UNET, nhwc, our_unet, relative_error, torch_unet
 
@@ -110,6 +110,7 @@ PARITY = {
         },
         *(1, 3, 5, 6),
     ),
+    "no attention in the middle": ({"mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 2}, 1, 5, 4, 3),
 }
 
 
@@ -121,7 +122,7 @@ def run(network, *args, **kwargs):
     return network(*args, **kwargs)
 
 
-def inputs(config: UNetConfig, batch: int, height: int, width: int, tokens: int, seed: int = 0):
+def inputs(config: DownConfig, batch: int, height: int, width: int, tokens: int, seed: int = 0):
     """Random arguments as torch tensors: latents, timesteps, context, added_cond, timestep_cond; images NCHW."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -133,7 +134,8 @@ def inputs(config: UNetConfig, batch: int, height: int, width: int, tokens: int,
         dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         ids = torch.randint(0, 2000, (batch, 6), generator=generator)
         added = {"text_embeds": normal(batch, dim), "time_ids": ids.float()}
-    cond = normal(batch, config.time_cond_proj_dim) if config.time_cond_proj_dim else None
+    width_of_cond = getattr(config, "time_cond_proj_dim", None)
+    cond = normal(batch, width_of_cond) if width_of_cond else None
     dim = config.mid_stage.context_dim if config.mid_stage else config.cross_attention_dim
     t = torch.rand(batch, generator=generator) * 1000
     return normal(batch, config.in_channels, height, width), t, normal(batch, tokens, dim), added, cond
