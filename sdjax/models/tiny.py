@@ -34,12 +34,12 @@ class TinyEncoder(nnx.Module):
 
     def __init__(self, config: AutoencoderTinyConfig, **kw: Any):
         channels = config.encoder_block_out_channels[0]
-        self.layers = nnx.List([Conv(config.in_channels, channels, **kw)])
+        layers: list[Any] = [Conv(config.in_channels, channels, **kw)]
         for i, count in enumerate(config.num_encoder_blocks):
             if i:
-                self.layers.append(Conv(channels, channels, stride=2, bias=False, **kw))
-            self.layers += [TinyBlock(channels, config.act_fn, **kw) for _ in range(count)]
-        self.layers.append(Conv(channels, config.latent_channels, **kw))
+                layers.append(Conv(channels, channels, stride=2, bias=False, **kw))
+            layers += [TinyBlock(channels, config.act_fn, **kw) for _ in range(count)]
+        self.layers = nnx.List([*layers, Conv(channels, config.latent_channels, **kw)])
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch latent_h latent_w latent"]:
         x = (x + 1) / 2
@@ -53,12 +53,12 @@ class TinyDecoder(nnx.Module):
 
     def __init__(self, config: AutoencoderTinyConfig, **kw: Any):
         channels = config.decoder_block_out_channels[0]
-        self.layers = nnx.List([Conv(config.latent_channels, channels, **kw), ACTIVATIONS[config.act_fn]])
+        layers: list[Any] = [Conv(config.latent_channels, channels, **kw), ACTIVATIONS[config.act_fn]]
         for i, count in enumerate(config.num_decoder_blocks):
             if i:
-                self.layers += [doubled, Conv(channels, channels, bias=False, **kw)]
-            self.layers += [TinyBlock(channels, config.act_fn, **kw) for _ in range(count)]
-        self.layers.append(Conv(channels, config.out_channels, **kw))
+                layers += [doubled, Conv(channels, channels, bias=False, **kw)]
+            layers += [TinyBlock(channels, config.act_fn, **kw) for _ in range(count)]
+        self.layers = nnx.List([*layers, Conv(channels, config.out_channels, **kw)])
 
     def __call__(self, z: Float[Array, "batch latent_h latent_w latent"]) -> Float[Array, "batch height width out"]:
         x = jnp.tanh(z / 3) * 3
