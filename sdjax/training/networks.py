@@ -131,7 +131,8 @@ def prepare(config: Train, source: Source) -> Networks:
         else:
             raise TrainConfigError(f"model.{name} is missing: describe it, or name a checkpoint in init")
         options = {"remat": config.remat} if name == "unet" else {}
-        dtype = jnp.dtype(config.dtype)
+        # A frozen VAE computes in float32 whatever the rest does: in half precision SDXL's overflows.
+        dtype = jnp.dtype("float32" if name == "vae" and config.task == "unet" else config.dtype)
         build = partial(module, kind.from_dict(settings), dtype=dtype, param_dtype=jnp.float32, **options)
         networks.configs[name], networks.modules[name] = settings, build(rngs=None)
         if fresh or start is None:
