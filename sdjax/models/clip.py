@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.config import CLIPTextConfig
-from sdjax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear, attention
+from sdjax.models.attention import attention
+from sdjax.models.layers import ACTIVATIONS, Embed, LayerNorm, Linear
 
 
 class TextOutput(NamedTuple):

@@ -20,6 +20,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from sdjax.models.attention import attention
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -161,58 +163,6 @@ class GroupNorm(_Norm):
         flat = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
         centred = flat - self._group_mean(flat)
         return self._affine(centred, self._group_mean(jnp.square(centred))).reshape(x.shape)
-
-
-QUERY_CHUNK = 512  # queries scored at once: on a CPU 4096 tokens took less time so than with 256 or 1024
-
-
-def attention(
-    q: Float[Array, "batch queries heads dim"],
-    k: Float[Array, "batch keys heads dim"],
-    v: Float[Array, "batch keys heads dim"],
-    *,
-    causal: bool = False,
-) -> Float[Array, "batch queries heads dim"]:
-    """softmax(q k^T / sqrt(dim)) v for each head, the softmax in float32, never holding all scores of a large image.
-
-    This is the one place that chooses an implementation, by the default backend when the program is traced. On a GPU
-    half-precision heads of up to 128 go to cuDNN's flash attention. Up to QUERY_CHUNK queries are scored directly.
-    More are mapped over heads and chunks of queries. `causal` (query i sees keys up to i) is for short text only and
-    always scored directly off the GPU. The cuDNN path has not been run by the tests, which have no GPU.
-    """
-    dim = q.shape[-1]
-    half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half_precision and dim <= 128 and dim % 8 == 0:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    if causal or q.shape[1] <= QUERY_CHUNK:
-        return _direct_attention(q, k, v, causal)
-    return _chunked_attention(q, k, v)
-
-
-def _direct_attention(q: Array, k: Array, v: Array, causal: bool) -> Array:
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    if causal:
-        scores = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool), scores, -jnp.inf)
-    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
-
-
-def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
-    batch, queries, heads, dim = q.shape
-    chunks = -(-queries // QUERY_CHUNK)
-    q = jnp.pad(q, ((0, 0), (0, chunks * QUERY_CHUNK - queries), (0, 0), (0, 0)))
-    q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, dim) for x in (q, k, v))
-
-    @jax.checkpoint  # without it the backward pass would keep every chunk's scores
-    def chunk(q: Array, k: Array, v: Array) -> Array:
-        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) / math.sqrt(dim)
-        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
-
-    def head(qkv: tuple[Array, Array, Array]) -> Array:
-        q, k, v = qkv
-        return jax.lax.map(lambda part: chunk(part, k, v), q.reshape(chunks, QUERY_CHUNK, dim))
-
-    out = jax.lax.map(head, (q, k, v)).reshape(batch, heads, chunks * QUERY_CHUNK, dim)
-    return out.transpose(0, 2, 1, 3)[:, :queries]
 
 
 class Attention(nnx.Module):
