@@ -3,11 +3,15 @@
 import os
 import tempfile
 
-# Before anything imports JAX: the devices that a multi-device host would have.
+# Before anything imports JAX: the devices that a multi-device host would have. LLVM's slowest passes gain nothing on
+# networks this small.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_llvm_disable_expensive_passes=true"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A program that one test has compiled, the next reads, and so do the other processes of a parallel run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="sdjax-tests-"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jaxtyping
 
@@ -24,9 +28,6 @@ import torch
 from tests import checkpoints
 
 torch.set_num_threads(2)
-# A program that one test has compiled, the next reads; LLVM's slowest passes gain nothing on networks this small.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="sdjax-tests-"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ def prepare(config: Train, source: Source) -> Networks:
         networks.configs[name], networks.modules[name] = settings, build(rngs=None)
         if fresh or start is None:
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            made = _started(name, jax.jit(lambda key, build=build: flat(build(rngs=nnx.Rngs(key))))(key))
+            made = _started(name, flat(build(rngs=nnx.Rngs(key))))
         else:
             made = flat(checkpoint.fill(build(rngs=None), start.tensors(name), what=f"{config.init}/{name}"))
         networks.params[name] = made
