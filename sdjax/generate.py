@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ from sdjax.request import Request
 from sdjax.sampling import noise, scan
 from sdjax.spec import BUNDLED, Program, Spec
 from sdjax.weights import checkpoint
+from sdjax.weights.single_file import is_single_file
 
 SCAN_ROWS = 5
 """Sampler rows in one call of the compiled scan: divides the usual step counts, and is long enough to hide dispatch."""
@@ -93,22 +94,22 @@ class StableDiffusion:
         source: str | os.PathLike[str] | Spec = BUNDLED,
         *,
         dtype: str = "float32",
-        variant: str | None = None,
         batch_size: int | None = None,
         devices: Sequence[Device] | None = None,
+        **options: Any,
     ) -> "StableDiffusion":
         """Load a checkpoint onto the devices.
 
         Args:
-            source: a folder, hub id or fsspec URL in the diffusers layout, or a `Spec` that was made of one.
-            dtype, variant: see `Spec`; not asked where a Spec is given.
+            source: a folder, hub id, fsspec URL or single file, or a `Spec` that was made of one.
+            dtype, options: see `Spec`; not asked where a Spec is given.
             batch_size: images that a device makes at once; default 1 on CPU, 4 elsewhere.
             devices: default all local devices.
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be run; the message names what is wrong.
         """
-        spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, variant=variant)
+        spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, **options)
         on = Devices(devices)
         if batch_size is None:
             batch_size = 1 if on.platform == "cpu" else 4
@@ -121,6 +122,21 @@ class StableDiffusion:
             networks[name] = checkpoint.fill(module, tensors, what=f"{name} of {spec.name}", place=on.replicate)
         _ = spec.tokenizer  # refused now where it cannot be read
         return cls(spec, networks, batch_size, on)
+
+    @classmethod
+    def from_single_file(cls, source: str | os.PathLike[str], **options: Any) -> "StableDiffusion":
+        """Load a file in the original layout (`model.safetensors`), a path or URL, onto the devices.
+
+        Args:
+            source: see `sdjax.weights.single_file.SingleFile`.
+            options: `tokenizer`, `prediction_type` and `allow_pickle` of `SingleFile`, and those of `from_pretrained`.
+
+        Raises:
+            CheckpointError: the file cannot be run; the message names what is wrong.
+        """
+        if not is_single_file(source):
+            raise checkpoint.CheckpointError(f"{source} is no single file; from_pretrained loads folders")
+        return cls.from_pretrained(source, **options)
 
     @property
     def parameters(self) -> int:

@@ -14,7 +14,8 @@ from sdjax.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
 from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request, RequestError
 from sdjax.text import Text, Tokenizer
-from sdjax.weights.checkpoint import Checkpoint, CheckpointError
+from sdjax.weights.checkpoint import CheckpointError
+from sdjax.weights.single_file import open_checkpoint
 
 BUNDLED = str(Path(__file__).parent / "bundled")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,18 +42,27 @@ class Spec:
     """A checkpoint's configurations, and what follows from them for a request.
 
     Args:
-        source, variant: see `Checkpoint`.
+        source: a checkpoint's folder, hub id or URL, or a single file in the original layout.
         dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
+        variant: see `Checkpoint`.
+        single_file: see `SingleFile`.
 
     Raises:
         CheckpointError, ConfigError, SamplingError: what is there cannot be run; the message names it.
     """
 
-    def __init__(self, source: str | os.PathLike[str] = BUNDLED, *, dtype: str = "float32", variant: str | None = None):
+    def __init__(
+        self,
+        source: str | os.PathLike[str] = BUNDLED,
+        *,
+        dtype: str = "float32",
+        variant: str | None = None,
+        **single_file: Any,
+    ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         self.dtype = dtype
-        self.checkpoint = Checkpoint(source, variant=variant)
+        self.checkpoint = open_checkpoint(source, variant=variant, **single_file)
         kind = self.checkpoint.index.get("_class_name")
         if kind not in _PIPELINES:
             raise CheckpointError(f"{source} is a {kind}; supported are {', '.join(_PIPELINES)}")

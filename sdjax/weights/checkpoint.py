@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from sdjax.weights import names
+from sdjax.weights import hub, names
 from sdjax.weights.safetensors import CheckpointError, read_header, read_tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -49,7 +49,10 @@ class Checkpoint:
         self.source, self.variant = os.fspath(source), variant
         folder = self.source
         if "://" not in folder and not os.path.isdir(folder):
-            folder = _from_hub(folder, variant)
+            weights = f"*.{variant}*" if variant else "*.safetensors*"
+            wanted = ["model_index.json", "scheduler/*", "tokenizer*/*"]
+            wanted += [f"{component}/{name}" for component in _WEIGHTS for name in ("config.json", weights)]
+            folder = hub.folder(folder, wanted, without=() if variant else ("*.fp16*", "*.bf16*", "*.non_ema*"))
         self._fs, self._root = fsspec.core.url_to_fs(folder)
         if not self._fs.isfile(self._path("model_index.json")):
             raise CheckpointError(f"{self.source} holds no model_index.json; a diffusers checkpoint folder has one")
@@ -59,6 +62,10 @@ class Checkpoint:
 
     def _path(self, *names: str) -> str:
         return posixpath.join(self._root, *names)
+
+    def _read(self, path: str) -> bytes:
+        """A small file's content. Raises FileNotFoundError."""
+        return self._fs.cat_file(self._path(path))
 
     @cached_property
     def _files(self) -> list[str]:
@@ -73,9 +80,8 @@ class Checkpoint:
 
     def json(self, *names: str) -> dict[str, Any]:
         """A JSON file's object."""
-        path = self._path(*names)
         try:
-            value = json.loads(self._fs.cat_file(path))
+            value = json.loads(self._read("/".join(names)))
         except FileNotFoundError:
             raise CheckpointError(f"{self.source} lacks {'/'.join(names)}") from None
         except ValueError:
@@ -87,7 +93,7 @@ class Checkpoint:
     def texts(self, folder: str) -> dict[str, str]:
         """The small text files of a folder (a tokenizer, a scheduler), by their path in the checkpoint."""
         paths = [path for path in self._files if posixpath.dirname(path) == folder and path.endswith(_TEXTS)]
-        return {path: self._fs.cat_file(self._path(path)).decode("utf-8") for path in paths}
+        return {path: self._read(path).decode("utf-8") for path in paths}
 
     @contextlib.contextmanager
     def local(self, folder: str) -> Iterator[Path]:
@@ -158,28 +164,6 @@ class Checkpoint:
         return shards
 
 
-def _from_hub(repo_id: str, variant: str | None) -> str:
-    """The local folder of a hub repository: from the cache where it is there, else downloaded."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
-        raise CheckpointError(f"{repo_id} is neither a folder, nor a hub id (org/name), nor an fsspec URL")
-    weights = f"*.{variant}*" if variant else "*.safetensors*"
-    wanted = ["model_index.json", "scheduler/*", "tokenizer*/*"]
-    wanted += [f"{component}/{name}" for component in _WEIGHTS for name in ("config.json", weights)]
-    unwanted = None if variant else ["*.fp16*", "*.bf16*", "*.non_ema*"]
-    try:
-        return snapshot_download(repo_id, allow_patterns=wanted, ignore_patterns=unwanted)
-    except HFValidationError:
-        raise CheckpointError(f"{repo_id} is neither a folder nor a possible hub id (org/name)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{repo_id} is no folder here, and the hub did not give it ({type(error).__name__}); "
-            "check the name and the network"
-        ) from None
-
-
 def _flat(module: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable]]:
     """A module's parameters by checkpoint key, each with its path in the module."""
     return {_key(path): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))}
@@ -229,7 +213,7 @@ def fill(
         path, leaf = wanted[key]
         array = _to_flax(names.squeezed(tensor, leaf.ndim), path[-1])
         if array.shape != leaf.shape:
-            expected = list(_to_torch(np.broadcast_to(0, leaf.shape), path[-1]).shape)
+            expected = list(shapes_of(module)[key])
             raise CheckpointError(
                 f"{what}: {key} has shape {list(tensor.shape)}; the configuration makes it {expected}"
             )
@@ -241,6 +225,14 @@ def fill(
             raise CheckpointError(f"{what} {problem} {', '.join(keys[:3])}{more}")
     nnx.update(module, nnx.from_flat_state(filled))
     return module
+
+
+def shapes_of(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's parameters as the checkpoint has them, whether it was filled or not."""
+    return {
+        key: _to_torch(np.broadcast_to(np.int8(0), leaf.shape), path[-1]).shape
+        for key, (path, leaf) in _flat(module).items()
+    }
 
 
 def tensors_of(module: nnx.Module, dtype: Any = None) -> dict[str, np.ndarray]:

@@ -49,6 +49,11 @@ def read_header(file: IO[bytes], name: str) -> dict[str, Entry]:
     Raises:
         CheckpointError: the file is cut short, is not safetensors, or holds a dtype that cannot be read.
     """
+    return read_header_and_metadata(file, name)[0]
+
+
+def read_header_and_metadata(file: IO[bytes], name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """As `read_header`, with what the file's maker noted in it."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -56,7 +61,7 @@ def read_header(file: IO[bytes], name: str) -> dict[str, Entry]:
         raise CheckpointError(f"{name} is not a whole safetensors file: {size:,} bytes, a header of {length:,}")
     try:
         header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         entries = {key: _entry(key, value, 8 + length) for key, value in header.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
@@ -65,7 +70,7 @@ def read_header(file: IO[bytes], name: str) -> dict[str, Entry]:
     for key, entry in entries.items():
         if entry.end > size:
             raise CheckpointError(f"{name} is truncated: {key} ends at byte {entry.end:,} of {size:,}")
-    return entries
+    return entries, {key: str(value) for key, value in metadata.items()}
 
 
 def _entry(key: str, value: Mapping, base: int) -> Entry:
