@@ -22,6 +22,7 @@ from pipelines.handler import UnitHandler, load_stable_diffusion
 from pipelines.options import GenerateOptions, parse
 from pipelines.sources import Source
 from pipelines.storage import Store
+from sdjax.model_options import model_options
 from sdjax.request import Request
 
 _MANIFESTS_A_READER = 64
@@ -48,7 +49,7 @@ def main(
         options = parse(list(sys.argv[1:] if argv is None else argv))
         job = options.view_as(GenerateOptions)
         files = sources.find(job.prompts, job.prompt_column)
-        model = spec(job.model, dtype=job.dtype, variant=job.variant)
+        model = spec(job.model, dtype=job.dtype, **model_options(job))
         model.resolve(Request.from_row({"prompt": "any"}, **job.request_defaults())[0])
         store = Store(job.output)
         swept = leftovers.sweep(store, everything=job.overwrite)

@@ -7,6 +7,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 
 from pipelines import sinks
 from sdjax.images import FORMATS
+from sdjax.model_options import add_model_options
 from sdjax.request import field_types
 
 # In this process, with nothing to fetch. Beam's own DirectRunner first tries to download the Prism runner.
@@ -32,8 +33,7 @@ class GenerateOptions(PipelineOptions):
             help=".txt, .csv, .tsv, .jsonl, .parquet or .toml; globs and fsspec URLs",
         )
         job.add_argument("--output", metavar="DIR", help="a folder or an fsspec URL")
-        job.add_argument("--model", help="folder, hub id or fsspec URL of a checkpoint; default: the bundled one")
-        job.add_argument("--variant", help="of the checkpoint's files, such as fp16")
+        add_model_options(job)
         job.add_argument("--dtype", default="float32", help=f"{', '.join(_DTYPES)}; default: %(default)s")
         job.add_argument("--batch-size", type=int, help="images that one device makes at once; default: the model's")
         job.add_argument("--prompt-column", help="the column that holds the prompts; default: prompt")

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
+from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, RequestError, field_types
 
 if TYPE_CHECKING:
@@ -23,10 +24,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one, by its name with dashes."""
     result = argparse.ArgumentParser(prog="python -m sdjax.sample", description="Make images from prompts.")
     result.add_argument("prompts", nargs="+", metavar="PROMPT", help="the text of a picture")
-    result.add_argument(
-        "--model", help="folder, hub id or fsspec URL in the diffusers layout (default: the bundled model)"
-    )
-    result.add_argument("--variant", help="which weight files to read where there are several, such as fp16")
+    add_model_options(result)
     result.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     result.add_argument("--num-images", type=int, default=1, help="images a prompt, on seeds that count up from --seed")
     result.add_argument("--format", choices=sorted(images.FORMATS), default="png", help="default: %(default)s")
@@ -77,7 +75,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     from sdjax.spec import BUNDLED
 
     pipe = StableDiffusion.from_pretrained(
-        options.model or BUNDLED, dtype=options.dtype, batch_size=options.batch_size, variant=options.variant
+        options.model or BUNDLED, dtype=options.dtype, batch_size=options.batch_size, **model_options(options)
     )
     if options.verbose:
         print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)

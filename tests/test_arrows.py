@@ -35,9 +35,8 @@ MAY_IMPORT = {
     },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
-NO_JAX = tuple(
-    f"sdjax/{name}"
-    for name in ("__init__.py", "canvas.py", "config", "images.py", "inputs.py", "prompts.py", "request.py")
+NO_JAX = ("sdjax/config",) + tuple(
+    f"sdjax/{name}.py" for name in ("__init__", "canvas", "images", "inputs", "model_options", "prompts", "request")
 )
 
 

@@ -1,0 +1,40 @@
+"""The options with which commands name a model, and what `Spec` is given for them. Knows no JAX."""
+
+import argparse
+from typing import Any
+
+
+def add_model_options(to: Any) -> None:
+    """Add the options to a parser or to a group of one."""
+    to.add_argument(
+        "--model", help="folder, hub id, URL or single .safetensors file of a checkpoint (default: the bundled model)"
+    )
+    to.add_argument("--variant", help="which weight files to read where there are several, such as fp16")
+    to.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="CLIP's vocab.json and merges.txt, which a single file does not hold "
+        "(default: openai/clip-vit-large-patch14 from the hub)",
+    )
+    to.add_argument(
+        "--prediction-type",
+        metavar="TYPE",
+        help="epsilon or v_prediction, where a single file does not say what it predicts",
+    )
+    to.add_argument(
+        "--allow-ckpt",
+        action="store_true",
+        help="read a .ckpt file. Such files are programs that can do anything when loaded the usual way; they are read "
+        "without being run, and off by default because a .safetensors file needs no such care",
+    )
+
+
+def model_options(options: argparse.Namespace | Any) -> dict[str, Any]:
+    """Keyword arguments of `Spec` for the options that were given."""
+    values = {
+        "variant": options.variant,
+        "tokenizer": options.tokenizer,
+        "prediction_type": options.prediction_type,
+        "allow_pickle": options.allow_ckpt,
+    }
+    return {name: value for name, value in values.items() if value}
