@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
 from sdjax.canvas import Canvas
-from sdjax.request import Request
+from sdjax.request import Request, numbers
 from sdjax.sampling import Table, noise, scan
 
 
@@ -47,9 +47,7 @@ def guidance_weights(
     joined: weights of the prompts that AND joins.  edits: whether the negative prompt comes twice, with an image and
     without, between which image_guidance_scale leads (equation 3 of https://arxiv.org/abs/2211.09800).
     """
-    guided = np.stack([_guided(request, table, rows) for request, table in zip(requests, tables, strict=True)])
-    scales = np.array([[max(request.guidance_scale, 1.0)] for request in requests], np.float32)
-    guidance = np.where(guided, scales, np.float32(1))
+    guidance = np.stack([_guidance(request, table, rows) for request, table in zip(requests, tables, strict=True)])
     weights = scan.guidance_weights(guidance, joined)
     if not edits:
         return weights
@@ -58,11 +56,15 @@ def guidance_weights(
     return np.concatenate([weights[..., :-1], weights[..., -1:] + surplus, -surplus], axis=-1)
 
 
-def _guided(request: Request, table: Table, rows: int) -> Bool[np.ndarray, " rows"]:
-    """The sampler rows whose step lies in the request's guidance interval."""
-    done = table.step / (table.step[-1] + 1)
+def _guidance(request: Request, table: Table, rows: int) -> Float32[np.ndarray, " rows"]:
+    """The guidance scale of each sampler row: its step's, and 1 outside of the request's guidance interval."""
+    steps = table.step[-1] + 1
+    listed = numbers(request.guidance_scales)
+    scales = np.full(steps, request.guidance_scale) if listed is None else np.array(listed[-steps:])
+    done = np.arange(steps) / steps
     inside = (request.guidance_start <= done) & (done < request.guidance_end)
-    return np.pad(inside, (0, rows - len(inside)))
+    by_step = np.where(inside, np.maximum(scales, 1), 1).astype(np.float32)
+    return np.pad(by_step[table.step], (0, rows - table.calls), constant_values=1)
 
 
 class HostNoise:

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from sdjax.request import Request
+from sdjax.request import Request, numbers
 
 FORMATS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 PNG_LEVEL = 1  # zlib; see BENCHMARKS.md for what each level costs and saves
@@ -25,7 +25,8 @@ def parameters(request: Request, model: str) -> str:
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    sampler = f"{request.sampler}" + (f" {request.sigmas}" if request.sigmas else "")
+    named = request.sigmas and numbers(request.sigmas) is None  # a list's commas would end the value
+    sampler = f"{request.sampler} {request.sigmas}" if named else str(request.sampler)
     facts = {
         "Steps": request.num_inference_steps,
         "Sampler": sampler,

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -35,17 +35,23 @@ class Request:
         prompt: what to show, at most 10,000 characters.
         negative_prompt: what to stay away from; used where guidance_scale > 1.
         seed: 0 to 2**32 - 1; all of the request's noise comes from it.
-        num_inference_steps: sampler steps, 1 to 1000.
+        num_inference_steps: sampler steps, 1 to 1000; as many as sigmas or timesteps list, where they are lists.
         guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598), 0 to 100; 1 or less runs the
             conditional network alone, as diffusers does.
         guidance_start, guidance_end: the share of the steps from which and until which guidance_scale holds, 0 to 1;
             outside the conditional network alone runs (https://arxiv.org/abs/2404.07724).
+        guidance_scales: a guidance_scale for each of the steps in place of the one for all, such as `9,7.5,5`; where an
+            image leaves out steps, the last of them count.
         guidance_rescale: share of the rescaled guidance of https://arxiv.org/abs/2305.08891 (section 3.4), 0 to 1.
         image_guidance_scale: for a checkpoint that edits by instruction (https://arxiv.org/abs/2211.09800): how closely
             to keep to `image`, 1 to 100.
         sampler: k-diffusion's name (`dpmpp_2m`); `sdjax.sampling` lists them.
-        sigmas: noise schedule of the sampler (`karras`).
-        eta: share of fresh noise in ddim, 0 to 1.
+        sigmas: noise schedule of the sampler: a name (`karras`), or falling sigmas in k-diffusion's scale
+            (`14.6,6,2,0.5`). Once in a Request a list is text.
+        timesteps: falling timesteps of the sampler's calls (`999,750,500,250`), in place of sigmas.
+        rho: bend of karras sigmas (7 where None) and of polyexponential ones (1).
+        solver_order: of a sampler that has several, 1 to 4.
+        eta: share of fresh noise in ddim and tcd, 0 to 1.
         width, height: pixels, multiples of 8, 8 to 4096.
         image: a picture to start from; without width and height its own size is made, rounded down to what the model
             can make. Once in a Request it is text: a picture in memory becomes a `data:` URL of a PNG.
@@ -79,10 +85,14 @@ class Request:
     guidance_scale: float = 7.5
     guidance_start: float = 0.0
     guidance_end: float = 1.0
+    guidance_scales: str | Sequence[float] | None = None
     guidance_rescale: float = 0.0
     image_guidance_scale: float = 1.5
     sampler: str | None = None
-    sigmas: str | None = None
+    sigmas: str | Sequence[float] | None = None
+    timesteps: str | Sequence[float] | None = None
+    rho: float | None = None
+    solver_order: int | None = None
     eta: float = 0.0
     width: int | None = None
     height: int | None = None
@@ -109,6 +119,7 @@ class Request:
             raise RequestError("prompt is empty; give the text of the picture")
         for name in ("prompt", "negative_prompt"):
             _check_text(name, getattr(self, name))
+        self._check_lists()
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -143,6 +154,27 @@ class Request:
                     "a size such as '768x512'"
                 )
 
+    def _check_lists(self) -> None:
+        """Lists of numbers: that they are some, and as many as there are steps."""
+        for name in ("timesteps", "guidance_scales"):
+            text = getattr(self, name)
+            if text is not None and numbers(text) is None:
+                raise RequestError(f"{name}={_shown(text)} is no list of numbers; give one such as '9,5,1'")
+        sigmas, timesteps, scales = (numbers(getattr(self, name)) for name in _LISTS)
+        if sigmas and timesteps:
+            raise RequestError("sigmas and timesteps are both lists; give one of them")
+        if listed := timesteps or sigmas:
+            ends = sigmas is not None and listed[-1] == 0  # a final sigma of 0 is no step
+            object.__setattr__(self, "num_inference_steps", len(listed) - ends)
+        if scales and len(scales) != self.num_inference_steps:
+            raise RequestError(
+                f"guidance_scales lists {len(scales)} numbers for num_inference_steps={self.num_inference_steps}"
+            )
+        low, high = _RANGES["guidance_scale"]
+        for scale in scales or ():
+            if not low <= scale <= high:
+                raise RequestError(f"guidance_scales={scale:g} is out of range; allowed is {low} to {high}")
+
     @classmethod
     def from_row(cls, row: Mapping[str, Any], **defaults: Any) -> tuple["Request", dict[str, Any]]:
         """The request in a row of a prompt file, and the row's other columns.
@@ -164,7 +196,7 @@ class Request:
             if name in seen:
                 raise RequestError(f"two columns are named {name!r}; a field takes one")
             seen.add(name)
-            empty = value is None or (isinstance(value, float) and math.isnan(value)) or value == ""
+            empty = value is None or (isinstance(value, float) and math.isnan(value)) or (value == "") is True
             if not empty:
                 values[name] = value
         if not isinstance(values.get("prompt", ""), str):
@@ -196,6 +228,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "guidance_rescale": (0, 1),
     "image_guidance_scale": (1, 100),
     "eta": (0, 1),
+    "solver_order": (1, 4),
     "width": (8, MAX_SIDE),
     "height": (8, MAX_SIDE),
     "padding_mask_crop": (0, MAX_SIDE),
@@ -214,6 +247,8 @@ _NEEDS = {
 }
 _SIZE = re.compile(r"\d{1,5}x\d{1,5}")
 _MARGINS = re.compile(r"(?!.*\b(\w+)=.*\b\1=)((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
+_LISTS = ("sigmas", "timesteps", "guidance_scales")
+_LIST = re.compile(r"[\[(\s]*[-+.\d]")  # how a list of numbers begins, and no name
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -221,6 +256,11 @@ def size_of(text: str) -> tuple[int, int]:
     """Width and height of `640x360`."""
     width, height = text.split("x")
     return int(width), int(height)
+
+
+def numbers(text: str | Sequence[float] | None) -> list[float] | None:
+    """The numbers of a Request's list, such as `14.6,5,1`; None of a name, or of None."""
+    return [float(number) for number in text.split(",")] if isinstance(text, str) and _LIST.match(text) else None
 
 
 def _field_type(hint: Any) -> tuple[type, bool]:
@@ -249,6 +289,8 @@ def _coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
         value = value.item()
     if name in ("image", "mask_image"):
         value = _picture(name, value)
+    if name in _LISTS:
+        value = _listed(name, value)
     if kind is bool:
         if isinstance(value, str):
             value = _WORDS.get(value.strip().lower(), value)
@@ -272,6 +314,25 @@ def _coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
 
 def _shown(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+def _listed(name: str, value: Any) -> Any:
+    """Numbers, listed in any usual way, as text; what is no list as it is."""
+    if isinstance(value, str):
+        if not _LIST.match(value):
+            return value
+        value = value.strip("[]() \t\n").replace(",", " ").split()
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]
+    if not isinstance(value, (Sequence, np.ndarray)):
+        return value
+    try:
+        found = [float(number) for number in value]
+    except (TypeError, ValueError):
+        found = []
+    if not (0 < len(found) <= MAX_STEPS + 1 and all(map(math.isfinite, found))):
+        raise RequestError(f"{name}={_shown(value)} is no list of 1 to {MAX_STEPS} numbers, such as '9,5,1'")
+    return ",".join(repr(number).removesuffix(".0") for number in found)
 
 
 def _picture(name: str, value: Any) -> Any:

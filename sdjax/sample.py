@@ -1,6 +1,7 @@
 """`python -m sdjax.sample PROMPT...`: images on this machine, with a progress bar, PNG metadata and a contact sheet."""
 
 import argparse
+import itertools
 import resource
 import sys
 import time
@@ -27,6 +28,13 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(result)
     result.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     result.add_argument("--num-images", type=int, default=1, help="images a prompt, on seeds that count up from --seed")
+    result.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,VALUE",
+        help="an image for each value of a request's field, as strength=0.4,0.6,0.8; for all combinations of several",
+    )
     result.add_argument("--format", choices=sorted(images.FORMATS), default="png", help="default: %(default)s")
     result.add_argument("--quality", type=int, default=images.QUALITY, help="of jpg and webp; default: %(default)s")
     result.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -55,11 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.num_images < 1:
             raise RequestError(f"--num-images={options.num_images} makes nothing; allowed is 1 or more")
+        sweeps = options.sweep = dict(map(_sweep, options.sweep))
         requests = []
-        for prompt in options.prompts:
-            first, _ = Request.from_row({"prompt": prompt, **given})
-            for i in range(options.num_images):
-                requests.append(Request.from_row({"prompt": prompt, **given, "seed": first.seed + i})[0])
+        for prompt, *values in itertools.product(options.prompts, *sweeps.values()):
+            row = {"prompt": prompt, **given, **dict(zip(sweeps, values, strict=True))}
+            first, _ = Request.from_row(row)
+            requests += [Request.from_row({**row, "seed": first.seed + i})[0] for i in range(options.num_images)]
         return _make(requests, options)
     except KeyboardInterrupt:
         print("interrupted; the files that are there are whole", file=sys.stderr)
@@ -67,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
+
+
+def _sweep(text: str) -> tuple[str, list[str]]:
+    """The field and the values of a --sweep."""
+    name, _, values = text.partition("=")
+    name = name.strip().replace("-", "_")
+    if name not in field_types() or not values:
+        raise RequestError(f"--sweep {text} is not understood; give a request's field and values: strength=0.4,0.6,0.8")
+    return name, values.split(",")
 
 
 def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
@@ -92,7 +110,11 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
             bars.image()
             if result.flags:
                 bars.say(f"{path}: {', '.join(result.flags)}")
-    captions = [f"{result.request.prompt} ({result.request.seed})" for result in made]
+    shown = ["seed", *options.sweep]
+    captions = [
+        f"{result.request.prompt} ({', '.join(str(getattr(result.request, name)) for name in shown)})"
+        for result in made
+    ]
     sheet = images.contact_sheet([result.image for result in made], captions)
     images.write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
     seconds = time.perf_counter() - started

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from sdjax import canvas, sampling
 from sdjax.canvas import Canvas
 from sdjax.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
 from sdjax.prompts import MAX_CLAUSES
-from sdjax.request import MAX_SIDE, Request, RequestError
+from sdjax.request import MAX_SIDE, Request, RequestError, numbers
 from sdjax.text import Text, Tokenizer
 from sdjax.weights.checkpoint import CheckpointError
 from sdjax.weights.single_file import open_checkpoint
@@ -123,6 +124,12 @@ class Spec:
         return self.configs["unet"].in_channels == 2 * self.configs["vae"].latent_channels + 1
 
     @property
+    def distilled(self) -> bool:
+        """Whether it says that it is a consistency model, for a few steps of lcm or tcd."""
+        asked = sampling.default_sampler(self.schedule)
+        return sampling.is_distilled(asked) or self.configs["unet"].time_cond_proj_dim is not None
+
+    @property
     def edits(self) -> bool:
         """Whether the UNet is told the image that the prompt is an instruction for (InstructPix2Pix)."""
         return self.configs["unet"].in_channels == 2 * self.configs["vae"].latent_channels
@@ -151,10 +158,12 @@ class Spec:
             defaults = {
                 "width": width * self.scale,
                 "height": height * self.scale,
-                "sigmas": sampling.default_sigmas(self.schedule, sampler),
+                "sigmas": "" if request.timesteps else sampling.default_sigmas(self.schedule, sampler),
             }
             missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
             request = dataclasses.replace(request, sampler=sampler, **missing)
+            if sampling.is_distilled(sampler) and not self.distilled:
+                _warn(f"sampler={sampler} is for models distilled for it, which {self.name} does not say that it is")
             self.table(request)
             if request.hires_scale > 1:
                 self.hires_table(request)
@@ -241,9 +250,16 @@ class Spec:
         return self._table(resolved, resolved.hires_strength)
 
     def _table(self, resolved: Request, strength: float | None) -> sampling.Table:
-        return _table(
-            self.schedule, resolved.sampler, resolved.num_inference_steps, resolved.sigmas, resolved.eta, strength
-        )
+        return _table(self.schedule, *(getattr(resolved, name) for name in _TABLE_FIELDS), strength)
+
+
+_TABLE_FIELDS = ("sampler", "num_inference_steps", "sigmas", "timesteps", "rho", "eta", "solver_order")
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Say it once."""
+    logging.getLogger(__name__).warning(message)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -253,8 +269,24 @@ def _text(tokenizer: Tokenizer, prompt: str, negative_prompt: str, language: str
 
 @functools.lru_cache(maxsize=1024)
 def _table(
-    schedule: sampling.Schedule, sampler: str, steps: int, sigmas: str, eta: float, strength: float | None
+    schedule: sampling.Schedule,
+    sampler: str,
+    steps: int,
+    sigmas: str,
+    timesteps: str | None,
+    rho: float | None,
+    eta: float,
+    order: int | None,
+    strength: float | None,
 ) -> sampling.Table:
     return sampling.make_table(
-        schedule, sampler=sampler, num_inference_steps=steps, sigmas=sigmas, eta=eta, strength=strength
+        schedule,
+        sampler=sampler,
+        num_inference_steps=steps,
+        sigmas=numbers(sigmas) or sigmas,
+        timesteps=numbers(timesteps),
+        rho=rho,
+        eta=eta,
+        order=order,
+        strength=strength,
     )

@@ -227,3 +227,22 @@ def test_what_the_checkpoint_cannot_make_is_refused_in_one_line(tiny, changes, m
         Spec(tiny).resolve(dataclasses.replace(RED, **changes))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_list_of_guidance_scales_is_heeded_step_by_step(pipe):
+    def pixels(**changes):
+        return pipe.generate([dataclasses.replace(RED, **changes)])[0].pixels
+
+    assert np.array_equal(pixels(guidance_scales=[7.5] * 5), pixels())
+    assert np.array_equal(pixels(guidance_scales=[1, 1, 7.5, 7.5, 7.5]), pixels(guidance_start=0.4))
+    assert difference(pixels(guidance_scales=[9, 8, 7, 6, 5]), pixels()) > 0
+
+
+def test_a_distilled_model_s_sampler_on_another_is_warned_of_once(tiny, caplog):
+    spec = Spec(tiny)
+    for _ in range(2):
+        spec.resolve(dataclasses.replace(RED, sampler="lcm", seed=5))
+    spec.resolve(RED)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sampler=lcm is for models distilled for it, which tiny does not say that it is"
+    ]

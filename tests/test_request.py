@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax.request import MAX_SEED, Request, RequestError
+from sdjax.request import MAX_SEED, Request, RequestError, numbers
 
 REFUSED = [
     ({"prompt": ""}, "prompt is empty"),
@@ -33,6 +33,20 @@ REFUSED = [
     ({"guidance_scale": None}, "guidance_scale=None is not a finite number"),
     ({"guidance_rescale": 1.1}, "allowed is 0 to 1"),
     ({"eta": -0.1}, "allowed is 0 to 1"),
+    ({"sigmas": []}, "sigmas=[] is no list of 1 to 1000 numbers, such as '9,5,1'"),
+    ({"sigmas": "5,b"}, "sigmas=['5', 'b'] is no list of 1 to 1000 numbers"),
+    ({"sigmas": [5, math.nan]}, "is no list of 1 to 1000 numbers"),
+    ({"sigmas": [0]}, "num_inference_steps=0 is out of range"),
+    ({"timesteps": range(5000)}, "is no list of 1 to 1000 numbers"),
+    ({"timesteps": "karras"}, "timesteps='karras' is no list of numbers; give one such as '9,5,1'"),
+    ({"timesteps": {}}, "timesteps={} is not text"),
+    ({"sigmas": [5, 1], "timesteps": [900, 10]}, "sigmas and timesteps are both lists"),
+    ({"guidance_scales": [7, 5]}, "guidance_scales lists 2 numbers for num_inference_steps=30"),
+    (
+        {"guidance_scales": "7,500", "num_inference_steps": 2},
+        "guidance_scales=500 is out of range",
+    ),
+    ({"solver_order": 5}, "allowed is 1 to 4"),
     ({"width": 100}, "width=100 is not a multiple of 8; the nearest is 96"),
     ({"height": 0}, "allowed is 8 to 4096"),
     ({"height": 100_000}, "allowed is 8 to 4096"),
@@ -66,6 +80,18 @@ def test_a_bad_value_is_refused_in_one_line(values, message):
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 200
+
+
+def test_lists_of_numbers_are_one_text_however_they_are_written():
+    for written in ("14.6,6,0.5", " [14.6, 6.0, .5] ", "14.6 6 0.5", [14.6, 6, 0.5], np.array([14.6, 6, 0.5])):
+        request, _ = Request.from_row({"prompt": "a", "sigmas": written})
+        assert request.sigmas == "14.6,6,0.5"
+        assert numbers(request.sigmas) == [14.6, 6, 0.5]
+        assert request.num_inference_steps == 3
+        assert dataclasses.replace(request) == request
+    assert Request(prompt="a", sigmas=[5, 0]).num_inference_steps == 1
+    assert Request(prompt="a", timesteps=[5, 0], guidance_scales=(7, 1)).num_inference_steps == 2
+    assert numbers(Request(prompt="a", sigmas="karras").sigmas) is None
 
 
 def test_from_row_matches_columns_without_case_and_keeps_the_others():

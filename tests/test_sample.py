@@ -67,6 +67,9 @@ def test_every_request_field_is_an_option():
         (["--seed", "4294967295", "--num-images", "2"], "seed=4294967296 is out of range"),
         (["--model", "/no/such/folder"], "/no/such/folder is neither a folder, nor a hub id"),
         (["--batch-size", "0"], "batch_size=0 makes nothing"),
+        (["--sweep", "strenght=0.4,0.6"], "--sweep strenght=0.4,0.6 is not understood"),
+        (["--sweep", "eta"], "--sweep eta is not understood; give a request's field and values"),
+        (["--sweep", "eta=0,2"], "eta=2.0 is out of range"),
     ],
 )
 def test_a_bad_call_is_refused_in_one_line_and_writes_nothing(tiny, tmp_path, capsys, arguments, message):
@@ -77,6 +80,18 @@ def test_a_bad_call_is_refused_in_one_line_and_writes_nothing(tiny, tmp_path, ca
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_makes_each_combination(tiny, tmp_path):
+    Image.new("RGB", (48, 32), "teal").save(tmp_path / "start.png")
+    arguments = ["--model", str(tiny), "--output", str(tmp_path / "out"), "--image", str(tmp_path / "start.png")]
+    swept = ["--sweep", "strength=0.5,1", "--sweep", "guidance-scale=3,7"]
+    assert sample.main(["a red circle", *arguments, *SMALL, *swept, "--num-images", "2"]) == 0
+    texts = [Image.open(file).info["parameters"] for file in (tmp_path / "out").glob("[0-9a-f]*.png")]
+    found = {tuple(text.split(f"{name}: ")[1].split(",")[0] for name in ("CFG scale", "Seed")) for text in texts}
+    assert len(texts) == 8
+    assert found == {("3", "0"), ("3", "1"), ("7", "0"), ("7", "1")}
+    assert {text.split("Denoising strength: ")[1] for text in texts} == {"0.5", "1"}
 
 
 def test_the_same_command_makes_the_same_files(made, tiny, tmp_path):

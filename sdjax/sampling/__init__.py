@@ -2,7 +2,7 @@
 
 from sdjax.sampling.errors import SamplingError
 from sdjax.sampling.schedule import Schedule
-from sdjax.sampling.solvers import SAMPLERS, canonical, default_sampler, default_sigmas, make_table
+from sdjax.sampling.solvers import SAMPLERS, canonical, default_sampler, default_sigmas, is_distilled, make_table
 from sdjax.sampling.table import Table, Tables, stack
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "canonical",
     "default_sampler",
     "default_sigmas",
+    "is_distilled",
     "make_table",
     "stack",
 ]

@@ -1,5 +1,6 @@
 """Which noise levels a run visits: timestep spacings and sigma schedules."""
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ from sdjax.sampling.trace import Level
 
 CLEAN = Level(0.0, 1.0, 0.0)
 
-# Sabour et al. 2024 (arXiv 2404.14507), the ten-step schedule optimised for Stable Diffusion 1.5.
+# Sabour et al. 2024 (arXiv 2404.14507), the ten-step schedules optimised for Stable Diffusion 1.5 and for SDXL.
 _AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+_AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ def kl_optimal(n: int, low: float, high: float) -> np.ndarray:
     return np.tan(np.linspace(math.atan(high), math.atan(low), n))
 
 
-def ays(n: int, low: float, high: float) -> np.ndarray:
-    """Align Your Steps for Stable Diffusion 1.5, log-linear between its eleven points; the ends are its own."""
-    return np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(_AYS)), np.log(_AYS)))[:-1]
+def ays(n: int, low: float, high: float, points: Sequence[float] = _AYS) -> np.ndarray:
+    """Align Your Steps, log-linear between its eleven points; the ends are its own."""
+    return np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(points)), np.log(points)))[:-1]
 
 
 SIGMAS = {
@@ -80,6 +82,7 @@ SIGMAS = {
     "lu": exponential,
     "kl_optimal": kl_optimal,
     "ays": ays,
+    "ays_sdxl": functools.partial(ays, points=_AYS_SDXL),
 }
 """Sigma schedules by name: (steps, least, greatest) -> falling ratios, without the final one."""
 NAMES = (*SPACINGS, "sgm_uniform", *SIGMAS)

@@ -10,6 +10,7 @@ from tests.sampling.toy import SHAPE, Toy, config, relative, run_table
 
 SCHEDULE = Schedule.from_config(config("sample"))  # no division by sigma: float32 loses nothing in the toy itself
 N, ROWS = len(SAMPLERS), 24
+draw = jax.jit(noise.jax_latents, static_argnums=2)
 
 
 def network(scale, record=None):
@@ -37,7 +38,7 @@ def batch():
     guidance = np.linspace(1, 9, N, dtype=np.float32)[:, None] * np.ones((N, ROWS), np.float32)
     seeds = noise.keys(range(100, 100 + N))
     start = np.array([t.start_noise for t in tables], np.float32)[:, None, None, None]
-    return tables, guidance, seeds, start * np.asarray(noise.jax_latents(seeds, noise.START, SHAPE))
+    return tables, guidance, seeds, start * np.asarray(draw(seeds, noise.START, SHAPE))
 
 
 @jax.jit
@@ -54,7 +55,7 @@ def sample(network, tables, latents, **options):
 def numpy_run(table, latent, key, guidance, rescale):
     """One request in float64, literally."""
     toy = Toy(SCHEDULE)
-    step_noise = [np.asarray(noise.jax_latents(key[None], noise.ROWS + r, SHAPE))[0] for r in range(table.calls)]
+    step_noise = [np.asarray(draw(key[None], noise.ROWS + r, SHAPE))[0] for r in range(table.calls)]
 
     def guided(x, t):
         conditional, unconditional = toy(x, t), toy(x + 0.1, t)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from diffusers.schedulers import AysSchedules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +130,14 @@ def test_a_custom_list_is_what_is_visited():
     np.testing.assert_array_equal(make_table(schedule, sampler="ddpm", timesteps=[900, 0]).t, [900, 0])
 
 
+def test_ddim_goes_down_a_list_as_euler_does():
+    """Without noise both are the same step, so an uneven list shows whether each level is heeded."""
+    schedule = Schedule.from_config(config(set_alpha_to_one=True))
+    network, start = Toy(schedule), np.random.RandomState(0).randn(*SHAPE)
+    ddim, euler = (make_table(schedule, sampler=name, timesteps=[990, 700, 650, 20]) for name in ("ddim", "euler"))
+    assert relative(run_table(ddim, network, start), run_table(euler, network, start)) < 1e-6
+
+
 @pytest.mark.parametrize("name", grids.SIGMAS)
 def test_sigma_schedules_fall_between_their_ends(name):
     for n in (1, 2, 10, 100):
@@ -136,13 +145,18 @@ def test_sigma_schedules_fall_between_their_ends(name):
         assert len(ratios) == n
         assert np.all(np.diff(ratios) < 0)
         assert ratios[0] == pytest.approx(14.6, rel=2e-3)
-        if n > 1 and name != "ays":
+        if n > 1 and not name.startswith("ays"):
             assert ratios[-1] == pytest.approx(0.03)
 
 
-def test_align_your_steps_is_the_published_list_at_ten():
-    published = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152]
-    np.testing.assert_allclose(grids.ays(10, 0, 0), published)
+@pytest.mark.parametrize(
+    ("name", "published"), [("ays", "StableDiffusionTimesteps"), ("ays_sdxl", "StableDiffusionXLTimesteps")]
+)
+def test_align_your_steps_is_the_published_list_at_ten(name, published):
+    """diffusers keeps it as whole timesteps."""
+    schedule = Schedule.from_config(config())
+    found = schedule.timestep_of(grids.SIGMAS[name](10, 0, 0))
+    np.testing.assert_allclose(found, AysSchedules[published], atol=1.5)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +177,7 @@ def test_align_your_steps_is_the_published_list_at_ten():
         ({"sigmas": [5.0, 1.0]}, "2 levels"),
         ({"sigmas": "karras", "timesteps": [900, 100]}, "not both"),
         ({"timesteps": [2000, 100], "num_inference_steps": None}, "0 to 999"),
+        ({"sampler": "plms", "timesteps": [900, 20], "num_inference_steps": None}, "plms needs even timesteps"),
         ({"sampler": "ddpm", "timesteps": [20.5], "num_inference_steps": None}, "whole"),
         ({"strength": 0.01}, "leaves no step"),
         ({"strength": 0.0}, "strength=0.0"),

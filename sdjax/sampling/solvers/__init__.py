@@ -104,6 +104,11 @@ def default_sampler(schedule: Schedule) -> str:
     return name
 
 
+def is_distilled(sampler: str) -> bool:
+    """Whether a sampler is for consistency models alone, by any of its names."""
+    return SAMPLERS[canonical(sampler)].grid.kind == "distilled"
+
+
 def default_sigmas(schedule: Schedule, sampler: str) -> str:
     """The `sigmas` that a checkpoint's config amounts to for a sampler; "" is its timestep spacing."""
     return grids.default_sigmas(schedule, SAMPLERS[canonical(sampler)].grid)
@@ -132,8 +137,8 @@ def make_table(
 
     sampler: any name that `canonical` knows; None is the checkpoint's own.
     num_inference_steps: 1 to the schedule's training steps; may be left out where a list of levels is given.
-    sigmas: a name of `grid.NAMES`, or falling sigmas in k-diffusion's scale (with or without a final 0); None is the
-        config's.
+    sigmas: a name of `grid.NAMES`, or falling sigmas in k-diffusion's scale (with or without a final 0); "" is the
+        timestep spacing, None the config's.
     timesteps: falling timesteps instead of a spacing.
     rho: of "karras" (7) and "polyexponential" (1).
     eta: 0 to 1, for ddim and tcd; the others ignore it.
@@ -154,7 +159,7 @@ def make_table(
         raise SamplingError(f"eta={eta} is out of range; use 0 to 1")
     if sigmas is None:
         sigmas = grids.default_sigmas(schedule, spec.grid) if timesteps is None else ""
-    elif timesteps is not None:
+    elif timesteps is not None and not (isinstance(sigmas, str) and sigmas == ""):
         raise SamplingError("give sigmas or timesteps, not both")
     spacing = schedule.option("timestep_spacing", spec.grid.spacing) if spec.grid.heeds_spacing else spec.grid.spacing
     if isinstance(sigmas, str) and sigmas in SPACINGS:
@@ -165,7 +170,7 @@ def make_table(
     levels = grids.levels(schedule, spec.grid, n, sigmas=sigmas, timesteps=timesteps, rho=rho, spacing=spacing)
     begin = 0 if strength is None else _begin(n, strength)
     solver_type = spec.solver_type or schedule.option("solver_type", "")
-    plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type)
+    plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type, listed=timesteps is not None)
     trace = Trace(schedule.prediction_type)
     spec.loop(trace, plan)
     first = trace.rows[0].level

@@ -12,13 +12,17 @@ def ddim(trace: Trace, plan: Plan) -> None:
     """Song et al. 2020 (arXiv 2010.02502), eq. 12 and 16.
 
     As in diffusers a step goes T // steps timesteps down, even where the next call's timestep is a little off that
-    (linspace and trailing spacing), and the last one to set_alpha_to_one's level.
+    (linspace and trailing spacing), and the last one to set_alpha_to_one's level. Timesteps that the request lists are
+    gone down one by one.
     """
     x, stride = trace.start, plan.schedule.num_train_timesteps // plan.total
     end = CLEAN if plan.schedule.option("set_alpha_to_one", True) else train_level(plan.schedule, 0)
-    for here, _ in plan.steps(trace):
-        t = int(here.t) - stride
-        there = train_level(plan.schedule, t) if t >= 0 else end
+    for here, there in plan.steps(trace):
+        if not plan.listed:
+            t = int(here.t) - stride
+            there = train_level(plan.schedule, t) if t >= 0 else end
+        elif there.sigma == 0:
+            there = end
         x0 = trace.x0(x, here)
         eps = (x - here.alpha * x0) / here.sigma
         spread = plan.eta * there.sigma / here.sigma * math.sqrt(1 - (here.alpha / there.alpha) ** 2)

@@ -22,6 +22,8 @@ def plms(trace: Trace, plan: Plan) -> None:
     """
     schedule, stride = plan.schedule, plan.schedule.num_train_timesteps // plan.total
     visited = [int(level.t) for level in plan.levels[:-1]]
+    if plan.listed:
+        raise SamplingError("plms needs even timesteps; list them for another sampler, or leave them out")
     if plan.first.alpha == 0:
         raise SamplingError(
             "plms cannot leave zero signal-to-noise ratio (rescale_betas_zero_snr); use another sampler"

@@ -15,6 +15,7 @@ class Plan:
     begin: index of the first level to use; a multistep method starts afresh there.
     order: of the method, where it has one.  eta: 0 is deterministic, 1 ancestral, where a method has both.
     solver_type: the variant of a method, by diffusers' name; "" leaves it to the method.
+    listed: whether the levels are timesteps that the request lists, even or not.
     """
 
     schedule: Schedule
@@ -23,6 +24,7 @@ class Plan:
     order: int
     eta: float
     solver_type: str
+    listed: bool = False
 
     @property
     def first(self) -> Level:
