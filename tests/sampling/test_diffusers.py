@@ -151,6 +151,15 @@ def test_zero_terminal_snr_gives_the_same_image(sampler):
         assert compare(sampler, config("v_prediction", **changes), n) < 2e-4
 
 
+@pytest.mark.parametrize(
+    "sampler", ["ddim", "ddpm", "lms", "euler", "dpmpp_2s", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "deis", "lcm", "tcd"]
+)
+def test_image_prediction_gives_the_same_image(sampler):
+    """Of the classes that have it."""
+    for n in (2, 17):
+        assert compare(sampler, config("sample"), n) < 1e-4
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("n", [2, 5, 20])
 def test_dpmpp_sde_is_diffusers_on_the_same_brownian_motion(n, prediction):
