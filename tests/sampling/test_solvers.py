@@ -1,6 +1,8 @@
 """Tables against the loops that papers print, how fast they converge, and what is refused."""
 
+import inspect
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from sdjax.sampling import SAMPLERS, SamplingError, Schedule, canonical, default_sampler, make_table, stack
 from sdjax.sampling import grid as grids
 from sdjax.sampling.schedule import CLASSES, SPACINGS
+from sdjax.sampling.solvers import kdiffusion
 from sdjax.sampling.trace import HISTORY
 from tests.sampling.convergence import ORDERS, error
 from tests.sampling.loops import LOOPS, Run
@@ -136,6 +139,11 @@ def test_ddim_goes_down_a_list_as_euler_does():
     network, start = Toy(schedule), np.random.RandomState(0).randn(*SHAPE)
     ddim, euler = (make_table(schedule, sampler=name, timesteps=[990, 700, 650, 20]) for name in ("ddim", "euler"))
     assert relative(run_table(ddim, network, start), run_table(euler, network, start)) < 1e-6
+
+
+def test_the_sampler_that_architecture_md_shows_is_the_one_that_runs():
+    shown = Path(__file__).parents[2].joinpath("ARCHITECTURE.md").read_text()
+    assert inspect.getsource(kdiffusion.euler_ancestral) in shown
 
 
 @pytest.mark.parametrize("name", grids.SIGMAS)
