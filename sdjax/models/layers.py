@@ -12,7 +12,7 @@ milliseconds. Images are NHWC. Statistics, softmax and timestep embeddings are f
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,13 @@ class LayerNorm(_Norm):
         return self._affine(centred, jnp.square(centred).mean(-1, keepdims=True))
 
 
+class Statistics(NamedTuple):
+    """What a GroupNorm normalises by."""
+
+    mean: Float[Array, "batch 1 channels"]
+    variance: Float[Array, "batch 1 channels"]
+
+
 class GroupNorm(_Norm):
     """Normalisation over all positions of each group of channels; two-pass statistics in float32.
 
@@ -159,10 +166,19 @@ class GroupNorm(_Norm):
         means = x.mean(1).reshape(batch, self.groups, channels // self.groups).mean(-1)
         return jnp.repeat(means, channels // self.groups, axis=-1)[:, None]
 
-    def __call__(self, x: Float[Array, "batch *positions channels"]) -> Float[Array, "batch *positions channels"]:
+    def statistics(self, x: Float[Array, "batch *positions channels"]) -> Statistics:
+        """Each channel's mean and variance over its group."""
         flat = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
-        centred = flat - self._group_mean(flat)
-        return self._affine(centred, self._group_mean(jnp.square(centred))).reshape(x.shape)
+        mean = self._group_mean(flat)
+        return Statistics(mean, self._group_mean(jnp.square(flat - mean)))
+
+    def __call__(
+        self, x: Float[Array, "batch *positions channels"], given: Statistics | None = None
+    ) -> Float[Array, "batch *positions channels"]:
+        """given: what to normalise by, in place of x's own statistics."""
+        mean, variance = self.statistics(x) if given is None else given
+        flat = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
+        return self._affine(flat - mean, variance).reshape(x.shape)
 
 
 class Attention(nnx.Module):

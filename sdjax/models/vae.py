@@ -142,7 +142,12 @@ class AutoencoderKL(nnx.Module):
 
         Each side of the latents is the image's over config.downscale, rounded down.
         """
-        moments = self.encoder(x)
+        return self.posterior(self.encoder(x))
+
+    def posterior(
+        self, moments: Float[Array, "batch latent_h latent_w moments"]
+    ) -> tuple[Float[Array, "batch latent_h latent_w latent"], Float[Array, "batch latent_h latent_w latent"]]:
+        """`encode`'s result from the encoder's output."""
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -150,6 +155,10 @@ class AutoencoderKL(nnx.Module):
 
     def decode(self, z: Float[Array, "batch latent_h latent_w latent"]) -> Float[Array, "batch height width out"]:
         """Images of latents `z`, about -1..1 but not limited to it; sides are the latents' times config.downscale."""
-        if self.post_quant_conv is not None:
-            z = self.post_quant_conv(z)
-        return self.decoder(z)
+        return self.decoder(self.unquantised(z))
+
+    def unquantised(
+        self, z: Float[Array, "batch latent_h latent_w latent"]
+    ) -> Float[Array, "batch latent_h latent_w latent"]:
+        """The decoder's input from latents."""
+        return z if self.post_quant_conv is None else self.post_quant_conv(z)
