@@ -38,6 +38,7 @@ def test_strips_give_the_whole_image(vae, monkeypatch):
     np.testing.assert_allclose(strips[1], whole[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_large_image_takes_a_part_of_the_memory():
     config = DEEP | {"mid_block_add_attention": False}
     vae = our_vae(config, torch_vae(config))
