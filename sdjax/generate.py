@@ -33,7 +33,7 @@ from sdjax.parallel import Device, Devices
 from sdjax.request import Request
 from sdjax.sampling import noise, scan
 from sdjax.spec import BUNDLED, Program, Spec
-from sdjax.weights import checkpoint
+from sdjax.weights import checkpoint, lora
 from sdjax.weights.single_file import is_single_file
 
 SCAN_ROWS = 5
@@ -119,7 +119,9 @@ class StableDiffusion:
         for name, network in _NETWORKS.items():
             module = network(spec.configs[name], dtype=spec.dtype, param_dtype=spec.dtype, rngs=None)
             tensors = spec.checkpoint.tensors(name)
-            networks[name] = checkpoint.fill(module, tensors, what=f"{name} of {spec.name}", place=on.replicate)
+            networks[name] = checkpoint.fill(
+                module, tensors, what=f"{name} of {spec.name}", place=on.replicate, edit=lora.fused(spec.loras, name)
+            )
         _ = spec.tokenizer  # refused now where it cannot be read
         return cls(spec, networks, batch_size, on)
 

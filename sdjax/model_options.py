@@ -11,6 +11,12 @@ def add_model_options(to: Any) -> None:
     )
     to.add_argument("--variant", help="which weight files to read where there are several, such as fp16")
     to.add_argument(
+        "--lora",
+        action="append",
+        metavar="PATH[:WEIGHT]",
+        help="a LoRA to add to the model, at a weight of 1 or that given; may be given several times",
+    )
+    to.add_argument(
         "--tokenizer",
         metavar="FOLDER",
         help="CLIP's vocab.json and merges.txt, which a single file does not hold "
@@ -29,10 +35,20 @@ def add_model_options(to: Any) -> None:
     )
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """A LoRA's path and weight from PATH or PATH:WEIGHT; a URL's colon and a drive's are the path's."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def model_options(options: argparse.Namespace | Any) -> dict[str, Any]:
     """Keyword arguments of `Spec` for the options that were given."""
     values = {
         "variant": options.variant,
+        "loras": [_lora(text) for text in options.lora or ()],
         "tokenizer": options.tokenizer,
         "prediction_type": options.prediction_type,
         "allow_pickle": options.allow_ckpt,

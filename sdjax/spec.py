@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request, RequestError, numbers
 from sdjax.text import Text, Tokenizer
 from sdjax.weights.checkpoint import CheckpointError
+from sdjax.weights.lora import Lora
 from sdjax.weights.single_file import open_checkpoint
 
 BUNDLED = str(Path(__file__).parent / "bundled")
@@ -46,6 +48,7 @@ class Spec:
         source: a checkpoint's folder, hub id or URL, or a single file in the original layout.
         dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
         variant: see `Checkpoint`.
+        loras: files that are added to the networks, each a path or URL, or one and its weight (1); see `Lora`.
         single_file: see `SingleFile`.
 
     Raises:
@@ -58,6 +61,7 @@ class Spec:
         *,
         dtype: str = "float32",
         variant: str | None = None,
+        loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
         **single_file: Any,
     ):
         if dtype not in DTYPES:
@@ -87,6 +91,9 @@ class Spec:
                 f"{text.hidden_size}; they are not a pair"
             )
 
+        pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
+        self.loras = [Lora(path, weight, self.configs, what=self.name) for path, weight in pairs]
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
 
@@ -99,7 +106,8 @@ class Spec:
     def fingerprint(self) -> str:
         """SHA-256 of everything about the model that pixels depend on, in hex."""
         files = self.checkpoint.fingerprint([*CONFIGS, "tokenizer", "scheduler"])
-        return hashlib.sha256(f"{files} {self.dtype}".encode()).hexdigest()
+        added = "".join(f" {lora.file.digest} {lora.weight!r}" for lora in self.loras)
+        return hashlib.sha256(f"{files} {self.dtype}{added}".encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -27,6 +27,8 @@ from sdjax.weights.safetensors import CheckpointError, read_header, read_tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
 Place = Callable[[np.ndarray], jax.Array]
+Edit = Callable[[str, np.ndarray], np.ndarray]
+"""A checkpoint's tensor, in its layout, as it should be instead, by its key."""
 
 _STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 _TEXTS = (".json", ".txt")
@@ -188,7 +190,12 @@ def _to_torch(array: np.ndarray, leaf: str) -> np.ndarray:
 
 
 def fill(
-    module: Module, tensors: Iterable[tuple[str, np.ndarray]], *, what: str, place: Place = jax.device_put
+    module: Module,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    what: str,
+    place: Place = jax.device_put,
+    edit: Edit = lambda key, tensor: tensor,
 ) -> Module:
     """Give a module that was built abstractly its parameters, in the dtype that it was built with.
 
@@ -197,6 +204,7 @@ def fill(
         tensors: key and array in the checkpoint's layout; used one at a time, so that one copy is held.
         what: what errors call the checkpoint.
         place: puts an array onto the devices.
+        edit: changes tensors before they are put there.
 
     Raises:
         CheckpointError: keys that are missing or left over, or a tensor of another shape, each by name.
@@ -211,7 +219,7 @@ def fill(
             surplus.append(key)
             continue
         path, leaf = wanted[key]
-        array = _to_flax(names.squeezed(tensor, leaf.ndim), path[-1])
+        array = _to_flax(edit(key, names.squeezed(tensor, leaf.ndim)), path[-1])
         if array.shape != leaf.shape:
             expected = list(shapes_of(module)[key])
             raise CheckpointError(

@@ -1,0 +1,216 @@
+"""LoRAs (https://arxiv.org/abs/2106.09685) of every common format, added to a checkpoint's tensors as they are read.
+
+Trainers name a module by its path, dots and all (diffusers, PEFT), with underscores for dots (kohya-ss), in the
+diffusers or in the original layout, and its factors in half a dozen ways. Here every name is looked up among the
+modules that the checkpoint has, so a key is either understood or refused. LoCon (https://arxiv.org/abs/2309.14859), its
+middle factor, LoHa and LoKr are other products of factors.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdjax.config import UNetConfig
+from sdjax.weights import ldm
+from sdjax.weights.addon_file import AddonFile
+from sdjax.weights.checkpoint import Edit
+from sdjax.weights.safetensors import CheckpointError
+
+NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "the SDXL refiner"}
+
+_FACTOR = re.compile(
+    r"[._]lora[._](?:linear_layer\.)?(?P<lora>down|up|mid|A|B)(?:\.\w+)?\.weight$"
+    r"|\.(?P<other>hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?)$"
+    r"|(?:_lora)?\.(?P<alpha>alpha)$"
+)
+_ROLES = {"A": "down", "B": "up"}
+_KOHYA = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv][._].*(?:down|A)(?:\.\w+)?\.weight$")
+
+
+class Lora:
+    """One LoRA, matched with a checkpoint's modules. Its tensors are read by `fused`.
+
+    Args:
+        source: see `AddonFile`.
+        weight: how much of it is added; any number.
+        configs: the checkpoint's, by component.
+        what: what errors call the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, is for another kind of model, or has keys that nothing here has.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], weight: float, configs: Mapping[str, Any], *, what: str) -> None:
+        self.file, self.weight = AddonFile(source, NAMES), float(weight)
+        if not math.isfinite(self.weight):
+            raise CheckpointError(f"the weight {weight} of {source} is no number")
+        self._refuse_another_width(configs["unet"], what)
+        self._factors: dict[tuple[str, str], dict[str, str]] = {}
+        names, unmatched = _names(configs), []
+        for key in self.file.entries:
+            match = _FACTOR.search(key)
+            module = _module(key[: match.start()], names) if match else None
+            if match is None or module is None:
+                unmatched.append(key)
+                continue
+            role = match["lora"] or match["other"] or match["alpha"]
+            self._factors.setdefault(module, {})[_ROLES.get(role, role)] = key
+        if unmatched or not self._factors:
+            more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
+            has = f"has keys that {what} does not: {', '.join(sorted(unmatched)[:3])}{more}"
+            raise CheckpointError(f"{source} {has if unmatched else 'holds no LoRA'}")
+        self._settings = self._read_settings()
+
+    def _refuse_another_width(self, unet: UNetConfig, what: str) -> None:
+        """An SDXL LoRA on Stable Diffusion 1, in words rather than by the first key that is missing."""
+        widths = {entry.shape[1] for key, entry in self.file.entries.items() if _CONTEXT.search(key)}
+        if widths and unet.cross_attention_dim not in widths:
+            theirs, ours = (
+                f"{width} channels" + (f" ({CONTEXT_WIDTHS[width]})" if width in CONTEXT_WIDTHS else "")
+                for width in (min(widths), unet.cross_attention_dim)
+            )
+            raise CheckpointError(
+                f"{self.file.source} is for a UNet that attends to {theirs}; that of {what} attends to {ours}"
+            )
+
+    def _read_settings(self) -> dict[str, Any]:
+        """PEFT's settings, which hold the alphas where the file does not; a component's begin with its name."""
+        text = self.file.beside("adapter_config.json") or self.file.metadata.get("lora_adapter_metadata") or "{}"
+        try:
+            settings = json.loads(text)
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise CheckpointError(f"the settings of {self.file.source} are not a JSON object")
+        if settings.get("use_dora") or any(v for key, v in settings.items() if key.endswith(".use_dora")):
+            raise CheckpointError(f"{self.file.source} is a DoRA, which is not supported")
+        return settings
+
+    def _scale(self, module: tuple[str, str], rank: int, alpha: float | None) -> float:
+        """What the product of the factors is multiplied with; factors that are whole have no rank."""
+        if rank == 0:
+            return self.weight
+        component, path = module
+        setting = {key.removeprefix(f"{component}."): value for key, value in self._settings.items()}
+        if alpha is None:
+            patterns = setting.get("alpha_pattern") or {}
+            own = [value for key, value in patterns.items() if path == key or path.endswith(f".{key}")]
+            alpha = float((own or [setting.get("lora_alpha") or rank])[0])
+        return self.weight * alpha / (math.sqrt(rank) if setting.get("use_rslora") else rank)
+
+    def deltas(self, component: str) -> dict[str, np.ndarray]:
+        """What is added to each tensor of a component, by its key; as matrices [out, anything]."""
+        mine = {module: keys for module, keys in self._factors.items() if module[0] == component}
+        tensors = self.file.tensors([key for keys in mine.values() for key in keys.values()])
+        found = {}
+        for module, keys in mine.items():
+            factors = {role: tensors[key] for role, key in keys.items()}
+            alpha = factors.pop("alpha", None)
+            if not factors:
+                continue
+            try:
+                product, rank = _product(factors)
+            except (KeyError, ValueError, IndexError):
+                shapes = ", ".join(f"{role} {list(factor.shape)}" for role, factor in factors.items())
+                raise CheckpointError(f"{self.file.source}: {module[1]} cannot be made of {shapes}") from None
+            scale = self._scale(module, rank, None if alpha is None else float(alpha.reshape(-1)[0]))
+            found[f"{module[1]}.weight"] = product * np.float32(scale)
+        return found
+
+
+def fused(loras: Sequence[Lora], component: str) -> Edit:
+    """What adds all LoRAs to the tensors of a component: W + sum of weight * alpha / rank * up @ down, in float32."""
+    deltas = [(lora.file.source, lora.deltas(component)) for lora in loras]
+
+    def edit(key: str, tensor: np.ndarray) -> np.ndarray:
+        added = [(source, found[key]) for source, found in deltas if key in found]
+        if not added:
+            return tensor
+        tensor = tensor.astype(np.float32)
+        for source, delta in added:
+            if delta.size != tensor.size or delta.shape[0] != tensor.shape[0]:
+                raise CheckpointError(
+                    f"{source}: {key} would add {list(delta.shape)}; the checkpoint's is {list(tensor.shape)}"
+                )
+            tensor = tensor + delta.reshape(tensor.shape)
+        return tensor
+
+    return edit
+
+
+def _product(factors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, int]:
+    """The change that factors stand for, as [out, anything], and their rank; 0 where they are whole."""
+    if "up" in factors:
+        up, down = (factors[name] for name in ("up", "down"))
+        if set(factors) == {"up", "down"}:
+            if up.ndim == 4 and up.shape[2:] != (1, 1):
+                raise ValueError("an up factor that is no 1x1 convolution")
+            return up.reshape(len(up), -1) @ down.reshape(len(down), -1), len(down)
+        if set(factors) == {"up", "down", "mid"}:
+            up, down = up[:, :, 0, 0], down[:, :, 0, 0]
+            return _flat(np.einsum("oa,abkl,bi->oikl", up, factors["mid"], down, optimize=True)), len(down)
+    kind = "hada" if "hada_w1_b" in factors else "lokr"
+    one, two = (_half(factors, f"{kind}_{{}}{i}") for i in (1, 2))
+    ranks = [len(factors[f"{kind}_w{i}_b"]) for i in (1, 2) if f"{kind}_w{i}_b" in factors]
+    return (one * two if kind == "hada" else np.kron(one, two)), ranks[0] if ranks else 0
+
+
+def _half(factors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """One of the two matrices of LoHa and LoKr: whole, a product of two, or of two around a core."""
+    if name.format("w") in factors:
+        return _flat(factors[name.format("w")])
+    a, b = factors[f"{name.format('w')}_a"], factors[f"{name.format('w')}_b"]
+    core = factors.get(name.format("t"))
+    return a @ _flat(b) if core is None else _flat(np.einsum("ij...,ip,jr->pr...", core, a, b, optimize=True))
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(len(array), -1)
+
+
+def _module(name: str, names: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+    """The component and the module that a LoRA's name means."""
+    name = name.removeprefix("base_model.model.").replace(".processor", "")
+    for prefix, component in _KOHYA.items():
+        if name.startswith(prefix):
+            found = names.get(component, {}).get(name.removeprefix(prefix))
+            return (component, found) if found else None
+    component, _, path = name.partition(".")
+    component = "unet" if component == "diffusion_model" else component
+    if component not in names:
+        # A file of one network need not say which.
+        candidates = [(component, found[name]) for component, found in names.items() if name in found]
+        return candidates[0] if candidates else None
+    return (component, names[component][path]) if path in names[component] else None
+
+
+def _names(configs: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """For each component, its modules by every name that a LoRA may give them."""
+    names = {}
+    for component, config in configs.items():
+        if component != "unet" and not component.startswith("text_encoder"):
+            continue
+        if component == "unet":
+            table = ldm.unet(config)
+            found = {other: here for here, there in table.items() for other in (there, here)}
+        else:
+            found = {here: here for here in ldm.open_clip(config, projection=True)}
+            found |= {here.removeprefix("text_model."): here for here in found}
+        for name, here in list(found.items()):
+            older = re.sub(r"\.to_out\.0$", ".to_out", name)
+            older = re.sub(r"self_attn\.([qkv])_proj$", r"self_attn.to_\1", older)
+            found[re.sub(r"self_attn\.out_proj$", "self_attn.to_out", older)] = here
+        names[component] = found | {name.replace(".", "_"): here for name, here in found.items()}
+    return names
