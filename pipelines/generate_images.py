@@ -9,23 +9,21 @@ command again finishes what a killed run began; one job at a time may write to a
 """
 
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
-from apache_beam.pvalue import PCollection
 
-from pipelines import leftovers, progress, report, sources, units
+from pipelines import job as jobs
+from pipelines import sources, units
 from pipelines.handler import UnitHandler, load_stable_diffusion
 from pipelines.options import GenerateOptions, parse
+from pipelines.sinks import Images
 from pipelines.sources import Source
-from pipelines.storage import Store
 from sdjax.model_options import model_options
 from sdjax.request import Request
-
-_MANIFESTS_A_READER = 64
 
 
 def load_spec(model: str | None, **options: Any) -> Any:
@@ -46,31 +44,13 @@ def main(
     `spec` and `load` make the model's promises and the model itself; tests put lighter ones in.
     """
     try:
-        options = parse(list(sys.argv[1:] if argv is None else argv))
-        job = options.view_as(GenerateOptions)
+        job = parse(list(sys.argv[1:] if argv is None else argv), GenerateOptions)
         files = sources.find(job.prompts, job.prompt_column)
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         model.resolve(Request.from_row({"prompt": "any"}, **job.request_defaults())[0])
-        store = Store(job.output)
-        swept = leftovers.sweep(store, everything=job.overwrite)
     except (ValueError, OSError) as error:
-        print(f"generate_images: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if swept:
-        print(f"generate_images: {swept}", file=sys.stderr)
-    store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    pipeline = beam.Pipeline(options=options)
-    build(pipeline, job, files, model, load)
-    try:
-        with progress.ProgressLine(store):
-            pipeline.run().wait_until_finish()
-    except KeyboardInterrupt:
-        print("generate_images: interrupted; the same command goes on from the last whole unit", file=sys.stderr)
-        return 130
-    summary = store.read_json(report.SUMMARY)
-    if summary and summary["finished"]:
-        print(report.text(summary))
-    return 0
+        return jobs.refuse(GenerateOptions.command, error)
+    return jobs.run(job, partial(build, job=job, files=files, model=model, load=load))
 
 
 def build(
@@ -80,60 +60,31 @@ def build(
     planned, counts = plan(pipeline, job, files, model)
     handler = UnitHandler(
         job.output,
+        Images(job.format, job.image_format),
         model,
-        format=job.format,
-        image_format=job.image_format,
         batch_size=job.batch_size,
         compilation_cache=job.compilation_cache,
         load=load,
     )
     made = planned | "Spread units" >> beam.Reshuffle() | "Generate" >> RunInference(handler)
-    facts = report.Job(
-        started=time.time(),
-        model=model.name,
-        fingerprint=model.fingerprint,
-        options=job.get_all_options(drop_default=True, current_only=True),
-        price_per_hour=job.price_per_hour,
-        contact_sheet=job.contact_sheet,
-    )
-    _ = (
-        (*counts, made)
-        | "All counts" >> beam.Flatten()
-        | "Sum" >> beam.CombineGlobally(report.SumAccounts())
-        | "Report" >> beam.ParDo(report.WriteReport(facts, job.output))
-    )
+    jobs.write_report(job, model, [*counts, made], contact_sheet=job.contact_sheet)
 
 
-def plan(
-    pipeline: beam.Pipeline, job: GenerateOptions, files: list[Source], model: Any
-) -> tuple[PCollection, list[PCollection]]:
+def plan(pipeline: beam.Pipeline, job: GenerateOptions, files: list[Source], model: Any) -> tuple[Any, list[Any]]:
     """Add the stages from files to units; returns the units yet to make, and each stage's share of the account."""
-    out = job.output
     shards = units.shard_count(sum(map(sources.count, files)))
-    manifests = [name for name in Store(out).find("manifest") if name.endswith(".parquet")]
-    batches = [manifests[i : i + _MANIFESTS_A_READER] for i in range(0, len(manifests), _MANIFESTS_A_READER)]
-    read = (
+    request = units.PlanRequest(model, job.request_defaults(), job.prompt_column)
+    read: Any = (
         pipeline
         | "Files" >> beam.Create(files)
-        | "Cut" >> beam.ParDo(units.CutFiles())
+        | "Cut" >> beam.FlatMap(sources.cut)
         | "Spread pieces" >> beam.Reshuffle()
         | "Read"
-        >> beam.ParDo(units.PlanRows(model, job.request_defaults(), job.prompt_column, shards, out)).with_outputs(
-            units.COUNTS, main="rows"
-        )
+        >> beam.ParDo(units.PlanRows(sources.read, request, shards, job.output)).with_outputs(units.COUNTS, main="rows")
     )
-    done = (
-        pipeline
-        | "Manifests" >> beam.Create(batches)
-        | "Spread manifests" >> beam.Reshuffle()
-        | "Read ids" >> beam.ParDo(units.ReadDone(shards, out))
-    )
-    planned = (
-        (read["rows"], done)
-        | "Join" >> beam.Flatten()
-        | "Gather shards" >> beam.GroupByKey()
-        | "Plan" >> beam.ParDo(units.MakeUnits(job.unit_size, out)).with_outputs(units.COUNTS, main="units")
-    )
+    planned = jobs.join_done(pipeline, read["rows"], shards, job.output) | "Plan" >> beam.ParDo(
+        units.MakeUnits(job.unit_size, job.output)
+    ).with_outputs(units.COUNTS, main="units")
     return planned["units"], [read[units.COUNTS], planned[units.COUNTS]]
 
 

@@ -12,7 +12,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from pipelines.progress import Heartbeat
-from pipelines.sinks import Encoded, Provenance, committed, encode_picture, write_unit
+from pipelines.sinks import Encoded, Provenance, Sink, committed
 from pipelines.storage import Store
 from pipelines.units import (
     NAMESPACE,
@@ -38,13 +38,18 @@ def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, *
         model: a checkpoint's folder, hub id or URL, or its `Spec`; None for the bundled one.
         compilation_cache: folder or bucket in which all workers keep compiled programs.
     """
-    import jax
-
     from sdjax.generate import BUNDLED, StableDiffusion
 
-    if compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", compilation_cache)
+    share_programs(compilation_cache)
     return StableDiffusion.from_pretrained(model or BUNDLED, **options)
+
+
+def share_programs(folder: str | None) -> None:
+    """Keep compiled programs in a folder or bucket, and take them from there; None leaves it."""
+    import jax
+
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 class _Clock:
@@ -150,15 +155,15 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
 
 
 class UnitHandler(SdjaxModelHandler):
-    """PackedUnits to committed units: generates, encodes and writes in one stage, so that no image leaves it.
+    """PackedUnits to committed units: makes, encodes and writes in one stage, so that no image leaves it.
 
     Yields one mapping a unit: its share of the account. The devices work on while earlier images are encoded by a
     thread a core and the unit before is written. A unit that is committed already is passed over.
     """
 
-    def __init__(self, output: str, model: Any = None, *, format: str, image_format: str, **options: Any):
+    def __init__(self, output: str, sink: Sink, model: Any = None, **options: Any):
         super().__init__(model, max_batch_size=UNITS_PER_CALL, **options)
-        self._store, self._format, self._image_format = Store(output), format, image_format
+        self._store, self._sink = Store(output), sink
         self._counters = {name: Metrics.counter(NAMESPACE, name) for name in ("images", "flagged", "units", "rejected")}
 
     def load_model(self) -> LazyModel:
@@ -210,7 +215,7 @@ class UnitHandler(SdjaxModelHandler):
                     queued: deque[Future[Any]] = deque()
                     for _ in unit.rows:
                         result = next(results)
-                        future = encoders.submit(_timed, encode_picture, result, self._image_format, made_by.model)
+                        future = encoders.submit(_timed, self._sink.encode, result, made_by)
                         queued.append(future)
                         encoding.append(future)
                         if len(queued) > _QUEUED * threads:
@@ -235,15 +240,7 @@ class UnitHandler(SdjaxModelHandler):
         timed = [future.result() for future in encoding]
         images = [image for _, image in timed]
         begun = time.monotonic()
-        written = write_unit(
-            self._store,
-            unit,
-            images,
-            format=self._format,
-            image_format=self._image_format,
-            made_by=made_by,
-            seconds=seconds,
-        )
+        written = self._sink.write(self._store, unit, images, made_by, seconds)
         return {
             "images": len(images),
             "units": 1,

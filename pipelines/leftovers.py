@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 from pipelines import contact_sheet, progress, report
 from pipelines.storage import Store
 
+SHARDS = (".tar", ".safetensors")
 _OURS = ("manifest", "shards", "images", "rejected", progress.FOLDER)
 
 
@@ -18,8 +19,8 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     manifests = store.find("manifest")
     temporary = [name for folder in _OURS for name in store.find(folder) if name.rsplit("/", 1)[1].startswith(".")]
     units = {name.rsplit("/", 1)[1].removesuffix(".parquet") for name in manifests}
-    shards = [name for name in store.find("shards") if name.endswith(".tar")]
-    found = [name for name in shards if name.rsplit("/", 1)[1].removesuffix(".tar") not in units]
+    shards = [name for name in store.find("shards") if name.endswith(SHARDS)]
+    found = [name for name in shards if name.rsplit("/", 1)[1].rsplit(".", 1)[0] not in units]
     images = [name for name in store.find("images") if name not in temporary]
     if images:
         committed: set[str] = set()

@@ -1,7 +1,7 @@
-"""The command line of generate_images: its own options beside every Beam option, and the checks that need no model."""
+"""The command lines of the jobs: their own options beside every Beam option, and the checks that need no model."""
 
 import argparse
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
@@ -19,12 +19,75 @@ class OptionError(ValueError):
     """Options that no job can run on; one line that names the option."""
 
 
-class GenerateOptions(PipelineOptions):
-    """Options of the job, and each Request field as the value for rows that leave it open."""
+class JobOptions(PipelineOptions):
+    """What the jobs' options share.
+
+    Beam puts the options of all direct subclasses of its own class into one parser. Those of a job are a subclass of
+    this one, so that two jobs may have options of one name.
+    """
+
+    command = ""
+    description = ""
+    needed: tuple[str, ...] = ("output",)
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"dtype": _DTYPES}
+    least: ClassVar[dict[str, int]] = {"unit_size": 1, "batch_size": 1}
+
+    output: str
+    model: str | None
+    dtype: str
+    batch_size: int | None
+    unit_size: int
+    overwrite: bool
+    price_per_hour: float
+    compilation_cache: str | None
+
+    def check(self) -> None:
+        """Refuse what needs no look at files or a model to refuse.
+
+        Raises:
+            OptionError: naming the option and what is allowed.
+        """
+        for name in self.needed:
+            if not getattr(self, name):
+                raise OptionError(f"--{name} is missing")
+        for name, values in self.choices.items():
+            if getattr(self, name) not in values:
+                option = name.replace("_", "-")
+                raise OptionError(f"--{option}={getattr(self, name)!r} is unknown; allowed are {', '.join(values)}")
+        for name, low in self.least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise OptionError(f"--{name.replace('_', '-')}={value} is out of range; allowed is {low} or more")
+
+
+Options = TypeVar("Options", bound=JobOptions)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> Any:
+    """Add what every job takes; returns the group for its own options."""
+    job = parser.add_argument_group("job")
+    job.add_argument("--output", metavar="DIR", help="a folder or an fsspec URL")
+    add_model_options(job)
+    job.add_argument("--dtype", default="float32", help=f"{', '.join(_DTYPES)}; default: %(default)s")
+    job.add_argument("--batch-size", type=int, help="images that one device takes at once; default: the model's")
+    job.add_argument("--unit-size", type=int, default=256, help="images a shard; default: %(default)s")
+    job.add_argument("--overwrite", action="store_true", help="delete what the output holds of earlier jobs first")
+    job.add_argument("--price-per-hour", type=float, default=0.0, help="of all workers together, for the summary")
+    job.add_argument("--compilation-cache", metavar="DIR", help="where workers share compiled programs")
+    return job
+
+
+class GenerateOptions(JobOptions):
+    """Options of generate_images, and each Request field as the value for rows that leave it open."""
+
+    command, description = "generate_images", "Prompt files to an image dataset."
+    needed = ("prompts", "output")
+    choices: ClassVar = {**JobOptions.choices, "format": sinks.FORMATS, "image_format": tuple(FORMATS)}
+    least: ClassVar = {**JobOptions.least, "contact_sheet": 0}
 
     @classmethod
     def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
-        job = parser.add_argument_group("job")
+        job = _add_shared(parser)
         job.add_argument(
             "--prompts",
             nargs="+",
@@ -32,18 +95,10 @@ class GenerateOptions(PipelineOptions):
             metavar="FILES",
             help=".txt, .csv, .tsv, .jsonl, .parquet or .toml; globs and fsspec URLs",
         )
-        job.add_argument("--output", metavar="DIR", help="a folder or an fsspec URL")
-        add_model_options(job)
-        job.add_argument("--dtype", default="float32", help=f"{', '.join(_DTYPES)}; default: %(default)s")
-        job.add_argument("--batch-size", type=int, help="images that one device makes at once; default: the model's")
         job.add_argument("--prompt-column", help="the column that holds the prompts; default: prompt")
-        job.add_argument("--unit-size", type=int, default=256, help="images a shard; default: %(default)s")
         job.add_argument("--format", default="tar", help=f"{' or '.join(sinks.FORMATS)}; default: %(default)s")
         job.add_argument("--image-format", default="png", help=f"{', '.join(FORMATS)}; default: %(default)s")
-        job.add_argument("--overwrite", action="store_true", help="delete what the output holds of earlier jobs first")
-        job.add_argument("--price-per-hour", type=float, default=0.0, help="of all workers together, for the summary")
         job.add_argument("--contact-sheet", type=int, default=2000, help="images in index.html; default: %(default)s")
-        job.add_argument("--compilation-cache", metavar="DIR", help="where workers share compiled programs")
         request = parser.add_argument_group("request", "values for rows that leave them open")
         for name in field_types():
             if name != "prompt":
@@ -53,24 +108,25 @@ class GenerateOptions(PipelineOptions):
         values = {name: getattr(self, name) for name in field_types() if name != "prompt"}
         return {name: value for name, value in values.items() if value is not None}
 
-    def check(self) -> None:
-        """Refuse what needs no look at files or a model to refuse.
 
-        Raises:
-            OptionError: naming the option and what is allowed.
-        """
-        for name in ("prompts", "output"):
-            if not getattr(self, name):
-                raise OptionError(f"--{name} is missing")
-        allowed = {"dtype": _DTYPES, "format": sinks.FORMATS, "image_format": tuple(FORMATS)}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                option = name.replace("_", "-")
-                raise OptionError(f"--{option}={getattr(self, name)!r} is unknown; allowed are {', '.join(values)}")
-        for name, low in {"unit_size": 1, "batch_size": 1, "contact_sheet": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise OptionError(f"--{name.replace('_', '-')}={value} is out of range; allowed is {low} or more")
+class EncodeOptions(JobOptions):
+    """Options of encode_latents."""
+
+    command, description = "encode_latents", "An image dataset to VAE latents and text embeddings, to train on."
+    needed = ("images", "output")
+    least: ClassVar = {**JobOptions.least, "size": 8}
+
+    @classmethod
+    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+        job = _add_shared(parser)
+        job.add_argument(
+            "--images",
+            nargs="+",
+            action="extend",
+            metavar="FILES",
+            help="WebDataset .tar files, .parquet files that hold images' bytes, or folders; globs and fsspec URLs",
+        )
+        job.add_argument("--size", type=int, help="images are cut and scaled to size x size; default: the model's")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,23 +134,23 @@ class _Parser(argparse.ArgumentParser):
         raise OptionError(message)
 
 
-def parse(argv: list[str]) -> PipelineOptions:
-    """The command line as Beam options, on the in-process runner where none is named.
+def parse(argv: list[str], kind: type[Options] = GenerateOptions) -> Options:
+    """The command line as a job's options and Beam's, on the in-process runner where none is named.
 
     Raises:
         OptionError: a value that cannot be read, or an option that neither the job nor Beam knows.
     """
     parser = _Parser(
-        prog="python -m pipelines.generate_images",
-        description="Prompt files to an image dataset.",
+        prog=f"python -m pipelines.{kind.command}",
+        description=kind.description,
         epilog="Every option of Apache Beam and its runners can be given too, in Beam's spelling.",
         allow_abbrev=False,
     )
-    GenerateOptions._add_argparse_args(parser)
+    kind._add_argparse_args(parser)  # type: ignore[arg-type]
     _, others = parser.parse_known_args(argv)
     beam = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
-    for kind in PipelineOptions.__subclasses__():
-        kind._add_argparse_args(beam)  # type: ignore[attr-defined]
+    for options in PipelineOptions.__subclasses__():
+        options._add_argparse_args(beam)  # type: ignore[attr-defined]
     _, unknown = beam.parse_known_args(others)
     if unknown:
         raise OptionError(f"{unknown[0]} is no option of this job or of Beam; --help lists them")
@@ -102,5 +158,6 @@ def parse(argv: list[str]) -> PipelineOptions:
     standard = options.view_as(StandardOptions)
     if standard.runner in (None, "DirectRunner"):
         standard.runner = IN_PROCESS
-    options.view_as(GenerateOptions).check()
-    return options
+    job = options.view_as(kind)
+    job.check()
+    return job

@@ -1,12 +1,16 @@
-"""A unit's images to a WebDataset tar or to files, then its manifest: the Parquet file whose presence commits them."""
+"""A unit's images to a WebDataset tar or to files, then its manifest: the Parquet file whose presence commits them.
+
+`Sink` is what a job writes with; `Images` is the one for pictures, `pipelines.latents` has one for latents.
+"""
 
 import hashlib
 import io
 import json
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -51,9 +55,9 @@ class Picture(Protocol):
 
 
 class Encoded(NamedTuple):
-    """An image file's bytes and what the manifest says of it."""
+    """A result as it is stored, and what the manifest says of it."""
 
-    data: bytes
+    data: Any  # an image file's bytes
     sha256: str
     flags: tuple[str, ...]
 
@@ -64,6 +68,27 @@ class Provenance(NamedTuple):
     model: str
     fingerprint: str
     device: str
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What every row of a manifest says of it."""
+        facts = {"model": self.model, "model_fingerprint": self.fingerprint}
+        return {**facts, "versions": versions(), "device": self.device}
+
+
+class Sink(Protocol):
+    """How a job stores its results."""
+
+    def encode(self, result: Any, made_by: Provenance) -> Encoded:
+        """A result as it is stored; called by many threads."""
+        ...
+
+    def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
+        """Write a unit's results whole, then the manifest that commits them; the bytes of results written.
+
+        Where another worker has committed the unit meanwhile, its results stand, these are dropped, and it returns 0.
+        """
+        ...
 
 
 def versions() -> str:
@@ -77,17 +102,12 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def encode_picture(picture: Picture, image_format: str, model: str) -> Encoded:
-    data = encode(picture.pixels, image_format, text=parameters(picture.request, model))
-    return Encoded(data, hashlib.sha256(data).hexdigest(), tuple(picture.flags))
-
-
 def manifest_name(unit: str) -> str:
     return f"manifest/{unit}.parquet"
 
 
-def shard_name(unit: str) -> str:
-    return f"shards/{unit}.tar"
+def shard_name(unit: str, suffix: str = "tar") -> str:
+    return f"shards/{unit}.{suffix}"
 
 
 def image_name(id: str, image_format: str) -> str:
@@ -135,66 +155,68 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def write_unit(
-    store: Store,
-    unit: Unit,
-    images: list[Encoded],
-    *,
-    format: str,
-    image_format: str,
-    made_by: Provenance,
-    seconds: float,
-) -> int:
-    """Write the images whole, then the manifest that commits them; the bytes of images written.
+@dataclass(frozen=True)
+class Images:
+    """The sink for pictures.
 
-    Where another worker has committed the unit meanwhile, its images stand and these are dropped.
+    Args:
+        format: `tar`, a WebDataset shard a unit, or `files`.
+        image_format: of `sdjax.images.FORMATS`.
     """
-    if format == "tar":
-        data, offsets = make_tar(unit, images, image_format, made_by.fingerprint)
-        files, shard = [f"{row.id}.{image_format}" for row in unit.rows], shard_name(unit.name)
-        if not _place(store, unit.name, shard, data):
-            return 0
-    else:
-        offsets, shard = [0] * len(images), None
-        files = [image_name(row.id, image_format) for row in unit.rows]
-        with ThreadPoolExecutor(16) as pool:
-            placed = pool.map(lambda f, i: _place(store, unit.name, f, i.data), files, images)
-            if not all(list(placed)):
+
+    format: str
+    image_format: str
+
+    def encode(self, result: Picture, made_by: Provenance) -> Encoded:
+        data = encode(result.pixels, self.image_format, text=parameters(result.request, made_by.model))
+        return Encoded(data, hashlib.sha256(data).hexdigest(), tuple(result.flags))
+
+    def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
+        if self.format == "tar":
+            data, offsets = make_tar(unit, encoded, self.image_format, made_by.fingerprint)
+            files, shard = [f"{row.id}.{self.image_format}" for row in unit.rows], shard_name(unit.name)
+            if not place(store, unit.name, shard, data):
                 return 0
-    facts = {
-        "shard": shard,
-        "seconds": seconds / len(images),
-        "model": made_by.model,
-        "model_fingerprint": made_by.fingerprint,
-        "versions": versions(),
-        "device": made_by.device,
-    }
-    rows = [
-        {
-            "id": row.id,
-            **vars(row.request),
-            **facts,
-            "file": file,
-            "offset": offset,
-            "bytes": len(image.data),
-            "sha256": image.sha256,
-            "flags": list(image.flags),
-            "extras": extras_json(row),
-            "input_file": row.place.file,
-            "input_row": row.place.row,
-        }
-        for row, image, file, offset in zip(unit.rows, images, files, offsets, strict=True)
-    ]
+        else:
+            offsets, shard = [0] * len(encoded), None
+            files = [image_name(row.id, self.image_format) for row in unit.rows]
+            with ThreadPoolExecutor(16) as pool:
+                placed = pool.map(lambda f, i: place(store, unit.name, f, i.data), files, encoded)
+                if not all(list(placed)):
+                    return 0
+        rows = [
+            {
+                "id": row.id,
+                **vars(row.request),
+                **made_by.columns,
+                "file": file,
+                "shard": shard,
+                "offset": offset,
+                "bytes": len(image.data),
+                "sha256": image.sha256,
+                "flags": list(image.flags),
+                "seconds": seconds / len(encoded),
+                "extras": extras_json(row),
+                "input_file": row.place.file,
+                "input_row": row.place.row,
+            }
+            for row, image, file, offset in zip(unit.rows, encoded, files, offsets, strict=True)
+        ]
+        return sum(len(image.data) for image in encoded) if commit(store, unit.name, rows, MANIFEST) else 0
+
+
+def commit(store: Store, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> bool:
+    """Write a unit's manifest; False where another worker has meanwhile."""
     table = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, MANIFEST), table, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema), table, compression="zstd")
     try:
-        store.write(manifest_name(unit.name), table.getvalue().to_pybytes(), create=True)
+        store.write(manifest_name(unit), table.getvalue().to_pybytes(), create=True)
     except FileExistsError:
-        return 0
-    return sum(len(image.data) for image in images)
+        return False
+    return True
 
 
-def _place(store: Store, unit: str, name: str, data: bytes) -> bool:
+def place(store: Store, unit: str, name: str, data: bytes) -> bool:
     """Put a file that no manifest speaks of yet; False where the unit turns out to be committed."""
     try:
         store.write(name, data, create=True)

@@ -70,18 +70,19 @@ def find(patterns: list[str], prompt_column: str | None = None) -> list[Source]:
     Raises:
         SourceError: nothing matches, a file of another kind, without rows, or without a column of prompts.
     """
-    files: dict[str, None] = {}
-    for pattern in patterns:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        if not has_magic(path) or fs.exists(path):
-            files[pattern] = None
-            continue
-        found = sorted(str(p) for p in retry(lambda fs=fs, path=path: fs.glob(path)))
-        if not found:
-            raise SourceError(f"{pattern}: no file matches")
-        remote = "://" in pattern
-        files |= {fs.unstrip_protocol(p) if remote else p: None for p in found}
+    files = dict.fromkeys(file for pattern in patterns for file in expand(pattern))
     return [_look_into(file, prompt_column) for file in files]
+
+
+def expand(pattern: str) -> list[str]:
+    """The paths that a glob matches, sorted; any other path as it is. Raises SourceError where nothing matches."""
+    fs, path = fsspec.core.url_to_fs(pattern)
+    if not has_magic(path) or fs.exists(path):
+        return [pattern]
+    found = sorted(map(str, retry(lambda: fs.glob(path))))
+    if not found:
+        raise SourceError(f"{pattern}: no file matches")
+    return [fs.unstrip_protocol(file) if "://" in pattern else file for file in found]
 
 
 def _look_into(file: str, prompt_column: str | None) -> Source:

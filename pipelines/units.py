@@ -4,6 +4,9 @@ A row is sent to the shard of the plan that its id names, so that all rows of on
 its image is made already, meet in one place. A shard holds about `SHARD_ROWS` rows; its units are cut from the rows
 sorted by program, length and id. So a plan depends on its input alone, not on the order in which a runner brings it,
 and no worker holds more than a shard of it. Only rows move between workers, a few hundred in one compressed element.
+
+Rows of a data set whose pictures lie together in large files go one step further: what a shard has left is sent to its
+file, and units are cut from neighbours, so that a file is read from end to end.
 """
 
 import hashlib
@@ -14,7 +17,8 @@ import pickle
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import apache_beam as beam
@@ -24,7 +28,7 @@ from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import TaggedOutput
 
 from pipelines.progress import Heartbeat
-from pipelines.sources import Piece, Place, RowError, Source, cut, read, select_prompt
+from pipelines.sources import Place, RowError, select_prompt
 from pipelines.storage import Store
 from sdjax.request import Request, RequestError
 
@@ -38,19 +42,19 @@ _SHOWN = 1_000  # characters of a cell that a rejected row's record keeps
 class Planner(Protocol):
     """What planning asks of a model without loading it: `sdjax.spec.Spec`."""
 
-    def resolve(self, request: Request) -> Request: ...
-    def id(self, request: Request) -> str: ...
-    def program(self, request: Request) -> Any: ...
-    def calls(self, request: Request) -> int: ...
+    def resolve(self, request: Any) -> Any: ...
+    def id(self, request: Any) -> str: ...
+    def program(self, request: Any) -> Any: ...
+    def calls(self, request: Any) -> int: ...
 
 
 class Row(NamedTuple):
-    """An image to make."""
+    """An image to make, or one to encode."""
 
     id: str
     program: str  # equal where one compiled program serves; opaque
     calls: int  # network rows that its batch must run for it
-    request: Request  # without None where the checkpoint has a default
+    request: Any  # the Request, without None where the checkpoint has a default; or the picture to encode
     extras: dict[str, Any]  # the input's other columns
     place: Place
 
@@ -90,9 +94,17 @@ def unit_name(ids: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:32]
 
 
-def make_units(rows: Iterable[Row], size: int) -> Iterator[Unit]:
-    """The rows, of distinct ids and in any order, in units of one program, at most `size` images and like lengths."""
-    ordered = sorted(rows, key=lambda row: (row.program, row.calls, row.id))
+def by_length(row: Row) -> Any:
+    return row.calls, row.id
+
+
+def by_place(row: Row) -> Any:
+    return row.place
+
+
+def make_units(rows: Iterable[Row], size: int, order: Callable[[Row], Any] = by_length) -> Iterator[Unit]:
+    """The rows, of distinct ids and in any order, in units of one program and at most `size` neighbours in `order`."""
+    ordered = sorted(rows, key=lambda row: (row.program, order(row)))
     for _, group in itertools.groupby(ordered, key=lambda row: row.program):
         same_program = list(group)
         for start in range(0, len(same_program), size):
@@ -112,30 +124,51 @@ def padded_calls(rows: Iterable[Row], batch: int) -> int:
     return total
 
 
-class CutFiles(beam.DoFn):
-    """Source -> its Pieces."""
+@dataclass(frozen=True)
+class PlanRequest:
+    """A row of a prompt file, as an image to make."""
 
-    def process(self, element: Source) -> Iterator[Piece]:
-        yield from cut(element)
+    planner: Planner
+    defaults: Mapping[str, Any]
+    prompt_column: str | None
+
+    def __call__(self, place: Place, values: dict[str, Any]) -> Row:
+        """Raises RowError or RequestError for a row that cannot be used."""
+        request, extras = Request.from_row(select_prompt(values, self.prompt_column), **self.defaults)
+        request = self.planner.resolve(request)
+        program = repr(self.planner.program(request))
+        return Row(self.planner.id(request), program, self.planner.calls(request), request, extras, place)
 
 
 class PlanRows(beam.DoFn):
-    """Piece -> (shard, packed rows); what cannot be used goes to rejected/ with its place and the reason."""
+    """A piece of the input -> (shard, packed rows); what cannot be used goes to rejected/ with place and reason.
 
-    def __init__(self, planner: Planner, defaults: Mapping[str, Any], prompt_column: str | None, shards: int, out: str):
-        self._planner, self._defaults, self._prompt_column = planner, dict(defaults), prompt_column
-        self._shards, self._store = shards, Store(out)
+    Args:
+        read: a piece's rows in order, each with its place; a row that cannot be read is its RowError.
+        plan: makes a Row of one, or raises RowError or RequestError.
+        shards: of the plan.
+        out: the output.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Any], Iterable[tuple[Place, Any]]],
+        plan: Callable[[Place, Any], Row],
+        shards: int,
+        out: str,
+    ):
+        self._read, self._plan, self._shards, self._store = read, plan, shards, Store(out)
         self._counters = {name: Metrics.counter(NAMESPACE, name) for name in ("rows", "rejected", "duplicates")}
 
     def setup(self) -> None:
         self._heartbeat = Heartbeat(self._store)
 
-    def process(self, element: Piece) -> Iterator[Any]:
+    def process(self, element: Any) -> Iterator[Any]:
         started, counts, rejected = time.monotonic(), Counter(), []
         seen: set[str] = set()
         shards: dict[int, list[Row]] = {}
         held = 0
-        for place, values in read(element):
+        for place, values in self._read(element):
             counts["rows"] += 1
             self._heartbeat.add(rows=1)
             try:
@@ -164,12 +197,6 @@ class PlanRows(beam.DoFn):
         self._heartbeat.flush()
         yield TaggedOutput(COUNTS, {**counts, "seconds": {"read": time.monotonic() - started}})
 
-    def _plan(self, place: Place, values: dict[str, Any]) -> Row:
-        request, extras = Request.from_row(select_prompt(values, self._prompt_column), **self._defaults)
-        request = self._planner.resolve(request)
-        program = repr(self._planner.program(request))
-        return Row(self._planner.id(request), program, self._planner.calls(request), request, extras, place)
-
 
 class ReadDone(beam.DoFn):
     """Names of manifests -> (shard, packed ids of the images that they commit)."""
@@ -186,21 +213,22 @@ class ReadDone(beam.DoFn):
         yield from ((shard, pack(("done", ids))) for shard, ids in shards.items())
 
 
-class MakeUnits(beam.DoFn):
-    """(shard, its packed rows and ids) -> PackedUnits of the images yet to make."""
+class _Joined(beam.DoFn):
+    """(shard, its packed rows and ids): rows of one id become one, and those that are made already go."""
 
-    def __init__(self, size: int, out: str):
-        self._size, self._store = size, Store(out)
+    def __init__(self, out: str):
+        self._store = Store(out)
         self._counters = {name: Metrics.counter(NAMESPACE, name) for name in ("duplicates", "already_done", "planned")}
 
     def setup(self) -> None:
         self._heartbeat = Heartbeat(self._store)
 
-    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[Any]:
+    def _left(self, packed: Iterable[bytes]) -> tuple[list[Row], Any]:
+        """The rows yet to make, and this shard's share of the account."""
         started, counts = time.monotonic(), Counter()
         rows: dict[str, Row] = {}
         done: set[str] = set()
-        for kind, values in map(unpack, element[1]):
+        for kind, values in map(unpack, packed):
             if kind == "done":
                 done.update(values)
                 continue
@@ -212,13 +240,52 @@ class MakeUnits(beam.DoFn):
         counts["already_done"] = len(rows.keys() & done)
         left = [row for id, row in rows.items() if id not in done]
         counts["planned"] = len(left)
-        for unit in make_units(left, self._size):
-            yield PackedUnit(unit.name, len(unit.rows), pack(unit))
         for name, counter in self._counters.items():
             counter.inc(counts[name])
         self._heartbeat.add(planned=counts["planned"])
         self._heartbeat.flush()
-        yield TaggedOutput(COUNTS, {**counts, "seconds": {"plan": time.monotonic() - started}})
+        return left, TaggedOutput(COUNTS, {**counts, "seconds": {"plan": time.monotonic() - started}})
+
+
+class MakeUnits(_Joined):
+    """(shard, its packed rows and ids) -> PackedUnits of the images yet to make."""
+
+    def __init__(self, size: int, out: str):
+        super().__init__(out)
+        self._size = size
+
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[Any]:
+        left, counts = self._left(element[1])
+        yield from _packed(make_units(left, self._size))
+        yield counts
+
+
+class SendToFiles(_Joined):
+    """(shard, its packed rows and ids) -> (file or part of one, packed rows) of the pictures yet to encode."""
+
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[Any]:
+        left, counts = self._left(element[1])
+        files: dict[str, list[Row]] = {}
+        for row in left:
+            files.setdefault(row.request.part, []).append(row)
+        yield from ((part, pack(rows)) for part, rows in files.items())
+        yield counts
+
+
+class CutUnits(beam.DoFn):
+    """(file or part of one, its packed rows) -> PackedUnits of neighbours."""
+
+    def __init__(self, size: int):
+        self._size = size
+
+    def process(self, element: tuple[str, Iterable[bytes]]) -> Iterator[PackedUnit]:
+        rows = itertools.chain.from_iterable(map(unpack, element[1]))
+        yield from _packed(make_units(rows, self._size, by_place))
+
+
+def _packed(units: Iterable[Unit]) -> Iterator[PackedUnit]:
+    for unit in units:
+        yield PackedUnit(unit.name, len(unit.rows), pack(unit))
 
 
 def rejection(place: Place, values: Any, error: Exception) -> dict[str, Any]:

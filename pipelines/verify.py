@@ -1,4 +1,4 @@
-"""`python -m pipelines.verify OUTPUT`: re-reads a dataset and proves it, the manifests against every file they name."""
+"""`python -m pipelines.verify OUTPUT`: re-reads a dataset of images or latents and proves it by its manifests."""
 
 import argparse
 import hashlib
@@ -14,8 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
-from pipelines import leftovers, report
+from pipelines import latents, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import Store
 from pipelines.units import unit_name
@@ -71,14 +73,15 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
         table = pq.read_table(pa.BufferReader(store.read(name)))
     except pa.ArrowInvalid as error:
         return [], [f"not a manifest: {error}"]
-    if not table.schema.equals(MANIFEST):
+    if table.schema not in (MANIFEST, latents.MANIFEST):
         return [], ["its columns are not those of a manifest"]
+    check = _shard if table.schema == MANIFEST else _latents
     rows, faults = table.to_pylist(), []
     if unit_name(row["id"] for row in rows) != name.rsplit("/", 1)[1].removesuffix(".parquet"):
         faults.append("its ids are not those that named it")
     shards = {row["shard"] for row in rows}
     for shard in shards - {None}:
-        faults += _shard(store, shard, [row for row in rows if row["shard"] == shard])
+        faults += check(store, shard, [row for row in rows if row["shard"] == shard])
     for row in rows:
         if row["shard"] is None:
             try:
@@ -114,6 +117,25 @@ def _shard(store: Store, shard: str, rows: list[dict[str, Any]]) -> list[str]:
     return faults + [f"{shard} holds {name}, which its manifest does not know" for name in members]
 
 
+def _latents(store: Store, shard: str, rows: list[dict[str, Any]]) -> list[str]:
+    try:
+        tensors = load(store.read(shard))
+        examples = list(zip(tensors["moments"], tensors["text"], strict=True))
+    except FileNotFoundError:
+        return [f"{shard} is missing"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        return [f"{shard} is no whole shard of latents: {error}"]
+    if sorted(row["index"] for row in rows) != list(range(len(examples))):
+        return [f"{shard} holds {len(examples)} examples, and its manifest names others"]
+    faults = []
+    for row in rows:
+        moments, text = examples[row["index"]]
+        example = latents.Arrays(moments, text, tensors["unconditional"])
+        if (example.bytes, example.sha256) != (row["bytes"], row["sha256"]):
+            faults.append(f"{shard} does not hold the example {row['id']} that its manifest describes")
+    return faults
+
+
 def _image(row: dict[str, Any], data: bytes) -> list[str]:
     if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
         return [f"{row['file']} is not the image that the manifest describes"]
@@ -122,8 +144,8 @@ def _image(row: dict[str, Any], data: bytes) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what was found; exit status 0 where nothing is wrong, 1 where something is, 2 where there is no dataset."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.verify", description="Prove an image dataset.")
-    parser.add_argument("output", help="the --output of generate_images: a folder or an fsspec URL")
+    parser = argparse.ArgumentParser(prog="python -m pipelines.verify", description="Prove a dataset.")
+    parser.add_argument("output", help="the --output of a job: a folder or an fsspec URL")
     output = parser.parse_args(argv).output
     found = verify(output)
     if not found.units and Store(output).read_json(report.SUMMARY) is None:

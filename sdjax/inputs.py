@@ -51,21 +51,24 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:
         raise RequestError(f"{name} {shown} has changed: its SHA-256 is {found}, not {sha256}")
+    return Input(decode(data, f"{name} {shown}", mask=mask), found)
+
+
+def decode(data: bytes, what: str, *, mask: bool = False) -> Image.Image:
+    """The picture in a file's bytes, as `load` gives it; `what` is how errors call it. Raises RequestError."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            raise RequestError(
-                f"{name} {shown} has {image.width} x {image.height} pixels; the most is {MAX_PIXELS:,} in all"
-            )
+            raise RequestError(f"{what} has {image.width} x {image.height} pixels; the most is {MAX_PIXELS:,} in all")
         image.load()
         image = ImageOps.exif_transpose(image)
-        return Input(_lightness(image) if mask else _colours(image), found)
+        return _lightness(image) if mask else _colours(image)
     except RequestError:
         raise
     except UnidentifiedImageError:
-        raise RequestError(f"{name} {shown} is no picture; read are {', '.join(FORMATS)}") from None
+        raise RequestError(f"{what} is no picture; read are {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise all sorts over broken files
-        raise RequestError(f"{name} {shown} is broken: {_line(error)}") from None
+        raise RequestError(f"{what} is broken: {_line(error)}") from None
 
 
 def _line(error: Exception) -> str:

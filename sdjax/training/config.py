@@ -19,10 +19,11 @@ class TrainConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where examples come from: exactly one of `folder`, `shards` and `generator`."""
+    """Where examples come from: exactly one of `folder`, `shards`, `latents` and `generator`."""
 
     folder: str | None = None  # images with metadata.jsonl or .txt captions: a folder or an fsspec URL
     shards: str | None = None  # WebDataset tar files: a path or fsspec URL, with * ? [] patterns
+    latents: str | None = None  # what `python -m pipelines.encode_latents` wrote: a folder or an fsspec URL
     generator: str | None = None  # "module:Class", a source made from `options`
     options: dict[str, Any] = field(default_factory=dict)
     size: int = 512  # images are cut and scaled to size x size
@@ -151,12 +152,19 @@ def build(kind: Any, value: Any, name: str = "") -> Any:
 
 def check(config: Train) -> None:
     """Raise TrainConfigError where values do not go together."""
-    if sum(source is not None for source in (config.data.folder, config.data.shards, config.data.generator)) != 1:
-        raise TrainConfigError("data must name exactly one of folder, shards and generator")
-    positive = {"steps": config.steps, "batch_size": config.batch_size, "data.size": config.data.size}
+    data = config.data
+    if sum(source is not None for source in (data.folder, data.shards, data.latents, data.generator)) != 1:
+        raise TrainConfigError("data must name exactly one of folder, shards, latents and generator")
+    if data.latents is not None:
+        fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
+        fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder
+        fresh += ["data.cache_latents"] * data.cache_latents + ["task vae"] * (config.task == "vae")
+        if fresh:
+            raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")
+    positive = {"steps": config.steps, "batch_size": config.batch_size, "data.size": data.size}
     positive |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every}
     positive |= {"sheet_every": config.sheet_every, "keep_checkpoints": config.keep_checkpoints}
-    positive |= {"optimizer.accumulate": config.optimizer.accumulate, "data.workers": config.data.workers}
+    positive |= {"optimizer.accumulate": config.optimizer.accumulate, "data.workers": data.workers}
     for name, value in positive.items():
         if value < 1:
             raise TrainConfigError(f"{name} is {value}; it must be at least 1")

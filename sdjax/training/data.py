@@ -5,7 +5,6 @@ number, the batch of any step can be made without having made those before it, w
 """
 
 import importlib
-import io
 import json
 import posixpath
 import tarfile
@@ -16,18 +15,17 @@ from typing import NamedTuple, Protocol
 
 import fsspec
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Float16, Int, UInt8
+from PIL import Image, ImageOps
 
+from sdjax import inputs
+from sdjax.request import RequestError
 from sdjax.training import scenes
 from sdjax.training.config import Data
+from sdjax.training.encoded import DataError, EncodedSet
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-_CAPTIONS = ("text", "caption", "prompt")  # the columns of metadata.jsonl that are taken, the first that is there
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one line naming the file."""
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+CAPTIONS = ("text", "caption", "prompt")  # the columns of metadata.jsonl that are taken, the first that is there
 
 
 class Source(Protocol):
@@ -74,17 +72,17 @@ class Folder:
             rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl")
             self._files = [(posixpath.join(root, name), caption) for name, caption in rows]
         else:
-            images = sorted(path for path in self._fs.find(root) if path.lower().endswith(_IMAGES))
+            images = sorted(path for path in self._fs.find(root) if path.lower().endswith(IMAGES))
             self._files = [(path, None) for path in images]
         if not self._files:
-            raise DataError(f"{url} holds no image ({', '.join(_IMAGES)})")
+            raise DataError(f"{url} holds no image ({', '.join(IMAGES)})")
 
     def __len__(self) -> int:
         return len(self._files)
 
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         path, _ = self._files[index]
-        return _decode(self._read(path), self._size, path)
+        return decode(self._read(path), self._size, path)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         path, caption = self._files[index]
@@ -124,15 +122,15 @@ class Shards:
         try:
             with self._fs.open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
                 for member in tar:
-                    key, dot, extension = member.name.partition(".")
+                    key, extension = sample_key(member.name)
                     span = _Span(shard, member.offset_data, member.offset_data + member.size)
-                    found.setdefault(key, {})[dot + extension.lower()] = span
+                    found.setdefault(key, {})[extension] = span
         except FileNotFoundError:
             raise DataError(f"{shard} is not there") from None
         except tarfile.TarError:
             raise DataError(f"{shard} is not a tar file") from None
         for parts in found.values():
-            image = next((parts[extension] for extension in _IMAGES if extension in parts), None)
+            image = next((parts[extension] for extension in IMAGES if extension in parts), None)
             if image is not None and ".txt" in parts:
                 yield image, parts[".txt"]
 
@@ -141,7 +139,7 @@ class Shards:
 
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         span = self._examples[index][0]
-        return _decode(self._read(span), self._size, f"an image of {span.shard}")
+        return decode(self._read(span), self._size, f"an image of {span.shard}")
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self._read(self._examples[index][1]).decode().strip()
@@ -150,7 +148,7 @@ class Shards:
         return self._fs.cat_file(span.shard, span.start, span.stop)
 
 
-def open_source(data: Data) -> Source:
+def open_source(data: Data) -> Source | EncodedSet:
     """Return the source that the configuration names.
 
     Raises:
@@ -160,6 +158,8 @@ def open_source(data: Data) -> Source:
         return Folder(data.folder, data.size)
     if data.shards is not None:
         return Shards(data.shards, data.size)
+    if data.latents is not None:
+        return EncodedSet(data.latents)
     module, _, name = (data.generator or "").partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)
@@ -177,21 +177,34 @@ def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
             continue
         try:
             row = json.loads(line)
-            yield row["file_name"], next(row[column] for column in _CAPTIONS if column in row)
+            yield row["file_name"], next(row[column] for column in CAPTIONS if column in row)
         except (ValueError, KeyError, TypeError, StopIteration):
-            raise DataError(f"{what} line {number} needs file_name and one of {', '.join(_CAPTIONS)}") from None
+            raise DataError(f"{what} line {number} needs file_name and one of {', '.join(CAPTIONS)}") from None
 
 
-def _decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size 3"]:
-    """Decode an image, over white where it is transparent, and cut the largest centred square to size x size."""
+def sample_key(name: str) -> tuple[str, str]:
+    """A tar member's sample and its extension, as WebDataset splits them: at the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return folder + slash + stem, dot + extension.lower()
+
+
+def decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size 3"]:
+    """Decode an image, over white where it is transparent, and cut the largest centred square to size x size.
+
+    Raises:
+        DataError: it cannot be read; `what` names it.
+    """
     try:
-        picture = Image.open(io.BytesIO(content))
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (UnidentifiedImageError, OSError):
-        raise DataError(f"{what} is not an image that can be read") from None
-    ground = Image.new("RGBA", picture.size, "white")
-    ground.alpha_composite(picture)
-    return np.asarray(ImageOps.fit(ground.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
+        picture = inputs.decode(content, what)
+    except RequestError as error:
+        raise DataError(str(error)) from None
+    return square(picture, size)
+
+
+def square(picture: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The largest centred square of a picture, at size x size."""
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
 
 
 @lru_cache(maxsize=2)
@@ -206,11 +219,16 @@ def indices(step: int, batch_size: int, length: int, seed: int) -> Int[np.ndarra
 
 
 class Batch(NamedTuple):
-    """The examples of one step; `captions` may be empty strings where the caption was dropped."""
+    """The examples of one step; `captions` may be empty strings where the caption was dropped.
+
+    Of a data set that is encoded already there are `moments` and `context`, of which some may be the empty caption's.
+    """
 
     indices: Int[np.ndarray, " batch"]
-    pixels: UInt8[np.ndarray, "batch size size 3"] | None
-    captions: list[str]
+    pixels: UInt8[np.ndarray, "batch size size 3"] | None = None
+    captions: list[str] | None = None
+    moments: Float16[np.ndarray, "batch h w moments"] | None = None
+    context: Float16[np.ndarray, "batch length hidden"] | None = None
 
 
 class Loader:
@@ -226,7 +244,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | EncodedSet,
         batch_size: int,
         seed: int,
         *,
@@ -241,14 +259,18 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Make the batch of a step."""
-        chosen = indices(step, self._batch_size, len(self._source), self._seed)
-        captions = []
-        for place, index in enumerate(chosen if self._captions else []):
-            rng = np.random.default_rng([self._seed, step, place])
-            dropped = rng.random() < self._dropout
-            caption = self._source.caption(int(index), rng)
-            captions.append("" if dropped else caption)
-        pixels = np.stack([self._source.image(int(index)) for index in chosen]) if self._images else None
+        source = self._source
+        chosen = indices(step, self._batch_size, len(source), self._seed)
+        rngs = [np.random.default_rng([self._seed, step, place]) for place in range(len(chosen))]
+        dropped = [rng.random() < self._dropout for rng in rngs]
+        if isinstance(source, EncodedSet):
+            texts = [source.unconditional if drop else source.text(i) for i, drop in zip(chosen, dropped, strict=True)]
+            return Batch(chosen, moments=np.stack([source.moments(i) for i in chosen]), context=np.stack(texts))
+        captions = None
+        if self._captions:
+            spoken = [source.caption(int(index), rng) for index, rng in zip(chosen, rngs, strict=True)]
+            captions = ["" if drop else caption for caption, drop in zip(spoken, dropped, strict=True)]
+        pixels = np.stack([source.image(int(index)) for index in chosen]) if self._images else None
         return Batch(chosen, pixels, captions)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:

@@ -36,11 +36,11 @@ def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
     """Return the latent's mean and logvar of every example, made at the first call and kept in the run's folder."""
     path, unfinished = run.folder / "latents.npy", run.folder / "latents.part.npy"
     if not path.exists():
-        encode, count = _encoder(run), len(run.source)
+        encode, count = _encoder(run), len(run.pictures)
         store = None
         for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
             chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
-            part = encode(np.stack([run.source.image(int(index)) for index in chosen])).astype(np.float16)
+            part = encode(np.stack([run.pictures.image(int(index)) for index in chosen])).astype(np.float16)
             if store is None:
                 store = np.lib.format.open_memmap(unfinished, "w+", np.float16, (count, *part.shape[1:]))
             store[start : start + _BATCH] = part[: count - start]
@@ -51,9 +51,9 @@ def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
 
 def scaling_factor(run: Run) -> float:
     """Return what makes the standard deviation of the data set's latents 1 (Rombach et al. 2022, appendix G)."""
-    encode, count = _encoder(run), len(run.source)
+    encode, count = _encoder(run), len(run.pictures)
     parts = [
-        encode(np.stack([run.source.image(index % count) for index in range(start, start + _BATCH)]))
+        encode(np.stack([run.pictures.image(index % count) for index in range(start, start + _BATCH)]))
         for start in range(0, _SAMPLE, _BATCH)
     ]
     means = np.split(np.concatenate(parts), 2, axis=-1)[0]

@@ -18,6 +18,7 @@ from sdjax.training import latents, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Batch, Loader, Source, open_source
+from sdjax.training.encoded import EncodedSet
 from sdjax.training.metrics import Metrics
 from sdjax.training.networks import Networks, Params, prepare
 from sdjax.training.sheet import Sheet
@@ -45,7 +46,7 @@ class Run:
                 f"batch_size is {config.batch_size}; {len(self.devices)} devices and optimizer.accumulate "
                 f"{config.optimizer.accumulate} need a multiple of {pieces}"
             )
-        self.source: Source = open_source(config.data)
+        self.source = open_source(config.data)
         self.networks: Networks = prepare(config, self.source)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         trained = {"vae"} if config.task == "vae" else {"unet"}
@@ -56,11 +57,18 @@ class Run:
         fresh = initial({name: params[name] for name in sorted(trained)}, config.optimizer, config.steps)
         self.state = self.checkpoints.latest(fresh) or fresh
 
+    @property
+    def pictures(self) -> Source:
+        """The source, of which nothing is encoded yet."""
+        assert not isinstance(self.source, EncodedSet)
+        return self.source
+
     def train(self, stop: threading.Event | None = None) -> bool:
         """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end."""
         config, devices = self.config, self.devices
         cache = latents.cached(self) if config.task == "unet" and config.data.cache_latents else None
-        tokenizer = self.networks.tokenizer() if config.task == "unet" else None
+        encoded = isinstance(self.source, EncodedSet)
+        tokenizer = self.networks.tokenizer() if config.task == "unet" and not encoded else None
         loader = Loader(
             self.source,
             config.batch_size,
@@ -73,12 +81,12 @@ class Run:
 
         def arrays(batch: Batch) -> dict[str, np.ndarray]:
             result = {"place": np.arange(config.batch_size, dtype=np.int32)}
-            if tokenizer is not None:
+            given = {"pixels": batch.pixels, "moments": batch.moments, "context": batch.context}
+            result |= {name: array for name, array in given.items() if array is not None}
+            if tokenizer is not None and batch.captions is not None:
                 result["ids"] = tokenizer(batch.captions)[0]
             if cache is not None:
                 result["moments"] = cache[batch.indices]
-            if batch.pixels is not None:
-                result["pixels"] = batch.pixels
             return result
 
         step = make_step(

@@ -26,6 +26,7 @@ from sdjax.sampling import Schedule
 from sdjax.text import Tokenizer
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Source
+from sdjax.training.encoded import NETWORKS, EncodedSet
 from sdjax.training.tokenizer import train_tokenizer
 from sdjax.weights import checkpoint
 
@@ -107,7 +108,7 @@ def _name(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def prepare(config: Train, source: Source) -> Networks:
+def prepare(config: Train, source: Source | EncodedSet) -> Networks:
     """Make or read the networks that the run's task needs.
 
     Raises:
@@ -116,6 +117,11 @@ def prepare(config: Train, source: Source) -> Networks:
     names = ("vae",) if config.task == "vae" else ("vae", "text_encoder", "unet")
     start = checkpoint.Checkpoint(config.init) if config.init is not None else None
     networks = Networks({}, {}, {}, {})
+    if isinstance(source, EncodedSet) and start is not None and start.fingerprint(NETWORKS) != source.fingerprint:
+        raise TrainConfigError(
+            f"{config.data.latents} was not encoded by the vae, text_encoder and tokenizer of {config.init}; "
+            "encode the images with that model, or start from the one that encoded them"
+        )
     if config.task == "unet":
         networks.texts = _texts(config, source, start)
     for number, name in enumerate(names):
@@ -167,12 +173,13 @@ def _started(name: str, params: Params) -> Params:
     return params | {bias: params[bias].at[channels:].set(_FIRST_LOGVAR)}
 
 
-def _texts(config: Train, source: Source, start: checkpoint.Checkpoint | None) -> dict[str, str]:
+def _texts(config: Train, source: Source | EncodedSet, start: checkpoint.Checkpoint | None) -> dict[str, str]:
     """The tokenizer's and the scheduler's files."""
     texts = {}
     if config.model.tokenizer is not None:
         if config.model.tokenizer.keys() != {"merges", "max_length"}:
             raise TrainConfigError("model.tokenizer takes merges and max_length, and nothing else")
+        assert not isinstance(source, EncodedSet)  # its text encoder is made already
         rng = np.random.default_rng(config.seed)
         captions = (source.caption(index, rng) for index in range(min(_CAPTIONS, len(source))))
         with tempfile.TemporaryDirectory() as folder:

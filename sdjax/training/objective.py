@@ -68,7 +68,8 @@ def denoising(
     scaling_factor: float,
     batch_size: int,
 ) -> Objective:
-    """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, length].
+    """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, length] or `context`,
+    the text encoder's states [batch, length, hidden].
 
     The mean squared error of the schedule's epsilon or v (Salimans & Ho 2022), with min-SNR weights (Hang et al. 2023)
     where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random shift
@@ -97,7 +98,7 @@ def denoising(
             noise += options.offset_noise * _normal(key_offset, place, (1, 1, x.shape[-1]))
         target = alpha * noise - sigma * x if predicts_v else noise
 
-        context = networks["text_encoder"](batch["ids"]).last_hidden_state
+        context = batch["context"] if "context" in batch else networks["text_encoder"](batch["ids"]).last_hidden_state
         output = networks["unet"](alpha * x + sigma * noise, t.astype(jnp.float32), context)
         error = _mean((output.astype(jnp.float32) - target) ** 2)
         weight = jnp.ones_like(error)

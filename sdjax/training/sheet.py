@@ -44,7 +44,7 @@ class Sheet:
         sheet.save(path)
 
     def _reconstructions(self) -> Image.Image:
-        source = self._run.source
+        source = self._run.pictures
         originals = [source.image(index % len(source)) for index in range(_EXAMPLES)]
         output = self._reconstruct(self._run.state.ema["vae"], to_unit(jnp.asarray(np.stack(originals))))
         images = list(np.round((np.clip(np.asarray(output, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8))

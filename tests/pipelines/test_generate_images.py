@@ -26,9 +26,9 @@ import pytest
 from apache_beam.metrics.metric import MetricsFilter
 from PIL import Image
 
-from pipelines import generate_images, handler, sources, verify
-from pipelines.options import GenerateOptions, parse
-from pipelines.sinks import write_unit
+from pipelines import generate_images, sources, verify
+from pipelines.options import parse
+from pipelines.sinks import Images
 from pipelines.storage import Store
 from sdjax.request import Request
 from tests.pipelines import standin
@@ -368,12 +368,14 @@ def load_telling(model, **options):
 
 
 def test_a_unit_is_written_while_the_next_is_made(tmp_path, monkeypatch):
-    def write_while_making(*arguments, **options):
+    write = Images.write
+
+    def write_while_making(*arguments):
         WRITING.set()
         assert MAKING.wait(30), "the second unit is not made while the first is written"
-        return write_unit(*arguments, **options)
+        return write(*arguments)
 
-    monkeypatch.setattr(handler, "write_unit", write_while_making)
+    monkeypatch.setattr(Images, "write", write_while_making)
     (tmp_path / "p.txt").write_text("".join(f"{i}\n" for i in range(16)))
     arguments = ("--prompts", tmp_path / "p.txt", "--output", tmp_path / "out", "--unit-size", 8)
     assert standin.run(*arguments, load=load_telling) == 0
@@ -419,9 +421,8 @@ def test_threads_share_one_model(prompts, tmp_path):
 
 
 def test_beam_counts_the_same_in_one_namespace(prompts, tmp_path):
-    options = parse(["--prompts", str(prompts), "--output", str(tmp_path / "out")])
-    job = options.view_as(GenerateOptions)
-    pipeline = beam.Pipeline(options=options)
+    job = parse(["--prompts", str(prompts), "--output", str(tmp_path / "out")])
+    pipeline = beam.Pipeline(options=job)
     generate_images.build(pipeline, job, sources.find(job.prompts), SPEC, standin.load)
     query = pipeline.run().metrics().query(MetricsFilter().with_namespace("sdjax"))
     counted: Counter[str] = Counter()

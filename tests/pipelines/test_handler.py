@@ -7,6 +7,7 @@ from apache_beam.testing.util import assert_that, equal_to
 
 from pipelines.handler import LazyModel, SdjaxModelHandler, UnitHandler
 from pipelines.options import IN_PROCESS
+from pipelines.sinks import Images
 from sdjax.request import Request, RequestError
 from tests.pipelines import standin
 
@@ -61,4 +62,4 @@ def test_what_beam_asks_of_a_handler():
     assert handler.get_metrics_namespace() == "sdjax"
     assert handler.get_num_bytes(["four", Request(prompt="five5")]) == 9
     assert handler.batch_elements_kwargs() == {"min_batch_size": 16, "max_batch_size": 16}
-    assert UnitHandler("out", format="tar", image_format="png").get_num_bytes([]) == 0
+    assert UnitHandler("out", Images("tar", "png")).get_num_bytes([]) == 0

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import generate_images, sources
-from pipelines.options import GenerateOptions, parse
+from pipelines.options import parse
 from tests.pipelines import standin
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +37,8 @@ def write_template(path: Path, rows: int) -> None:
 def plan(prompts: str, output: str) -> None:
     """Plan a job and print its images, seconds and peak memory in MB: what a process of its own is started for."""
     started = time.monotonic()
-    options = parse(["--prompts", prompts, "--output", output])
-    job = options.view_as(GenerateOptions)
-    with beam.Pipeline(options=options) as pipeline:
+    job = parse(["--prompts", prompts, "--output", output])
+    with beam.Pipeline(options=job) as pipeline:
         units, _ = generate_images.plan(pipeline, job, sources.find(job.prompts), standin.Spec())
         images = units | beam.Map(lambda unit: unit.images) | beam.CombineGlobally(sum)
         _ = images | beam.io.WriteToText(f"{output}/images", num_shards=1, shard_name_template="")

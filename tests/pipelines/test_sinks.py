@@ -11,14 +11,13 @@ from PIL import Image
 
 from pipelines.sinks import (
     MANIFEST,
+    Images,
     Provenance,
     committed,
-    encode_picture,
     image_name,
     make_tar,
     manifest_name,
     shard_name,
-    write_unit,
 )
 from pipelines.sources import Place
 from pipelines.storage import Store
@@ -41,13 +40,12 @@ def unit() -> Unit:
 
 
 def images_of(unit, image_format="png"):
-    return [encode_picture(standin.picture(SPEC, row.request), image_format, "stand-in") for row in unit.rows]
+    sink = Images("tar", image_format)
+    return [sink.encode(standin.picture(SPEC, row.request), MADE_BY) for row in unit.rows]
 
 
 def write(store, unit, images=None, format="tar"):
-    return write_unit(
-        store, unit, images or images_of(unit), format=format, image_format="png", made_by=MADE_BY, seconds=3.0
-    )
+    return Images(format, "png").write(store, unit, images or images_of(unit), MADE_BY, 3.0)
 
 
 def test_a_tar_is_a_function_of_its_images(unit):

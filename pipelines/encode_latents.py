@@ -1,0 +1,82 @@
+"""`python -m pipelines.encode_latents`: an image dataset to VAE latents and text states, on any Beam runner.
+
+    sets -> pieces -> pictures, checked and named -> shards of the plan <- ids in the manifests
+                                                          |
+       files <- pictures yet to encode, sent back to the file that holds them, so that it is read from end to end
+         |
+       units -> encode, write, commit -> account -> summary.json
+
+`[data] latents = "OUTPUT"` in a configuration of sdjax.train reads the result. As with generate_images, running the
+same command again finishes what a killed run began, and encodes what was added.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.ml.inference.base import RunInference
+
+from pipelines import image_sets, latents, units
+from pipelines import job as jobs
+from pipelines.generate_images import load_spec
+from pipelines.handler import UnitHandler
+from pipelines.options import EncodeOptions, parse
+from sdjax.model_options import model_options
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    spec: Callable[..., Any] = load_spec,
+    load: Callable[..., Any] = latents.load_encoder,
+) -> int:
+    """Run the job; returns the process's exit status: 0 done, 2 refused before anything ran, 130 interrupted.
+
+    `spec` and `load` make the model's promises and the encoder itself; tests put lighter ones in.
+    """
+    try:
+        job = parse(list(sys.argv[1:] if argv is None else argv), EncodeOptions)
+        model = latents.LatentSpec(spec(job.model, dtype=job.dtype, **model_options(job)), job.size)
+        sets = image_sets.find(job.images)
+        shards = units.shard_count(sum(map(image_sets.count, sets)))
+    except (ValueError, OSError) as error:
+        return jobs.refuse(EncodeOptions.command, error)
+    return jobs.run(job, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))
+
+
+def build(
+    pipeline: beam.Pipeline, job: EncodeOptions, sets: list[str], shards: int, model: Any, load: Callable[..., Any]
+) -> None:
+    """Add the job's stages to a pipeline."""
+    out = job.output
+    read: Any = (
+        pipeline
+        | "Sets" >> beam.Create(sets)
+        | "Cut" >> beam.FlatMap(image_sets.cut)
+        | "Spread pieces" >> beam.Reshuffle()
+        | "Read"
+        >> beam.ParDo(units.PlanRows(image_sets.read, latents.PlanPicture(model), shards, out)).with_outputs(
+            units.COUNTS, main="rows"
+        )
+    )
+    left = jobs.join_done(pipeline, read["rows"], shards, out) | "Send back" >> beam.ParDo(
+        units.SendToFiles(out)
+    ).with_outputs(units.COUNTS, main="rows")
+    planned = left["rows"] | "Gather files" >> beam.GroupByKey() | "Plan" >> beam.ParDo(units.CutUnits(job.unit_size))
+    handler = UnitHandler(
+        out,
+        latents.Latents(model.size, model.dtype),
+        model,
+        dtype=job.dtype,
+        batch_size=job.batch_size,
+        compilation_cache=job.compilation_cache,
+        load=load,
+    )
+    made = planned | "Spread units" >> beam.Reshuffle() | "Encode" >> RunInference(handler)
+    jobs.write_report(job, model, [read[units.COUNTS], left[units.COUNTS], made], contact_sheet=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

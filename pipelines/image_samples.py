@@ -1,0 +1,201 @@
+"""Samples of captioned image sets as they are stored, before anybody has looked at the image.
+
+Each function yields calls rather than samples, so that a sample that cannot be read is an error of its own, and so that
+files are fetched side by side.
+"""
+
+import io
+import json
+import posixpath
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import groupby
+from typing import IO, Any, NamedTuple
+
+import fsspec
+import pyarrow.parquet as pq
+
+from pipelines import sources
+from pipelines.sources import RowError
+from pipelines.storage import retry
+from sdjax import inputs
+from sdjax.training.data import CAPTIONS, IMAGES, sample_key
+
+_BLOCK = 2**23  # bytes that a file is read by
+_ROWS = 16  # of a Parquet file that are held at once
+
+
+class Sample(NamedTuple):
+    """An image and what its set says of it: whatever is there.
+
+    file, start, stop: where the image lies; see `image_sets.Picture`.
+    data: the image's bytes.
+    extras: the sample's other columns.
+    """
+
+    file: str
+    start: int
+    stop: int
+    key: str
+    data: Any
+    caption: Any
+    extras: dict[str, Any]
+
+
+Samples = Iterator[Callable[[], Sample]]
+"""Each call may raise RowError."""
+
+
+def of_folder(folder: str, names: Iterable[str]) -> Samples:
+    """Files of a folder, with captions in .txt files beside them."""
+    return (partial(_captioned_file, folder, name) for name in names)
+
+
+def _captioned_file(folder: str, name: str) -> Sample:
+    file = posixpath.join(folder, name)
+    caption = _utf8(_whole_file(posixpath.splitext(file)[0] + ".txt"), f"the caption of {name}")
+    return Sample(file, 0, 0, name, _whole_file(file), caption, {})
+
+
+def of_metadata(piece: sources.Piece) -> Samples:
+    """Files of a folder that lines of its metadata.jsonl name (`file_name`) and caption."""
+    root = posixpath.dirname(piece.source.file)
+    return (partial(_listed_file, root, row) for _, row in sources.read(piece))
+
+
+def _listed_file(root: str, row: dict[str, Any] | RowError) -> Sample:
+    if isinstance(row, RowError):
+        raise row
+    caption, extras = _split_caption(row)
+    name = extras.pop("file_name", None)
+    if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/") or "://" in name:
+        raise RowError(f"file_name={name!r:.200} is no file below {root}")
+    file = posixpath.join(root, name)
+    return Sample(file, 0, 0, name, _whole_file(file), caption, extras)
+
+
+def of_tar(file: str) -> Samples:
+    """A WebDataset's samples: neighbours with one name up to its first dot. Read once, from end to end."""
+    with open_file(file) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                files = (member for member in tar if member.isfile())
+                for key, members in groupby(files, key=lambda member: sample_key(member.name)[0]):
+                    yield partial(_of_members, file, key, *_contents(tar, members))
+                end = tar.offset  # tarfile takes any damaged header but the first for the end
+            stream.seek(end)
+            damaged = stream.read(tarfile.BLOCKSIZE).strip(b"\0") != b""
+        except tarfile.TarError:
+            damaged = True
+    if damaged:
+        yield partial(_raise, RowError(f"{file} is damaged or cut short; what follows in it is not read"))
+
+
+def _contents(
+    tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo]
+) -> tuple[tuple[int, bytes] | None, dict[str, bytes] | RowError]:
+    """Where a sample's image begins and its bytes, and all that is read of it by extension."""
+    image, contents = None, {}
+    for member in members:
+        extension = sample_key(member.name)[1]
+        if extension not in (*IMAGES, ".txt", ".json"):
+            continue
+        if member.size > inputs.MAX_BYTES:
+            return None, RowError(f"{member.name} is larger than {inputs.MAX_BYTES >> 20} MiB, which is the most")
+        file = tar.extractfile(member)
+        assert file is not None, "members are files"
+        contents[extension] = file.read()
+        if len(contents[extension]) < member.size:
+            raise tarfile.ReadError("cut short")
+        if extension in IMAGES and image is None:
+            image = member.offset_data, contents[extension]
+    return image, contents
+
+
+def _of_members(file: str, key: str, image: tuple[int, bytes] | None, contents: dict[str, bytes] | RowError) -> Sample:
+    if isinstance(contents, RowError):
+        raise contents
+    facts: Any = {}
+    if ".json" in contents:
+        try:
+            facts = json.loads(_utf8(contents[".json"], f"{key}.json"))
+        except (ValueError, RecursionError):
+            raise RowError(f"{key}.json is not JSON") from None
+        if not isinstance(facts, dict):
+            raise RowError(f"{key}.json is not a JSON object")
+    caption, extras = _split_caption(facts)
+    if ".txt" in contents:
+        caption = _utf8(contents[".txt"], f"{key}.txt")
+    start, data = image or (0, b"")
+    return Sample(file, start, start + len(data), key, data, caption, extras)
+
+
+def of_parquet(file: str, group: int, first_row: int) -> Samples:
+    """A row group whose column `image` holds image files' bytes, or the {bytes, path} of the datasets library."""
+    for number, row in enumerate(_rows(file, group)):
+        caption, extras = _split_caption({name: value for name, value in row.items() if not _is_image(name)})
+        key = f"row {first_row + number}"
+        yield partial(Sample, file, group, number, key, _image(row), caption, extras)
+
+
+def images_of_group(file: str, group: int) -> Iterator[Any]:
+    """The images of a row group's rows."""
+    return map(_image, _rows(file, group, only_images=True))
+
+
+def columns(file: str) -> set[str]:
+    """The columns of a Parquet file, in lower case."""
+    with open_file(file) as stream:
+        return {name.lower() for name in pq.ParquetFile(stream).schema_arrow.names}
+
+
+def _rows(file: str, group: int, *, only_images: bool = False) -> Iterator[dict[str, Any]]:
+    with open_file(file) as stream:
+        parquet = pq.ParquetFile(stream)
+        names = [name for name in parquet.schema_arrow.names if _is_image(name) or not only_images]
+        for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=names):
+            yield from batch.to_pylist()
+
+
+def _is_image(column: str) -> bool:
+    return column.lower() == "image"
+
+
+def _image(row: dict[str, Any]) -> Any:
+    value = next(value for name, value in row.items() if _is_image(name))
+    return value.get("bytes") if isinstance(value, dict) else value
+
+
+def open_file(file: str) -> IO[bytes]:
+    """A file to be read in large blocks."""
+    return retry(lambda: io.BufferedReader(fsspec.open(file, "rb", block_size=_BLOCK).open()))  # pyright: ignore
+
+
+def _split_caption(row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A row's caption, from the first column that may hold one, and the other columns."""
+    names = {name.strip().lower(): name for name in reversed(row)}
+    column = next((names[name] for name in CAPTIONS if name in names), "")
+    return row.get(column), {name: value for name, value in row.items() if name != column}
+
+
+def _utf8(data: bytes, what: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise RowError(f"{what} is not valid UTF-8") from None
+
+
+def _whole_file(file: str) -> bytes:
+    fs, path = fsspec.core.url_to_fs(file)
+    try:
+        data = retry(lambda: bytes(fs.cat_file(path, 0, inputs.MAX_BYTES + 1)))  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise RowError(f"{file} is not there") from None
+    if len(data) > inputs.MAX_BYTES:
+        raise RowError(f"{file} is larger than {inputs.MAX_BYTES >> 20} MiB, which is the most")
+    return data
+
+
+def _raise(error: RowError) -> Sample:
+    raise error

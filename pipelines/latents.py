@@ -1,0 +1,205 @@
+"""Latents and text states as a job makes and stores them: planned, encoded, and a safetensors shard a unit.
+
+    shards/<unit>.safetensors   moments     float16 [examples, h, w, 2 c]: the latent's mean, then its log-variance
+                                text        float16 [examples, length, hidden]: the captions' states
+                                unconditional  float16 [length, hidden]: the empty caption's
+    manifest/<unit>.parquet     a row an example, `index` its place in the shard's tensors
+
+`sdjax.training.encoded` reads them.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import tee
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import save
+
+from pipelines import image_sets
+from pipelines.image_sets import Found, Picture
+from pipelines.sinks import Encoded, Provenance, commit, extras_json, place, shard_name
+from pipelines.sources import Place, RowError
+from pipelines.storage import Store
+from pipelines.units import Row, Unit
+from sdjax.training.data import square
+from sdjax.training.encoded import NETWORKS
+
+SUFFIX = "safetensors"
+MANIFEST = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("key", pa.string()),  # the sample's name in its set
+        pa.field("caption", pa.string()),
+        pa.field("image_sha256", pa.string()),
+        pa.field("size", pa.int64()),  # pixels of a side, as encoded
+        pa.field("shard", pa.string()),  # its path in the output
+        pa.field("index", pa.int64()),  # in the shard's tensors
+        pa.field("bytes", pa.int64()),
+        pa.field("sha256", pa.string()),  # of the bytes of moments, text and unconditional
+        pa.field("flags", pa.list_(pa.string())),  # nan: not finite, and not to be trained on
+        pa.field("seconds", pa.float64()),  # the unit's time on the device, shared out evenly
+        pa.field("model", pa.string()),
+        pa.field("model_fingerprint", pa.string()),  # of the VAE, the text encoder and the tokenizer
+        pa.field("dtype", pa.string()),  # in which the networks computed
+        pa.field("versions", pa.string()),
+        pa.field("device", pa.string()),
+        pa.field("extras", pa.string()),  # the sample's other columns, as a JSON object
+        pa.field("input_file", pa.string()),
+        pa.field("input_row", pa.int64()),
+    ]
+)
+
+
+class LatentError(ValueError):
+    """A checkpoint or a size that nothing can be encoded by; one line."""
+
+
+class Arrays(NamedTuple):
+    """What is stored of an example."""
+
+    moments: np.ndarray
+    text: np.ndarray
+    unconditional: np.ndarray
+
+    @property
+    def bytes(self) -> int:
+        return self.moments.nbytes + self.text.nbytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(b"".join(array.tobytes() for array in self)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Result:
+    """An encoded picture."""
+
+    request: Picture
+    arrays: Arrays
+    flags: tuple[str, ...]
+
+
+class LatentSpec:
+    """What a checkpoint promises of pictures that it encodes at `size` x `size`, without its weights.
+
+    Raises:
+        LatentError: nothing that it encodes could be trained on here, or not at this size.
+    """
+
+    def __init__(self, spec: Any, size: int | None) -> None:
+        side = spec.configs["unet"].sample_size or 64
+        self.spec, self.size = spec, size or (side if isinstance(side, int) else min(side)) * spec.scale
+        self.name, self.dtype = spec.name, spec.dtype
+        if spec.configs["unet"].addition_embed_type is not None:
+            raise LatentError(f"{self.name} has more than one text encoder; sdjax.train takes Stable Diffusion 1 and 2")
+        if self.size % spec.scale:
+            raise LatentError(f"--size={self.size} is not a multiple of {spec.scale}, which this model's VAE needs")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files of the networks that encode, in hex."""
+        return self.spec.checkpoint.fingerprint(NETWORKS)
+
+    def resolve(self, picture: Picture) -> Picture:
+        """The picture as it is. Raises RequestError where it cannot be read any more."""
+        for _ in image_sets.load([picture], Picture.decode):
+            pass
+        return picture
+
+    def id(self, picture: Picture) -> str:
+        asked = f"{self.fingerprint} {self.dtype} {self.size} {picture.sha256} {picture.caption}"
+        return hashlib.sha256(asked.encode()).hexdigest()[:32]
+
+    def program(self, picture: Picture) -> str:
+        return ""
+
+    def calls(self, picture: Picture) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class PlanPicture:
+    """A picture that was found, as one to encode."""
+
+    planner: LatentSpec
+
+    def __call__(self, place: Place, found: Found | RowError) -> Row:
+        """Raises RowError for one that cannot be used."""
+        if isinstance(found, RowError):
+            raise found
+        picture, extras = found
+        return Row(self.planner.id(picture), self.planner.program(picture), 1, picture, extras, place)
+
+
+class LatentPipe:
+    """Pictures to results, on the devices of this host."""
+
+    def __init__(self, spec: LatentSpec, encoder: Any) -> None:
+        self.spec, self._encoder = spec, encoder
+        self.batch_size, self.devices = encoder.batch_size, encoder.devices
+
+    def stream(self, pictures: Iterable[Picture]) -> Iterator[Result]:
+        """Each picture encoded, in order. Raises RequestError where one cannot be read any more."""
+        here, there = tee(pictures)
+        encoded = self._encoder.stream(image_sets.load(there, self._example))
+        for picture, (moments, text, finite) in zip(here, encoded, strict=True):
+            yield Result(picture, Arrays(moments, text, self._encoder.unconditional), () if finite else ("nan",))
+
+    def _example(self, picture: Picture, data: bytes) -> Any:
+        from sdjax.encode import Example
+
+        return Example(square(picture.decode(data), self.spec.size), picture.caption)
+
+
+def load_encoder(
+    model: LatentSpec, *, dtype: str, batch_size: int | None = None, compilation_cache: str | None = None
+) -> LatentPipe:
+    """The pipe of a spec, with JAX imported where it is called; the spec knows its dtype."""
+    from pipelines.handler import share_programs
+    from sdjax.encode import Encoder
+
+    share_programs(compilation_cache)
+    return LatentPipe(model, Encoder.from_pretrained(model.spec, batch_size=batch_size))
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The sink for latents and text states of one size."""
+
+    size: int
+    dtype: str
+
+    def encode(self, result: Result, made_by: Provenance) -> Encoded:
+        return Encoded(result.arrays, result.arrays.sha256, result.flags)
+
+    def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
+        shard, arrays = shard_name(unit.name, SUFFIX), [item.data for item in encoded]
+        tensors = {name: np.stack([getattr(item, name) for item in arrays]) for name in ("moments", "text")}
+        if not place(store, unit.name, shard, save({**tensors, "unconditional": arrays[0].unconditional})):
+            return 0
+        rows = [
+            {
+                **made_by.columns,
+                "id": row.id,
+                "key": row.request.key,
+                "caption": row.request.caption,
+                "image_sha256": row.request.sha256,
+                "size": self.size,
+                "dtype": self.dtype,
+                "shard": shard,
+                "index": index,
+                "bytes": item.data.bytes,
+                "sha256": item.sha256,
+                "flags": list(item.flags),
+                "seconds": seconds / len(encoded),
+                "extras": extras_json(row),
+                "input_file": row.place.file,
+                "input_row": row.place.row,
+            }
+            for index, (row, item) in enumerate(zip(unit.rows, encoded, strict=True))
+        ]
+        return sum(item.bytes for item in arrays) if commit(store, unit.name, rows, MANIFEST) else 0

@@ -1,0 +1,127 @@
+"""Pictures and captions to what a diffusion model is trained on, on all devices of this host.
+
+The VAE's latents and the text encoder's states, as `sdjax.train` would compute them at each step.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float16, Int, UInt8
+
+from sdjax.models.clip import CLIPTextModel
+from sdjax.models.vae import AutoencoderKL
+from sdjax.parallel import Device, Devices
+from sdjax.spec import Spec
+from sdjax.weights import checkpoint
+
+NETWORKS = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+_IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
+
+
+class Example(NamedTuple):
+    """A picture, all of a run of one size, and its caption."""
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    caption: str
+
+
+class Encoded(NamedTuple):
+    """moments: the latent's mean, then its log-variance; not scaled. text: the caption's states. finite: both are."""
+
+    moments: Float16[np.ndarray, "h w moments"]
+    text: Float16[np.ndarray, "length hidden"]
+    finite: bool
+
+
+def encode_pixels(
+    vae: AutoencoderKL, pixels: UInt8[Array, "batch height width 3"]
+) -> tuple[Float16[Array, "batch h w moments"], Bool[Array, " batch"]]:
+    """Mean and log-variance of latents, and which are finite in half precision."""
+    moments = jnp.concatenate(vae.encode(pixels.astype(jnp.float32) / 127.5 - 1), axis=-1).astype(jnp.float16)
+    return moments, jnp.isfinite(moments).all(axis=(1, 2, 3))
+
+
+def encode_captions(
+    text_encoder: CLIPTextModel, ids: Int[Array, "batch length"]
+) -> tuple[Float16[Array, "batch length hidden"], Bool[Array, " batch"]]:
+    """The text encoder's last states, and which are finite in half precision."""
+    states = text_encoder(ids).last_hidden_state.astype(jnp.float16)
+    return states, jnp.isfinite(states).all(axis=(1, 2))
+
+
+class Encoder:
+    """A checkpoint's VAE and text encoder; the UNet is not loaded.
+
+    Attributes:
+        spec: the checkpoint's promises.
+        batch_size: pictures that a device takes at once; batches are filled up, so that one program is compiled.
+        devices: what they run on.
+    """
+
+    def __init__(self, spec: Spec, networks: dict[str, nnx.Module], batch_size: int, devices: Devices) -> None:
+        self.spec, self.batch_size, self.devices = spec, batch_size, devices
+        self._networks = networks
+        self._encode_pixels, self._encode_captions = devices.pmap(encode_pixels), devices.pmap(encode_captions)
+
+    @classmethod
+    def from_pretrained(
+        cls, spec: Spec, *, batch_size: int | None = None, devices: Sequence[Device] | None = None
+    ) -> "Encoder":
+        """Load the two networks onto the devices.
+
+        Args:
+            spec: of the checkpoint; its dtype is what they compute in.
+            batch_size: pictures that a device takes at once; default 1 on CPU, 8 elsewhere.
+            devices: default all local devices.
+
+        Raises:
+            CheckpointError: a network cannot be read; the message names it.
+        """
+        on = Devices(devices)
+        networks = {}
+        for name, network in NETWORKS.items():
+            module = network(spec.configs[name], dtype=spec.dtype, param_dtype=spec.dtype, rngs=None)
+            tensors = spec.checkpoint.tensors(name)
+            networks[name] = checkpoint.fill(module, tensors, what=f"{name} of {spec.name}", place=on.replicate)
+        return cls(spec, networks, batch_size or (1 if on.platform == "cpu" else 8), on)
+
+    @cached_property
+    def unconditional(self) -> Float16[np.ndarray, "length hidden"]:
+        """The states of an empty caption, for captions that training drops."""
+        return self.devices.join(self._captions([""] * self._size)[0])[0]
+
+    def stream(self, examples: Iterable[Example]) -> Iterator[Encoded]:
+        """Each example encoded, in order, while the devices work on the next batch."""
+        flight: deque[tuple[int, tuple[jax.Array, ...]]] = deque()
+        iterator = iter(examples)
+        while batch := list(islice(iterator, self._size)):
+            flight.append((len(batch), self._launch(batch)))
+            if len(flight) == _IN_FLIGHT:
+                yield from self._land(*flight.popleft())
+        for last in flight:
+            yield from self._land(*last)
+
+    @property
+    def _size(self) -> int:
+        return self.batch_size * len(self.devices)
+
+    def _launch(self, batch: list[Example]) -> tuple[jax.Array, ...]:
+        rows = batch + batch[-1:] * (self._size - len(batch))
+        pixels = self.devices.split(np.stack([row.pixels for row in rows]))
+        return *self._encode_pixels(self._networks["vae"], pixels), *self._captions([row.caption for row in rows])
+
+    def _captions(self, captions: list[str]) -> tuple[jax.Array, jax.Array]:
+        ids, _ = self.spec.tokenizer(captions)
+        return self._encode_captions(self._networks["text_encoder"], self.devices.split(ids))
+
+    def _land(self, count: int, arrays: tuple[jax.Array, ...]) -> Iterator[Encoded]:
+        moments, good, text, readable = map(self.devices.join, arrays)
+        for i in range(count):
+            yield Encoded(moments[i], text[i], bool(good[i] and readable[i]))

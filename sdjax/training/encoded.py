@@ -1,0 +1,94 @@
+"""Data sets that `python -m pipelines.encode_latents` has encoded: latents and text states in place of pictures."""
+
+import threading
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float16
+
+from sdjax.weights.safetensors import CheckpointError, Entry, read_header
+
+NETWORKS = ("text_encoder", "tokenizer", "vae")  # the components whose fingerprint says what encoded a data set
+_COLUMNS = ["shard", "index", "flags", "model_fingerprint"]
+_TENSORS = {"moments", "text", "unconditional"}
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message is one line naming the file."""
+
+
+class _Place(NamedTuple):
+    shard: str
+    index: int  # in the shard's tensors
+
+
+class EncodedSet:
+    """The examples that the manifests of a folder or fsspec URL commit, but for those flagged as NaN.
+
+    An example is read by its place in its shard, so any of them is at hand at once.
+
+    Attributes:
+        fingerprint: of the `NETWORKS` that encoded it.
+
+    Raises:
+        DataError: no manifest is there, or they are of different models.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._fs, root = fsspec.core.url_to_fs(url)
+        self._url, self._headers, self._lock = url, {}, threading.Lock()
+        manifests = sorted(str(path) for path in self._fs.glob(f"{root.rstrip('/')}/manifest/*.parquet"))
+        self._examples: list[_Place] = []
+        models = set()
+        for path in manifests:
+            try:
+                table = pq.read_table(pa.BufferReader(self._fs.cat_file(path)), columns=_COLUMNS)
+            except (pa.ArrowInvalid, KeyError):
+                raise DataError(f"{path} is no manifest of encoded images") from None
+            for row in table.to_pylist():
+                models.add(row["model_fingerprint"])
+                if not row["flags"]:
+                    self._examples.append(_Place(f"{root.rstrip('/')}/{row['shard']}", row["index"]))
+        if not self._examples:
+            raise DataError(f"{url} holds no encoded image; python -m pipelines.encode_latents writes such a folder")
+        if len(models) > 1:
+            raise DataError(f"{url} was encoded by {len(models)} different models; name a folder of one")
+        self.fingerprint = models.pop()
+        self.unconditional: Float16[np.ndarray, "length hidden"] = self._tensor(self._examples[0], "unconditional")
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def moments(self, index: int) -> Float16[np.ndarray, "h w moments"]:
+        """The latent's mean, then its log-variance; not scaled."""
+        return self._tensor(self._examples[index], "moments")
+
+    def text(self, index: int) -> Float16[np.ndarray, "length hidden"]:
+        """The caption's states."""
+        return self._tensor(self._examples[index], "text")
+
+    def _tensor(self, place: _Place, name: str) -> np.ndarray:
+        entry = self._header(place.shard)[name]
+        shape, start, end = entry.shape, entry.start, entry.end
+        if name != "unconditional":
+            each, shape = (end - start) // shape[0], shape[1:]
+            start, end = start + place.index * each, start + (place.index + 1) * each
+        return np.frombuffer(self._fs.cat_file(place.shard, start, end), entry.dtype).reshape(shape)
+
+    def _header(self, shard: str) -> dict[str, Entry]:
+        with self._lock:
+            if shard not in self._headers:
+                try:
+                    with self._fs.open(shard, "rb") as stream:
+                        header = read_header(stream, shard)
+                except FileNotFoundError:
+                    raise DataError(f"{shard} is not there, and a manifest of {self._url} names it") from None
+                except CheckpointError as error:
+                    raise DataError(str(error)) from None
+                if header.keys() != _TENSORS:
+                    raise DataError(f"{shard} is no shard of encoded images: it holds {', '.join(sorted(header))}")
+                self._headers[shard] = header
+            return self._headers[shard]

@@ -1,0 +1,351 @@
+"""Image sets to latents: every format alike, equal to diffusers' encoders, resumed, bad rows alone, trained on."""
+
+import csv
+import functools
+import io
+import json
+import shutil
+import tarfile
+
+import diffusers
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from pipelines import encode_latents, image_sets, latents, verify
+from pipelines.sources import SourceError
+from sdjax import train
+from sdjax.encode import Encoder
+from sdjax.training.encoded import DataError, EncodedSet
+from tests import checkpoints
+from tests.pipelines.test_generate_images import account, files, no_load, summary
+
+SIZE = 16
+DRAW = np.random.default_rng(0)
+PICTURES = {f"{i:03d}": DRAW.integers(0, 256, (20, 24 + i, 3), np.uint8) for i in range(10)}
+CAPTIONS = {key: f"a cat number {key}" for key in PICTURES}
+FORMATS = ("tar", "folder", "metadata", "bytes")
+
+
+def png(pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def write_set(folder, kind: str) -> str:
+    """The pictures as others store them; returns what --images takes."""
+    folder.mkdir(exist_ok=True)
+    if kind == "tar":
+        for shard, keys in enumerate((list(PICTURES)[:6], list(PICTURES)[6:])):
+            with webdataset.TarWriter(str(folder / f"{shard}.tar")) as writer:
+                for key in keys:
+                    facts = {"label": int(key), "prompt": "not this one"}
+                    writer.write(
+                        {"__key__": f"v1.0/{key}", "png": png(PICTURES[key]), "txt": CAPTIONS[key], "json": facts}
+                    )
+        return str(folder / "*.tar")
+    if kind in ("bytes", "struct"):
+        images = [png(pixels) for pixels in PICTURES.values()]
+        column = images if kind == "bytes" else [{"bytes": image, "path": None} for image in images]
+        rows = pa.table({"Image": column, "text": list(CAPTIONS.values()), "label": list(range(10))})
+        pq.write_table(rows, folder / "set.parquet", row_group_size=4)
+        return str(folder / "set.parquet")
+    for key, pixels in PICTURES.items():
+        (folder / f"{key}.png").write_bytes(png(pixels))
+        if kind == "folder":
+            (folder / f"{key}.txt").write_text(CAPTIONS[key] + "\n")
+    if kind == "metadata":
+        rows = [{"file_name": f"{key}.png", "text": CAPTIONS[key], "label": int(key)} for key in PICTURES]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+@functools.cache
+def pipe_of(spec_id: str) -> latents.LatentPipe:
+    return latents.LatentPipe(SPECS[spec_id], Encoder.from_pretrained(SPECS[spec_id].spec))
+
+
+SPECS: dict[str, latents.LatentSpec] = {}
+
+
+def load_once(model, **options):
+    """One encoder for all runs, so that its programs are compiled once."""
+    return pipe_of(SPECS.setdefault(model.fingerprint, model).fingerprint)
+
+
+def run(tiny, *argv, load=load_once) -> int:
+    return encode_latents.main([*map(str, argv), "--model", str(tiny), "--size", str(SIZE)], load=load)
+
+
+def manifest(output) -> dict[str, dict]:
+    return {row["id"]: row for row in pq.read_table(output / "manifest").to_pylist()}
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny, tmp_path_factory):
+    """Each format's output."""
+    folder = tmp_path_factory.mktemp("encoded")
+    for kind in FORMATS:
+        images = write_set(folder / f"{kind}-set", kind)
+        assert run(tiny, "--images", images, "--output", folder / kind, "--unit-size", 4) == 0
+    return folder
+
+
+def test_every_format_gives_the_same_examples(encoded):
+    rows = {kind: manifest(encoded / kind) for kind in FORMATS}
+    for kind in FORMATS:
+        assert rows[kind].keys() == rows["tar"].keys()
+        assert account(encoded / kind) == (10, 10, 0, 0, 0)
+        assert {(id, row["sha256"]) for id, row in rows[kind].items()} == {
+            (id, row["sha256"]) for id, row in rows["tar"].items()
+        }
+        assert sorted(row["caption"] for row in rows[kind].values()) == sorted(CAPTIONS.values())
+        assert sorted(p.name for p in (encoded / kind).iterdir()) == ["manifest", "shards", "summary.json"]
+        assert verify.main([str(encoded / kind)]) == 0
+    for kind in ("tar", "metadata", "bytes"):
+        for row in rows[kind].values():
+            assert json.loads(row["extras"])["label"] == int(row["caption"][-3:])
+
+
+def test_the_parquet_of_the_datasets_library_is_read_alike(encoded, tmp_path):
+    def pictures(path):
+        return [picture for piece in image_sets.cut(path) for _, (picture, _) in image_sets.read(piece)]
+
+    for one, other in zip(
+        pictures(str(encoded / "bytes-set" / "set.parquet")), pictures(write_set(tmp_path, "struct")), strict=True
+    ):
+        assert (one.caption, one.sha256, one.start, one.stop) == (other.caption, other.sha256, other.start, other.stop)
+
+
+def test_units_hold_neighbours(encoded):
+    """Of two tars of six and four pictures, units of four are cut within each."""
+    shards: dict[str, set[str]] = {}
+    for row in manifest(encoded / "tar").values():
+        shards.setdefault(row["shard"], set()).add(row["key"])
+    found = sorted(sorted(int(key[-3:]) for key in keys) for keys in shards.values())
+    assert found == [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9]]
+
+
+def test_the_arrays_are_those_of_diffusers(encoded, tiny):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny)
+    source = EncodedSet(str(encoded / "folder"))
+    rows = [
+        row for path in sorted((encoded / "folder" / "manifest").iterdir()) for row in pq.read_table(path).to_pylist()
+    ]
+    assert len(source) == len(rows) == 10
+
+    def states(caption):
+        ids = pipe.tokenizer(caption, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return pipe.text_encoder(ids).last_hidden_state[0].numpy()
+
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            pixels = latents.square(Image.fromarray(PICTURES[row["caption"][-3:]]), SIZE)
+            posterior = pipe.vae.encode(torch.tensor(pixels / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None])
+            expected = torch.cat([posterior.latent_dist.mean, posterior.latent_dist.logvar], 1)[0].permute(1, 2, 0)
+            moments = source.moments(index)
+            assert moments.dtype == np.float16
+            np.testing.assert_allclose(moments, expected, atol=2e-3 * float(expected.abs().max()))
+            expected = states(row["caption"])
+            np.testing.assert_allclose(source.text(index), expected, atol=2e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(source.unconditional, states(""), atol=4e-3)
+
+
+def test_a_rerun_makes_only_what_is_missing(encoded, tiny, tmp_path, capsys):
+    shutil.copytree(encoded / "folder-set", tmp_path / "set")
+    shutil.copytree(encoded / "folder", tmp_path / "out")
+    before = files(tmp_path / "out")
+    arguments = ("--images", tmp_path / "set", "--output", tmp_path / "out", "--unit-size", 4)
+    assert run(tiny, *arguments, load=no_load) == 0
+    assert "nothing to make" in capsys.readouterr().out
+    assert files(tmp_path / "out") == before
+
+    lost = min((tmp_path / "out" / "manifest").iterdir())  # its shard was written, and then the run was killed
+    count = pq.read_metadata(lost).num_rows
+    lost.unlink()
+    (tmp_path / "out" / "summary.json").write_text('{"finished": false}')
+    (tmp_path / "set" / "new.png").write_bytes(png(PICTURES["000"][:10]))
+    (tmp_path / "set" / "new.txt").write_text("a cat")
+    assert run(tiny, *arguments) == 0
+    assert "deleted 1 files that a killed run left" in capsys.readouterr().err
+    assert account(tmp_path / "out") == (11, count + 1, 0, 0, 10 - count)
+    assert verify.verify(str(tmp_path / "out")).faults == []
+
+
+def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(encoded / "metadata-set", folder)
+    (folder / "broken.png").write_bytes(png(PICTURES["000"])[:200])
+    (folder / "empty.png").write_bytes(b"")
+    bad = [
+        ({"file_name": "broken.png", "text": "x"}, "is broken"),
+        ({"file_name": "empty.png", "text": "x"}, "holds no image's bytes"),
+        ({"file_name": "absent.png", "text": "x"}, "is not there"),
+        ({"file_name": "../set/000.png", "text": "x"}, "is no file below"),
+        ({"file_name": "000.png"}, "has no caption"),
+        ({"file_name": "000.png", "text": 5}, "has no caption"),
+        ("{", "not JSON"),
+    ]
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row, _ in bad)
+        file.write(json.dumps({"file_name": "000.png", "text": CAPTIONS["000"], "label": "again"}) + "\n")
+    assert run(tiny, "--images", folder, "--output", tmp_path / "out") == 0
+    assert account(tmp_path / "out") == (11 + len(bad), 10, len(bad), 1, 0)
+    lines = [json.loads(x) for f in (tmp_path / "out" / "rejected").iterdir() for x in f.read_text().splitlines()]
+    for line, (_, reason) in zip(sorted(lines, key=lambda line: line["row"]), bad, strict=True):
+        assert reason in line["reason"]
+        assert line["file"].endswith("metadata.jsonl")
+    kept = {(id, row["sha256"]) for id, row in manifest(tmp_path / "out").items()}
+    assert kept == {(id, row["sha256"]) for id, row in manifest(encoded / "metadata").items()}
+
+
+def test_a_tar_that_is_cut_short_gives_what_it_holds(encoded):
+    fsspec.filesystem("memory").store.clear()
+    data = (encoded / "tar-set" / "0.tar").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        third = [member for member in tar if member.name.endswith(".png")][2]
+
+    def read(data):
+        fsspec.filesystem("memory").pipe_file("/cut.tar", data)
+        return [found for _, found in image_sets.read(image_sets.Piece("memory://cut.tar"))]
+
+    found = read(data[: third.offset_data + 100])
+    assert [picture.key for picture, _ in found[:2]] == ["v1.0/000", "v1.0/001"]
+    assert "cut short" in str(found[-1])
+    damaged = bytearray(data)
+    damaged[third.offset : third.offset + 512] = b"\xff" * 512
+    assert "damaged" in str(read(bytes(damaged))[-1])
+    assert all(not isinstance(picture, Exception) for picture in read(data))
+
+
+def test_an_image_that_changes_after_planning_costs_its_own_row_only(encoded, tiny, tmp_path):
+    shutil.copytree(encoded / "folder-set", tmp_path / "set")
+
+    def load_after_change(model, **options):
+        (tmp_path / "set" / "003.png").write_bytes(png(PICTURES["000"]))
+        (tmp_path / "set" / "004.png").unlink()
+        return load_once(model)
+
+    arguments = ("--images", tmp_path / "set", "--output", tmp_path / "out")
+    assert run(tiny, *arguments, load=load_after_change) == 0
+    assert account(tmp_path / "out") == (10, 8, 2, 0, 0)
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+class Overflowing:
+    """An encoder whose third picture is not finite."""
+
+    def __init__(self, encoder):
+        self._encoder = encoder
+        self.batch_size, self.devices, self.unconditional = encoder.batch_size, encoder.devices, encoder.unconditional
+
+    def stream(self, examples):
+        for i, encoded in enumerate(self._encoder.stream(examples)):
+            yield encoded._replace(finite=i != 2)
+
+
+def test_what_is_not_finite_is_flagged_and_not_trained_on(encoded, tiny, tmp_path):
+    def load(model, **options):
+        pipe = load_once(model)
+        return latents.LatentPipe(pipe.spec, Overflowing(pipe._encoder))
+
+    assert run(tiny, "--images", encoded / "folder-set", "--output", tmp_path / "out", load=load) == 0
+    assert summary(tmp_path / "out")["flagged"] == 1
+    assert [row["key"] for row in manifest(tmp_path / "out").values() if row["flags"]] == ["002.png"]
+    assert len(EncodedSet(str(tmp_path / "out"))) == 9
+
+
+def test_what_generate_images_wrote_is_an_image_set(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "manifest").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "shards" / f"{name}.tar").touch()
+    (tmp_path / "manifest" / "a.parquet").touch()
+    assert image_sets.find([str(tmp_path)]) == [f"{tmp_path}/shards/a.tar"]  # b has no manifest
+
+
+def test_sets_that_no_job_can_run_on_are_refused(tmp_path, tiny, capsys):
+    (tmp_path / "x.png").write_bytes(png(PICTURES["000"]))
+    pq.write_table(pa.table({"image": [b""]}), tmp_path / "p.parquet")
+    (tmp_path / "empty").mkdir()
+    for images, message in [
+        (tmp_path, "its images have no captions"),
+        (tmp_path / "empty", "it holds no image"),
+        (tmp_path / "p.parquet", "needs a column image and one of text"),
+        (tmp_path / "absent.tar", "no such file"),
+        (tmp_path / "*.tar", "no file matches"),
+        (tmp_path / "x.png", "no image set"),
+    ]:
+        with pytest.raises(SourceError, match=message):
+            image_sets.find([str(images)])
+        assert run(tiny, "--images", images, "--output", tmp_path / "out", load=no_load) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert encode_latents.main(["--images", str(tmp_path), "--output", "o", "--model", str(tiny), "--size", "17"]) == 2
+    assert "--size=17 is not a multiple of" in capsys.readouterr().err
+
+
+def damage_shard(output):
+    path = min((output / "shards").iterdir())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def cut_shard(output):
+    path = min((output / "shards").iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def lose_shard(output):
+    min((output / "shards").iterdir()).unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_shard, cut_shard, lose_shard])
+def test_verify_finds_damage(encoded, tmp_path, damage):
+    shutil.copytree(encoded / "folder", tmp_path / "out")
+    damage(tmp_path / "out")
+    assert verify.main([str(tmp_path / "out")]) == 1
+
+
+def configuration(folder, latents_folder, init, more="") -> list[str]:
+    path = folder / "train.toml"
+    path.write_text(f"""
+task = "unet"
+output = "{folder / "run"}"
+init = "{init}"
+steps = 2
+batch_size = 8
+log_every = 1
+[data]
+latents = "{latents_folder}"
+[diffusion]
+caption_dropout = 0.5
+{more}""")
+    return ["--config", str(path)]
+
+
+def test_a_unet_is_trained_on_them(encoded, tiny, tmp_path):
+    assert train.main(configuration(tmp_path, encoded / "bytes", tiny)) == 0
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    assert (tmp_path / "run" / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+def test_another_models_latents_and_options_that_make_no_sense_are_refused(encoded, tmp_path, capsys):
+    checkpoints.saved(tmp_path / "other", seed=5)
+    assert train.main(configuration(tmp_path, encoded / "tar", tmp_path / "other")) == 2
+    assert "was not encoded by the vae, text_encoder and tokenizer of" in capsys.readouterr().err
+    more = "train_text_encoder = true"
+    assert train.main(configuration(tmp_path, encoded / "tar", tmp_path / "other", more)) == 2
+    assert "diffusion.train_text_encoder does not go with data.latents" in capsys.readouterr().err
+    with pytest.raises(DataError, match="holds no encoded image"):
+        EncodedSet(str(tmp_path))
