@@ -1,12 +1,13 @@
-"""What the host hands the devices for a batch: pictures, masks, and the noise that torch would draw."""
+"""What the host hands the devices for a batch: pictures, masks, sizes, guidance, and the noise that torch draws."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float32
 
 from sdjax.canvas import Canvas
-from sdjax.request import Request, numbers
+from sdjax.request import Request, corner_of, numbers, size_of
 from sdjax.sampling import Table, noise, scan
 
 
@@ -41,13 +42,17 @@ def guidance_weights(
     rows: int,
     *,
     edits: bool,
+    embedded: bool,
 ) -> Float32[np.ndarray, "batch rows prompts"]:
     """How much each prompt's output counts at each of `rows` sampler rows.
 
     joined: weights of the prompts that AND joins.  edits: whether the negative prompt comes twice, with an image and
-    without, between which image_guidance_scale leads (equation 3 of https://arxiv.org/abs/2211.09800).
+    without, between which image_guidance_scale leads (equation 3 of https://arxiv.org/abs/2211.09800).  embedded:
+    whether the network is told the guidance scale instead.
     """
     guidance = np.stack([_guidance(request, table, rows) for request, table in zip(requests, tables, strict=True)])
+    if embedded:
+        guidance = np.ones_like(guidance)
     weights = scan.guidance_weights(guidance, joined)
     if not edits:
         return weights
@@ -65,6 +70,47 @@ def _guidance(request: Request, table: Table, rows: int) -> Float32[np.ndarray, 
     inside = (request.guidance_start <= done) & (done < request.guidance_end)
     by_step = np.where(inside, np.maximum(scales, 1), 1).astype(np.float32)
     return np.pad(by_step[table.step], (0, rows - table.calls), constant_values=1)
+
+
+def guidance_embedding(requests: Sequence[Request], channels: int) -> Float32[np.ndarray, "batch channels"]:
+    """Sinusoids of the guidance scales for a network that was distilled with them.
+
+    They are of `w = guidance_scale - 1` (https://arxiv.org/abs/2310.04378, section 4.2, in the scale of Request).
+    """
+    half = channels // 2
+    scales = np.array([request.guidance_scale - 1 for request in requests], np.float32) * np.float32(1000)
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-math.log(10000) / (half - 1)))
+    angles = scales[:, None] * frequencies
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.pad(waves, [(0, 0), (0, channels % 2)])
+
+
+def time_ids(
+    requests: Sequence[Request], size: tuple[int, int], joined: int, prompts: int, *, refines: bool
+) -> Float32[np.ndarray, "batch prompts ids"]:
+    """What Stable Diffusion XL is told of each picture with each prompt: sizes and corners, the vertical one first.
+
+    size: height and width, of what is sampled.  joined: prompts that are not the negative one.  refines: an aesthetic
+    score stands in the place of the target size.
+    """
+    told = np.zeros((len(requests), prompts, 5 if refines else 6), np.float32)
+    for row, request in zip(told, requests, strict=True):
+        row[:joined] = _told(request, "", size, refines)
+        row[joined:] = _told(request, "negative_", size, refines)
+    return told
+
+
+def _told(request: Request, sign: str, size: tuple[int, int], refines: bool) -> list[float]:
+    def given(name: str) -> str | None:
+        own = getattr(request, sign + name)
+        return getattr(request, name) if own is None else own
+
+    original, target = (
+        size if (text := given(name)) is None else size_of(text)[::-1] for name in ("original_size", "target_size")
+    )
+    corner = corner_of(given("crops_coords_top_left") or "0,0")
+    end = [getattr(request, f"{sign}aesthetic_score")] if refines else target
+    return [*original, *corner, *end]
 
 
 class HostNoise:

@@ -24,22 +24,29 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdjax import postprocess, programs, sampling
-from sdjax.batch import HostNoise, Pictures, guidance_weights
+from sdjax.batch import HostNoise, Pictures, guidance_embedding, guidance_weights, time_ids
 from sdjax.canvas import Canvas
-from sdjax.models.clip import CLIPTextModel
+from sdjax.family import TOKENIZERS
+from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet2DCondition
 from sdjax.models.vae import AutoencoderKL
 from sdjax.parallel import Device, Devices
 from sdjax.request import Request
 from sdjax.sampling import noise, scan
 from sdjax.spec import BUNDLED, Program, Spec
+from sdjax.text import Text
 from sdjax.weights import checkpoint, lora
 from sdjax.weights.single_file import is_single_file
 
 SCAN_ROWS = 5
 """Sampler rows in one call of the compiled scan: divides the usual step counts, and is long enough to hide dispatch."""
 
-_NETWORKS = {"text_encoder": CLIPTextModel, "unet": UNet2DCondition, "vae": AutoencoderKL}
+_NETWORKS = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DCondition,
+    "vae": AutoencoderKL,
+}
 _IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
 _READERS = 8  # images of a batch that are fetched at once
 
@@ -79,12 +86,12 @@ class StableDiffusion:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
         scale = spec.configs["vae"].scaling_factor
-        self._encode = devices.pmap(programs.encode_text)
+        self._encode = devices.pmap(functools.partial(programs.encode_text, is_xl=spec.family.is_xl))
         self._encode_image = devices.pmap(functools.partial(programs.encode_image, scale=scale))
         self._enlarge = devices.pmap(functools.partial(programs.enlarge, scale=scale), static_broadcasted_argnums=5)
         self._start = devices.pmap(programs.start)
         self._encode_mean = devices.pmap(programs.encode_mean)
-        advance = functools.partial(programs.advance, last_is_told=not spec.edits)
+        advance = functools.partial(programs.advance, last_is_told=not spec.family.edits)
         self._advance = devices.pmap(advance, donate_argnums=1)
         self._decode = devices.pmap(functools.partial(programs.decode, scale=scale))
 
@@ -116,13 +123,15 @@ class StableDiffusion:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} makes nothing; allowed is 1 or more")
         networks = {}
-        for name, network in _NETWORKS.items():
-            module = network(spec.configs[name], dtype=spec.dtype, param_dtype=spec.dtype, rngs=None)
+        for name, config in spec.configs.items():
+            overflows = name == "vae" and spec.family.upcasts_vae and spec.dtype == "float16"
+            dtype = "float32" if overflows else spec.dtype
+            module = _NETWORKS[name](config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
             tensors = spec.checkpoint.tensors(name)
             networks[name] = checkpoint.fill(
                 module, tensors, what=f"{name} of {spec.name}", place=on.replicate, edit=lora.fused(spec.loras, name)
             )
-        _ = spec.tokenizer  # refused now where it cannot be read
+        _ = spec.tokenizers  # refused now where they cannot be read
         return cls(spec, networks, batch_size, on)
 
     @classmethod
@@ -156,9 +165,13 @@ class StableDiffusion:
         checkpoint.save(
             folder,
             index=source.index,
-            configs={name: source.json(name, "config.json") for name in _NETWORKS},
+            configs={name: source.json(name, "config.json") for name in self._networks},
             weights={name: checkpoint.tensors_of(network) for name, network in first.items()},
-            texts={**source.texts("tokenizer"), **source.texts("scheduler")},
+            texts={
+                path: text
+                for folder in ("scheduler", *(TOKENIZERS[name] for name in self.spec.family.text_encoders))
+                for path, text in source.texts(folder).items()
+            },
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Result]:
@@ -205,12 +218,10 @@ class StableDiffusion:
         rows, boards = batch + batch[-1:] * padding, canvases + canvases[-1:] * padding
         texts = [self.spec.text(request) for request in rows]
         split, networks = self.devices.split, self._networks
-        ids, token_weights = (np.stack([getattr(text, name) for text in texts]) for name in ("ids", "weights"))
-        clip_skip = np.array([request.clip_skip for request in rows], np.int32)
         shared = _Shared(
             requests=rows,
             clauses=np.stack([text.clauses for text in texts]),
-            context=self._encode(networks["text_encoder"], split(ids), split(token_weights), split(clip_skip)),
+            conditions=self._conditions(rows, texts),
             keys=split(noise.keys([request.seed for request in rows])),
             is_given=split(np.array([request.noise == "torch" for request in rows])),
             rescale=split(np.array([request.guidance_rescale for request in rows], np.float32)),
@@ -223,6 +234,20 @@ class StableDiffusion:
         pixels, finite = self._decode(networks["vae"], latents)
         return _Flight(batch, canvases, [text.truncated for text in texts], ticks, pixels, finite)
 
+    def _conditions(self, rows: list[Request], texts: list[Text]) -> programs.Conditions:
+        """What the UNet is told of each request whatever the size."""
+        split, family = self.devices.split, self.spec.family
+        ids, weights = (np.stack([getattr(text, name) for text in texts]) for name in ("ids", "weights"))
+        is_negative = np.arange(ids.shape[2]) >= len(texts[0].clauses)
+        clip_skip = np.array([np.where(is_negative, 0, request.clip_skip) for request in rows], np.int32)
+        is_zero = np.array([is_negative & (request.negative_prompt is None) for request in rows])
+        encoders = tuple(self._networks[name] for name in family.text_encoders)
+        conditions = self._encode(encoders, split(ids), split(weights), split(clip_skip), split(is_zero))
+        if family.embeds_guidance:
+            channels = self.spec.configs["unet"].time_cond_proj_dim
+            conditions = conditions._replace(guidance=split(guidance_embedding(rows, channels)))
+        return conditions
+
     def _first_pass(
         self, rows: list[Request], boards: list[Canvas | None], shared: "_Shared", program: Program
     ) -> tuple[jax.Array, "_Ticks"]:
@@ -232,7 +257,7 @@ class StableDiffusion:
         tables = [spec.table(request) for request in rows]
         # diffusers does not encode an image that neither the start nor the blending needs.
         encoded = [
-            board is not None and not spec.edits and not (spec.inpaints and request.strength == 1)
+            board is not None and not spec.family.edits and not (spec.family.inpaints and request.strength == 1)
             for board, request in zip(boards, rows, strict=True)
         ]
         masked = [board is not None and board.mask is not None for board in boards]
@@ -249,11 +274,11 @@ class StableDiffusion:
             )
 
         mask, told = split(pictures.mask), None
-        if spec.edits:
+        if spec.family.edits:
             told = (self._encode_mean(self._networks["vae"], split(pictures.image)),)
-        if spec.inpaints:
+        if spec.family.inpaints:
             told = (mask, encode(pictures.unmasked, drawn.unmasked))
-        needed = pictures.there.any() and not spec.edits
+        needed = pictures.there.any() and not spec.family.edits
         image = encode(pictures.image, drawn.posterior) if needed else split(np.zeros_like(drawn.start))
         return self._sample(tables, drawn, shared, image, mask, told)
 
@@ -289,7 +314,15 @@ class StableDiffusion:
         known = known if told is None else None
         length = max(table.calls for table in tables)
         padded = -(-length // SCAN_ROWS) * SCAN_ROWS
-        weights = guidance_weights(shared.requests, tables, shared.clauses, padded, edits=self.spec.edits)
+        family, (height, width) = self.spec.family, drawn.start.shape[1:3]
+        weights = guidance_weights(
+            shared.requests, tables, shared.clauses, padded, edits=family.edits, embedded=family.embeds_guidance
+        )
+        conditions = shared.conditions
+        if family.is_xl:
+            size, joined = (height * self.spec.scale, width * self.spec.scale), shared.clauses.shape[1]
+            ids = time_ids(shared.requests, size, joined, weights.shape[2], refines=family.refines)
+            conditions = conditions._replace(time_ids=split(ids))
         stacked = sampling.stack(tables, padded), weights
         ticks = []
         for first in range(0, length, SCAN_ROWS):
@@ -298,7 +331,7 @@ class StableDiffusion:
             state, tick = self._advance(
                 self._networks["unet"],
                 state,
-                shared.context,
+                conditions,
                 split(part),
                 shared.keys,
                 shared.rescale,
@@ -343,7 +376,7 @@ class _Shared(NamedTuple):
 
     requests: list[Request]
     clauses: np.ndarray
-    context: jax.Array
+    conditions: programs.Conditions
     keys: jax.Array
     is_given: jax.Array
     rescale: jax.Array

@@ -1,5 +1,7 @@
 """What is compiled: the functions of one device's part of a batch that `sdjax.generate` runs."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -10,26 +12,71 @@ from sdjax.models.vae import AutoencoderKL
 from sdjax.sampling import Tables, noise, scan
 
 
+class Conditions(NamedTuple):
+    """What the UNet is told of a request besides its latent and timestep; None where it takes no such thing.
+
+    context: text states.
+    pooled, time_ids: each prompt's vector, and its sizes (Stable Diffusion XL).
+    guidance: the guidance scale, embedded (consistency models).
+    """
+
+    context: Float[Array, "batch prompts tokens hidden"]
+    pooled: Float[Array, "batch prompts pooled"] | None = None
+    time_ids: Float[Array, "batch prompts ids"] | None = None
+    guidance: Float[Array, "batch channels"] | None = None
+
+
 def encode_text(
+    text_encoders: tuple[CLIPTextModel, ...],
+    ids: Int[Array, "batch encoders prompts chunks length"],
+    weights: Float[Array, "batch encoders prompts chunks length"],
+    clip_skip: Int[Array, "batch prompts"],
+    is_zero: Bool[Array, "batch prompts"],
+    *,
+    is_xl: bool,
+) -> Conditions:
+    """Text states for joined prompts and the negative one, the encoders' side by side; zeros for prompts that are.
+
+    Of Stable Diffusion XL also the last encoder's pooled vector of a prompt's first chunk.
+    """
+    encoded = [
+        _encode_text(encoder, ids[:, i], weights[:, i], clip_skip, is_xl=is_xl)
+        for i, encoder in enumerate(text_encoders)
+    ]
+    context = jnp.concatenate([states for states, _ in encoded], axis=-1)
+    context = jnp.where(is_zero[..., None, None], 0, context)
+    if not is_xl:
+        return Conditions(context)
+    return Conditions(context, jnp.where(is_zero[..., None], 0, encoded[-1][1]))
+
+
+def _encode_text(
     text_encoder: CLIPTextModel,
     ids: Int[Array, "batch prompts chunks length"],
     weights: Float[Array, "batch prompts chunks length"],
-    clip_skip: Int[Array, " batch"],
-) -> Float[Array, "batch prompts tokens hidden"]:
-    """Text states for joined prompts and the negative one, from the layer that the request asks for.
+    clip_skip: Int[Array, "batch prompts"],
+    *,
+    is_xl: bool,
+) -> tuple[Float[Array, "batch prompts tokens hidden"], Float[Array, "batch prompts pooled"]]:
+    """One encoder's states, from the layers that the request asks for, and pooled vectors.
 
-    Weighted as A1111 does it: each token's state times its weight, then the chunk's mean as it was.
+    Stable Diffusion XL counts from the last layer but one, and leaves out the final norm. Weighted as A1111 does it:
+    each token's state times its weight, then the chunk's mean as it was.
     """
     batch, prompts, chunks, length = ids.shape
-    hidden = jnp.stack(text_encoder(ids.reshape(-1, length)).hidden_states[1:])
-    layer = len(hidden) - 1 - jnp.repeat(clip_skip, prompts * chunks)
-    states = text_encoder.text_model.final_layer_norm(hidden[layer, jnp.arange(batch * prompts * chunks)])
+    output = text_encoder(ids.reshape(-1, length))
+    hidden = jnp.stack(output.hidden_states[1:])
+    layer = len(hidden) - 1 - is_xl - jnp.repeat(clip_skip, chunks)
+    states = hidden[layer, jnp.arange(batch * prompts * chunks)]
+    if not is_xl:
+        states = text_encoder.text_model.final_layer_norm(states)
     factors = weights.reshape(-1, length, 1)
     weighted = states.astype(jnp.float32) * factors
     ratio = states.mean((1, 2), keepdims=True, dtype=jnp.float32) / weighted.mean((1, 2), keepdims=True)
     plain = jnp.all(factors == 1, axis=1, keepdims=True)
     states = jnp.where(plain, states, (weighted * ratio).astype(states.dtype))
-    return states.reshape(batch, prompts, chunks * length, -1)
+    pooled = output.pooled.reshape(batch, prompts, chunks, -1)[:, :, 0]
+    return states.reshape(batch, prompts, chunks * length, -1), pooled
 
 
 def encode_image(
@@ -87,7 +134,7 @@ def start(
 def advance(
     unet: UNet2DCondition,
     state: scan.State,
-    context: Float[Array, "batch prompts tokens hidden"],
+    conditions: Conditions,
     rows: tuple[Tables, Float[Array, "batch rows prompts"]],
     keys: Array,
     rescale: Float[Array, " batch"],
@@ -106,9 +153,12 @@ def advance(
 
     def network(half: Int[Array, ""], x: Array, t: Array) -> Array:
         if told is not None:
-            hidden = jnp.logical_and(not last_is_told, half == context.shape[1] - 1)
+            hidden = jnp.logical_and(not last_is_told, half == conditions.context.shape[1] - 1)
             x = jnp.concatenate([x, *(jnp.where(hidden, 0, part) for part in told)], axis=-1)
-        return unet(x, t, context[:, half])
+        added = None
+        if conditions.pooled is not None and conditions.time_ids is not None:
+            added = {"text_embeds": conditions.pooled[:, half], "time_ids": conditions.time_ids[:, half]}
+        return unet(x, t, conditions.context[:, half], added, timestep_cond=conditions.guidance)
 
     tables, weights = rows
     state = scan.advance(network, tables, state, keys=keys, weights=weights, rescale=rescale, given=given, known=known)

@@ -21,6 +21,8 @@ MAX_SEED = 2**32 - 1
 
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 """A picture as a path, an fsspec URL, a Pillow image, or uint8 [height, width(, 1, 3 or 4)]."""
+Pair: TypeAlias = str | Sequence[int]
+"""A size as diffusers' (height, width) or as text, `1024x768`, width first; a corner as (top, left) or `0,16`."""
 
 
 class RequestError(ValueError):
@@ -33,7 +35,10 @@ class Request:
 
     Args:
         prompt: what to show, at most 10,000 characters.
-        negative_prompt: what to stay away from; used where guidance_scale > 1.
+        negative_prompt: what to stay away from; used where guidance_scale > 1. None is the empty text, or for a
+            checkpoint that says force_zeros_for_empty_prompt zeros in place of the empty text's states.
+        prompt_2, negative_prompt_2: what the second text encoder of Stable Diffusion XL reads; None is the same as the
+            first does.
         seed: 0 to 2**32 - 1; all of the request's noise comes from it.
         num_inference_steps: sampler steps, 1 to 1000; as many as sigmas or timesteps list, where they are lists.
         guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598), 0 to 100; 1 or less runs the
@@ -53,6 +58,12 @@ class Request:
         solver_order: of a sampler that has several, 1 to 4.
         eta: share of fresh noise in ddim and tcd, 0 to 1.
         width, height: pixels, multiples of 8, 8 to 4096.
+        original_size, crops_coords_top_left, target_size: what Stable Diffusion XL is told of the picture's history
+            (https://arxiv.org/abs/2307.01952, section 2.2): its size before it was resized and cropped, where it was
+            cropped, and its size then. A size left as None is the one that is sampled.
+        negative_original_size, negative_crops_coords_top_left, negative_target_size: the same for the negative prompt;
+            None is what the prompt has.
+        aesthetic_score, negative_aesthetic_score: what its refiner is told of the picture's worth, 0 to 10.
         image: a picture to start from; without width and height its own size is made, rounded down to what the model
             can make. Once in a Request it is text: a picture in memory becomes a `data:` URL of a PNG.
         image_sha256: what the image file's SHA-256 must be, in hex; `Spec.resolve` finds it where None. It names the
@@ -69,7 +80,8 @@ class Request:
         hires_scale: above 1, make a second pass at this many times the size, from the first one's enlarged image.
         hires_strength: the second pass's strength.
         resize: the size to bring the finished image to by Lanczos, such as `640x360`.
-        clip_skip: how many of the text encoder's last layers to leave out, 0 to 11.
+        clip_skip: how many of the text encoder's last layers to leave out for the prompt, 0 to 11; the negative prompt
+            keeps them all, as in diffusers.
         prompt_language: `a1111`, in which brackets weigh words, AND joins prompts, and a long prompt is encoded in
             chunks (`sdjax.prompts` describes it), or `plain`, in which all is text and a long prompt is cut.
         noise: `jax`, or `torch` for the draws that torch's CPU generator makes from the same seed.
@@ -79,7 +91,9 @@ class Request:
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
     seed: int = 0
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
@@ -96,6 +110,14 @@ class Request:
     eta: float = 0.0
     width: int | None = None
     height: int | None = None
+    original_size: Pair | None = None
+    crops_coords_top_left: Pair = "0,0"
+    target_size: Pair | None = None
+    negative_original_size: Pair | None = None
+    negative_crops_coords_top_left: Pair | None = None
+    negative_target_size: Pair | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
     image: Picture | None = None
     image_sha256: str | None = None
     mask_image: Picture | None = None
@@ -117,8 +139,8 @@ class Request:
             object.__setattr__(self, field.name, value)
         if not self.prompt.strip():
             raise RequestError("prompt is empty; give the text of the picture")
-        for name in ("prompt", "negative_prompt"):
-            _check_text(name, getattr(self, name))
+        for name in _PROMPTS:
+            _check_text(name, getattr(self, name) or "")
         self._check_lists()
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
@@ -219,6 +241,9 @@ class Request:
 _DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 
+_PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+_SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
+_CORNERS = ("crops_coords_top_left", "negative_crops_coords_top_left")
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED),
     "num_inference_steps": (1, MAX_STEPS),
@@ -231,6 +256,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "solver_order": (1, 4),
     "width": (8, MAX_SIDE),
     "height": (8, MAX_SIDE),
+    "aesthetic_score": (0, 10),
+    "negative_aesthetic_score": (0, 10),
     "padding_mask_crop": (0, MAX_SIDE),
     "strength": (0, 1),
     "hires_scale": (1, 4),
@@ -239,6 +266,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _CHOICES = {"prompt_language": ("a1111", "plain"), "noise": ("jax", "torch")}
 _NEEDS = {
+    "negative_prompt_2": "negative_prompt",
     "image_sha256": "image",
     "mask_image": "image",
     "mask_image_sha256": "mask_image",
@@ -246,6 +274,7 @@ _NEEDS = {
     "outpaint": "image",
 }
 _SIZE = re.compile(r"\d{1,5}x\d{1,5}")
+_CORNER = re.compile(r"\d{1,5},\d{1,5}")
 _MARGINS = re.compile(r"(?!.*\b(\w+)=.*\b\1=)((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
 _LISTS = ("sigmas", "timesteps", "guidance_scales")
 _LIST = re.compile(r"[\[(\s]*[-+.\d]")  # how a list of numbers begins, and no name
@@ -258,15 +287,22 @@ def size_of(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def corner_of(text: str) -> tuple[int, int]:
+    """Top and left of `0,16`."""
+    top, left = text.split(",")
+    return int(top), int(left)
+
+
 def numbers(text: str | Sequence[float] | None) -> list[float] | None:
     """The numbers of a Request's list, such as `14.6,5,1`; None of a name, or of None."""
     return [float(number) for number in text.split(",")] if isinstance(text, str) and _LIST.match(text) else None
 
 
 def _field_type(hint: Any) -> tuple[type, bool]:
-    """The plain type of a field's annotation, and whether None is allowed."""
+    """The plain type of a field's annotation, the first of several, and whether None is allowed."""
     if get_origin(hint) is types.UnionType:
-        return next(t for t in get_args(hint) if t is not type(None)), True
+        kinds = get_args(hint)
+        return kinds[0], type(None) in kinds
     return hint, False
 
 
@@ -291,6 +327,8 @@ def _coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
         value = _picture(name, value)
     if name in _LISTS:
         value = _listed(name, value)
+    if name in _SIZES or name in _CORNERS:
+        value = _pair(name, value)
     if kind is bool:
         if isinstance(value, str):
             value = _WORDS.get(value.strip().lower(), value)
@@ -356,6 +394,17 @@ def _picture(name: str, value: Any) -> Any:
     if isinstance(value, str) and ("\0" in value or not value.strip()):
         raise RequestError(f"{name}={_shown(value)} is no path or URL")
     return value
+
+
+def _pair(name: str, value: Any) -> str:
+    """A size or a corner as text."""
+    is_size, text = name in _SIZES, value
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        text = "{1}x{0}".format(*value) if is_size else "{},{}".format(*value)
+    if isinstance(text, str) and (_SIZE if is_size else _CORNER).fullmatch(text):
+        return text
+    example = "a size; give one such as '1024x768'" if is_size else "a corner; give top and left such as '0,16'"
+    raise RequestError(f"{name}={_shown(value)} is not {example}")
 
 
 def _check_text(name: str, text: str) -> None:

@@ -10,20 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdjax import canvas, sampling
+from sdjax import canvas, family, sampling, text
 from sdjax.canvas import Canvas
-from sdjax.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
+from sdjax.family import TOKENIZERS
 from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request, RequestError, numbers
 from sdjax.text import Text, Tokenizer
-from sdjax.weights.checkpoint import CheckpointError
 from sdjax.weights.lora import Lora
 from sdjax.weights.single_file import open_checkpoint
 
 BUNDLED = str(Path(__file__).parent / "bundled")
 DTYPES = ("float32", "bfloat16", "float16")
-CONFIGS: dict[str, Any] = {"text_encoder": CLIPTextConfig, "unet": UNetConfig, "vae": VAEConfig}
-_PIPELINES = tuple(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "InstructPix2Pix"))
+
+_OF_XL = ("prompt_2", "negative_prompt_2", "original_size", "target_size")  # Request fields
+_OF_XL += tuple(f"negative_{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
 
 
 class Program(NamedTuple):
@@ -68,34 +68,14 @@ class Spec:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         self.dtype = dtype
         self.checkpoint = open_checkpoint(source, variant=variant, **single_file)
-        kind = self.checkpoint.index.get("_class_name")
-        if kind not in _PIPELINES:
-            raise CheckpointError(f"{source} is a {kind}; supported are {', '.join(_PIPELINES)}")
-        self.configs = {}
-        for name, config in CONFIGS.items():
-            try:
-                self.configs[name] = config.from_dict(self.checkpoint.json(name, "config.json"))
-            except ConfigError as error:
-                raise ConfigError(f"{name}/config.json of {source}: {error}") from None
+        self.family, self.configs = family.read(self.checkpoint)
         self.schedule = sampling.Schedule.from_config(self.checkpoint.json("scheduler", "scheduler_config.json"))
-        unet, text = self.configs["unet"], self.configs["text_encoder"]
-        latent = self.configs["vae"].latent_channels
-        if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1):
-            raise CheckpointError(
-                f"{source}: the UNet takes {unet.in_channels} channels; with this VAE {latent} can be run, "
-                f"{2 * latent} for editing images, or {2 * latent + 1} for painting inside masks"
-            )
-        if unet.cross_attention_dim != text.hidden_size:
-            raise CheckpointError(
-                f"{source}: the UNet attends to {unet.cross_attention_dim} channels, the text encoder gives "
-                f"{text.hidden_size}; they are not a pair"
-            )
 
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
         self.loras = [Lora(path, weight, self.configs, what=self.name) for path, weight in pairs]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+        return {key: value for key, value in self.__dict__.items() if key != "tokenizers"}
 
     @property
     def name(self) -> str:
@@ -105,16 +85,22 @@ class Spec:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything about the model that pixels depend on, in hex."""
-        files = self.checkpoint.fingerprint([*CONFIGS, "tokenizer", "scheduler"])
-        added = "".join(f" {lora.file.digest} {lora.weight!r}" for lora in self.loras)
-        return hashlib.sha256(f"{files} {self.dtype}{added}".encode()).hexdigest()
+        tokenizers = [TOKENIZERS[name] for name in self.family.text_encoders]
+        parts = [self.checkpoint.fingerprint([*self.configs, *tokenizers, "scheduler"]), self.dtype]
+        parts += [f"{lora.file.digest} {lora.weight!r}" for lora in self.loras]
+        if self.family.is_xl:  # what of it model_index.json alone says
+            parts += [f"{self.family.refines} {self.family.zeroes_empty}"]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer, read when first needed. Raises CheckpointError."""
-        text = self.configs["text_encoder"]
-        with self.checkpoint.local("tokenizer") as folder:
-            return Tokenizer(folder, vocab_size=text.vocab_size, length=text.max_position_embeddings)
+    def tokenizers(self) -> tuple[Tokenizer, ...]:
+        """The tokenizer of each text encoder, read when first needed. Raises CheckpointError."""
+        return tuple(self._tokenizer(name) for name in self.family.text_encoders)
+
+    def _tokenizer(self, encoder: str) -> Tokenizer:
+        config = self.configs[encoder]
+        with self.checkpoint.local(TOKENIZERS[encoder]) as folder:
+            return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings)
 
     @property
     def scale(self) -> int:
@@ -127,20 +113,9 @@ class Spec:
         return max(8, self.scale)
 
     @property
-    def inpaints(self) -> bool:
-        """Whether the UNet is told the mask and the image outside of it, and so always needs them."""
-        return self.configs["unet"].in_channels == 2 * self.configs["vae"].latent_channels + 1
-
-    @property
     def distilled(self) -> bool:
         """Whether it says that it is a consistency model, for a few steps of lcm or tcd."""
-        asked = sampling.default_sampler(self.schedule)
-        return sampling.is_distilled(asked) or self.configs["unet"].time_cond_proj_dim is not None
-
-    @property
-    def edits(self) -> bool:
-        """Whether the UNet is told the image that the prompt is an instruction for (InstructPix2Pix)."""
-        return self.configs["unet"].in_channels == 2 * self.configs["vae"].latent_channels
+        return sampling.is_distilled(sampling.default_sampler(self.schedule)) or self.family.embeds_guidance
 
     def resolve(self, request: Request, *, read: bool = True) -> Request:
         """The request with this checkpoint's defaults in place of None.
@@ -166,6 +141,7 @@ class Spec:
             defaults = {
                 "width": width * self.scale,
                 "height": height * self.scale,
+                "negative_prompt": None if self.family.zeroes_empty else "",
                 "sigmas": "" if request.timesteps else sampling.default_sigmas(self.schedule, sampler),
             }
             missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
@@ -177,25 +153,35 @@ class Spec:
                 self.hires_table(request)
         except sampling.SamplingError as error:
             raise RequestError(str(error)) from None
+        self._check(request)
+        return request
+
+    def _check(self, request: Request) -> None:
+        """Raise RequestError where a request, complete with its defaults, asks what this checkpoint cannot do."""
+        family, masked = self.family, request.mask_image is not None or request.outpaint is not None
         for name in ("width", "height"):
             side = getattr(request, name)
             if side % self.multiple:
                 raise RequestError(f"{name}={side} is not a multiple of {self.multiple}, which this model's VAE needs")
-        if self.inpaints and request.mask_image is None and request.outpaint is None:
+        if family.inpaints and not masked:
             raise RequestError("this checkpoint paints inside masks; give image and mask_image, or image and outpaint")
-        if self.edits and (request.image is None or request.mask_image is not None or request.outpaint is not None):
+        if family.edits and (request.image is None or masked):
             raise RequestError("this checkpoint edits images; give image, without mask_image and outpaint")
-        if self.edits and request.hires_scale > 1:
+        if family.edits and request.hires_scale > 1:
             raise RequestError("hires_scale does not go with a checkpoint that edits images; leave it out")
+        if family.refines and request.image is None:
+            raise RequestError("this checkpoint refines images; give image")
         if max(self.program(request)[-2:]) > MAX_SIDE:
             raise RequestError(f"hires_scale={request.hires_scale:g} makes a side longer than {MAX_SIDE}")
-        layers = self.configs["text_encoder"].num_hidden_layers
+        for name in () if family.is_xl else _OF_XL:
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name} is for Stable Diffusion XL, which this checkpoint is not; leave it out")
+        layers = min(self.configs[name].num_hidden_layers for name in family.text_encoders) - family.is_xl
         if request.clip_skip >= layers:
             raise RequestError(f"clip_skip={request.clip_skip} leaves no layer; the text encoder has {layers}")
         joined = len(self.text(request).clauses)
         if joined > MAX_CLAUSES:
             raise RequestError(f"prompt joins {joined} prompts by AND; allowed are {MAX_CLAUSES}")
-        return request
 
     def _measured(self, request: Request) -> Request:
         """A request with its pictures' hashes, and with its image's size where that is what will be made."""
@@ -231,14 +217,19 @@ class Spec:
         width, height = resolved.width, resolved.height
         assert width is not None, "resolve the request first"
         assert height is not None
-        prompts, chunks, _ = self.text(resolved).ids.shape
+        _, prompts, chunks, _ = self.text(resolved).ids.shape
         final = [round(side * resolved.hires_scale / self.multiple) * self.multiple for side in (width, height)]
         return Program(width, height, prompts, chunks, final[0], final[1])
 
     def text(self, request: Request) -> Text:
-        """What the text encoder is given for a request."""
-        text = _text(self.tokenizer, request.prompt, request.negative_prompt, request.prompt_language)
-        return text.with_negative_twice() if self.edits else text
+        """What the text encoders are given for a request. Raises RequestError where prompt and prompt_2 don't match."""
+        first = request.prompt, request.negative_prompt or ""
+        second = request.prompt_2 or first[0], request.negative_prompt_2 or first[1]
+        try:
+            read = _text(self.tokenizers, (first, second)[: len(self.tokenizers)], request.prompt_language)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        return read.with_negative_twice() if self.family.edits else read
 
     def calls(self, resolved: Request) -> int:
         """Sampler rows that a resolved request takes: network calls, or pairs of them under guidance."""
@@ -247,7 +238,7 @@ class Spec:
 
     def table(self, resolved: Request) -> sampling.Table:
         """The sampler table of a resolved request."""
-        strength = None if resolved.image is None or self.edits else resolved.strength
+        strength = None if resolved.image is None or self.family.edits else resolved.strength
         masked = resolved.mask_image is not None or resolved.outpaint is not None
         if masked and strength == 1:
             strength = None  # noise alone, as in diffusers: what is known comes in by the mask
@@ -271,8 +262,8 @@ def _warn(message: str) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _text(tokenizer: Tokenizer, prompt: str, negative_prompt: str, language: str) -> Text:
-    return (tokenizer.plain if language == "plain" else tokenizer.weighted)(prompt, negative_prompt)
+def _text(tokenizers: tuple[Tokenizer, ...], prompts: tuple[tuple[str, str], ...], language: str) -> Text:
+    return text.encode(tokenizers, prompts, language)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -20,7 +20,7 @@ MAX_CHUNKS = 8
 
 
 class Text(NamedTuple):
-    """A request's prompts for the text encoder; all have as many chunks, empty ones at the end of shorter prompts.
+    """A request's prompts for the text encoders; all have as many chunks, empty ones at the end of shorter prompts.
 
     ids: start, tokens, end and padding of each chunk of the joined prompts, then of the negative one.
     weights: of each id; 1 outside of brackets.
@@ -28,14 +28,14 @@ class Text(NamedTuple):
     truncated: whether something had to be cut off.
     """
 
-    ids: Int32[np.ndarray, "prompts chunks length"]
-    weights: Float32[np.ndarray, "prompts chunks length"]
+    ids: Int32[np.ndarray, "encoders prompts chunks length"]
+    weights: Float32[np.ndarray, "encoders prompts chunks length"]
     clauses: Float32[np.ndarray, " joined"]
     truncated: bool
 
     def with_negative_twice(self) -> "Text":
         """For a network that is asked with the negative prompt once with an image and once without."""
-        ids, weights = (np.concatenate([rows, rows[-1:]]) for rows in (self.ids, self.weights))
+        ids, weights = (np.concatenate([rows, rows[:, -1:]], axis=1) for rows in (self.ids, self.weights))
         return self._replace(ids=ids, weights=weights)
 
 
@@ -84,30 +84,53 @@ class Tokenizer:
         rows = [row[: self.length - 1] + row[-1:] if len(row) > self.length else row for row in ids]
         return np.array(rows, np.int32), cut
 
-    def plain(self, prompt: str, negative_prompt: str) -> Text:
-        """Prompts of which every character is text, each in one chunk."""
-        ids, cut = self([prompt, negative_prompt])
-        return Text(ids[:, None], np.ones((2, 1, self.length), np.float32), np.ones(1, np.float32), bool(cut.any()))
+    def clauses(self, prompt: str, negative_prompt: str, language: str) -> list[tuple[float, list[list[Token]]]]:
+        """Each joined prompt, then the negative one: its weight and its tokens in chunks.
 
-    def weighted(self, prompt: str, negative_prompt: str) -> Text:
-        """Prompts in the language of `sdjax.prompts`; without brackets, AND and BREAK, and short, they are `plain`."""
-        clauses = parse(prompt) + parse(negative_prompt, join=False)
-        chunked = [
-            in_chunks(clause.parts, self.tokens, length=self.length - 2, comma=self._comma) for clause in clauses
+        language: `a1111`, that of `sdjax.prompts`, or `plain`, in which every character is text, in one chunk, cut
+            where it is too long.
+        """
+        if language == "plain":
+            return [(1.0, [[Token(id, 1.0) for id in self.tokens(text)]]) for text in (prompt, negative_prompt)]
+        return [
+            (clause.weight, in_chunks(clause.parts, self.tokens, length=self.length - 2, comma=self._comma))
+            for clause in parse(prompt) + parse(negative_prompt, join=False)
         ]
-        longest = max(map(len, chunked))
-        count = min(longest, MAX_CHUNKS)
-        rows = [list(map(self._row, (chunks + [[]] * count)[:count])) for chunks in chunked]
-        return Text(
-            ids=np.array([[ids for ids, _ in row] for row in rows], np.int32),
-            weights=np.array([[weights for _, weights in row] for row in rows], np.float32),
-            clauses=np.array([clause.weight for clause in clauses[:-1]], np.float32),
-            truncated=longest > MAX_CHUNKS,
-        )
 
-    def _row(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
+    def row(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
         """A chunk between start and end, padded, with the weights of all."""
-        special, padding = self._tokenizer, self.length - 2 - len(chunk)
+        special, chunk = self._tokenizer, chunk[: self.length - 2]
+        padding = self.length - 2 - len(chunk)
         ids = [special.bos_token_id, *(token.id for token in chunk), special.eos_token_id]
         weights = [1.0, *(token.weight for token in chunk), 1.0]
         return ids + [special.pad_token_id] * padding, weights + [1.0] * padding
+
+
+def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], language: str) -> Text:
+    """A request's prompts, tokenized.
+
+    Args:
+        tokenizers: one a text encoder, of equal length.
+        prompts: the prompt and the negative prompt that each of them reads.
+        language: see `Tokenizer.clauses`.
+
+    Raises:
+        ValueError: the encoders' prompts join different numbers of prompts.
+    """
+    read = [tokenizer.clauses(*pair, language) for tokenizer, pair in zip(tokenizers, prompts, strict=True)]
+    if len(set(map(len, read))) > 1:
+        first, second = (len(clauses) - 1 for clauses in read)
+        raise ValueError(f"prompt joins {first} prompts by AND, prompt_2 joins {second}; give as many")
+    longest = max(len(chunks) for clauses in read for _, chunks in clauses)
+    cut = any(len(chunk) > tokenizers[0].length - 2 for clauses in read for _, chunks in clauses for chunk in chunks)
+    count = min(longest, MAX_CHUNKS)
+    rows = [
+        [[tokenizer.row(chunk) for chunk in (chunks + [[]] * count)[:count]] for _, chunks in clauses]
+        for tokenizer, clauses in zip(tokenizers, read, strict=True)
+    ]
+    ids, weights = (
+        np.array([[[chunk[part] for chunk in row] for row in encoder] for encoder in rows], dtype)
+        for part, dtype in ((0, np.int32), (1, np.float32))
+    )
+    clauses = np.array([weight for weight, _ in read[0][:-1]], np.float32)
+    return Text(ids, weights, clauses, cut or longest > MAX_CHUNKS)

@@ -1,7 +1,7 @@
 """Small random Stable Diffusion checkpoints, made and saved by diffusers."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,17 @@ def scheduler(name: str = "PNDMScheduler", **config: Any) -> Any:
     return getattr(diffusers, name)(**usual | config)
 
 
+def _text_config(changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    vocab = vocabulary()
+    special = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
+    return torch_models.CLIP | special | {"vocab_size": len(vocab), "max_position_embeddings": 77} | dict(changes or {})
+
+
+def _tokenizer(**special: str) -> CLIPTokenizer:
+    merges = [tuple(merge.split()) for merge in MERGES]
+    return CLIPTokenizer(vocab=vocabulary(), merges=merges, model_max_length=77, **special)
+
+
 def pipeline(
     *,
     unet: Mapping[str, Any] | None = None,
@@ -43,21 +54,16 @@ def pipeline(
     seed: int = 0,
 ) -> diffusers.StableDiffusionPipeline:
     """diffusers' pipeline of random networks; the arguments change torch_models' small configurations."""
-    vocab = vocabulary()
-    special = {"bos_token_id": vocab[START], "eos_token_id": vocab[END], "pad_token_id": vocab[END]}
-    text_config = (
-        torch_models.CLIP | special | {"vocab_size": len(vocab), "max_position_embeddings": 77} | dict(text or {})
-    )
+    text_config = _text_config(text)
     unet_config = torch_models.UNET | {"cross_attention_dim": text_config["hidden_size"]} | dict(unet or {})
     vae_config = torch_models.VAE | dict(vae or {})
-    merges = [tuple(merge.split()) for merge in MERGES]
     text_encoder = torch_models.torch_clip(text_config, seed + 1)
     # diffusers 0.42 looks for clip_skip's norm where transformers 4 had it.
     object.__setattr__(text_encoder, "text_model", text_encoder)
     return diffusers.StableDiffusionPipeline(
         vae=torch_models.torch_vae(vae_config, seed),
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77),
+        tokenizer=_tokenizer(),
         unet=torch_models.torch_unet(unet_config, seed + 2),
         scheduler=scheduler or globals()["scheduler"]("DDIMScheduler"),
         safety_checker=None,
@@ -66,9 +72,44 @@ def pipeline(
     )
 
 
-def saved(folder: Path, **changes: Any) -> diffusers.StableDiffusionPipeline:
-    """`pipeline` saved to a folder as diffusers saves it, quiet on the terminal."""
-    made = pipeline(**changes)
+def pipeline_xl(
+    *,
+    unet: Mapping[str, Any] | None = None,
+    vae: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    text_2: Mapping[str, Any] | None = None,
+    scheduler: Any = None,
+    seed: int = 0,
+    kind: Any = diffusers.StableDiffusionXLPipeline,
+    **settings: Any,
+) -> Any:
+    """diffusers' Stable Diffusion XL pipeline of random networks, of any `kind`; `settings` go into model_index.json.
+
+    With requires_aesthetics_score it is a refiner, which has the second text encoder alone.
+    """
+    refines = settings.get("requires_aesthetics_score", False)
+    text_config = _text_config({"num_hidden_layers": 3} | dict(text or {}))
+    text_config_2 = _text_config({"hidden_size": 40, "hidden_act": "gelu", "num_hidden_layers": 4} | dict(text_2 or {}))
+    told = text_config_2["projection_dim"] + 8 * (5 if refines else 6)
+    attended = text_config_2["hidden_size"] + (0 if refines else text_config["hidden_size"])
+    xl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "use_linear_projection": True}
+    xl |= {"projection_class_embeddings_input_dim": told, "cross_attention_dim": attended}
+    return kind(
+        vae=torch_models.torch_vae(torch_models.VAE | {"scaling_factor": 0.13025} | dict(vae or {}), seed),
+        text_encoder=None if refines else torch_models.torch_clip(text_config, seed + 1),
+        text_encoder_2=torch_models.torch_clip(text_config_2, seed + 3, projection=True),
+        tokenizer=None if refines else _tokenizer(),
+        tokenizer_2=_tokenizer(pad_token="!"),
+        unet=torch_models.torch_unet(torch_models.UNET | xl | dict(unet or {}), seed + 2),
+        scheduler=scheduler or globals()["scheduler"]("EulerDiscreteScheduler"),
+        add_watermarker=False,
+        **settings,
+    )
+
+
+def saved(folder: Path, make: Callable[..., Any] = pipeline, **changes: Any) -> Any:
+    """`pipeline`, or what else makes one, saved to a folder as diffusers saves it, quiet on the terminal."""
+    made = make(**changes)
     made.set_progress_bar_config(disable=True)
     made.save_pretrained(folder)
     return made

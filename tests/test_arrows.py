@@ -22,16 +22,17 @@ MAY_IMPORT = {
     "sdjax/weights": {"sdjax.weights", "sdjax.config"},
     "sdjax/prompts.py": set(),
     "sdjax/text.py": {"sdjax.prompts", "sdjax.weights"},
+    "sdjax/family.py": {"sdjax.config", "sdjax.weights"},
     "sdjax/spec.py": {
-        *("sdjax.canvas", "sdjax.config", "sdjax.prompts", "sdjax.request"),
+        *("sdjax.canvas", "sdjax.family", "sdjax.prompts", "sdjax.request"),
         *("sdjax.sampling", "sdjax.text", "sdjax.weights"),
     },
     "sdjax/postprocess.py": {"sdjax.request"},
     "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling"},
     "sdjax/programs.py": {"sdjax.models", "sdjax.sampling"},
     "sdjax/generate.py": {
-        *("sdjax.batch", "sdjax.canvas", "sdjax.models", "sdjax.parallel", "sdjax.postprocess", "sdjax.programs"),
-        *("sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.weights"),
+        *("sdjax.batch", "sdjax.canvas", "sdjax.family", "sdjax.models", "sdjax.parallel", "sdjax.postprocess"),
+        *("sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text", "sdjax.weights"),
     },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}

@@ -196,7 +196,7 @@ def test_a_nan_is_flagged_and_hurts_nothing_else(tiny):
     pipe = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1], batch_size=2)
     fine = pipe.generate([RED, RED])[0]
     embedding = pipe._networks["text_encoder"].text_model.embeddings.token_embedding.embedding
-    (word,) = pipe.spec.tokenizer.tokens("cat")
+    (word,) = pipe.spec.tokenizers[0].tokens("cat")
     embedding[...] = embedding[...].at[:, word].set(np.nan)
     bad, good = pipe.generate([dataclasses.replace(RED, prompt="cat"), RED])
     assert bad.flags == ("nan",)

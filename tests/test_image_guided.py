@@ -154,7 +154,16 @@ def test_an_idle_mask_costs_nothing(pipe):
     def flops(known):
         rows = tables, np.ones((1, 5, 2), np.float32)
         lowered = jax.jit(programs.advance, static_argnames="last_is_told").lower(
-            unet, scan.begin(latents), text, rows, keys, zero, given, known, None, last_is_told=True
+            unet,
+            scan.begin(latents),
+            programs.Conditions(text),
+            rows,
+            keys,
+            zero,
+            given,
+            known,
+            None,
+            last_is_told=True,
         )
         return lowered.cost_analysis()["flops"]
 

@@ -117,7 +117,7 @@ def test_plain_prompts_are_tokenized_as_diffusers_does(spec, text):
     request = Request(prompt=text, negative_prompt=text[::-1])
     ours, plain = spec.text(request), spec.text(dataclasses.replace(request, prompt_language="plain"))
     expected = TOKENIZER([text, text[::-1]], padding="max_length", max_length=77)["input_ids"]
-    assert np.array_equal(ours.ids[:, 0], expected)
+    assert np.array_equal(ours.ids[0, :, 0], expected)
     assert all(np.array_equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert np.all(ours.weights == 1)
 
@@ -125,14 +125,14 @@ def test_plain_prompts_are_tokenized_as_diffusers_does(spec, text):
 def test_long_prompts_take_chunks_and_say_when_they_are_cut(spec):
     def shape(**fields):
         text = spec.text(Request(prompt="red", **fields))
-        return text.ids.shape[:2], text.truncated
+        return text.ids.shape[1:3], text.truncated
 
     assert shape() == ((2, 1), False)
     assert shape(negative_prompt="cat " * 76) == ((2, 2), False)
     assert shape(negative_prompt="cat " * 700) == ((2, 8), True)
     assert shape(negative_prompt="cat " * 76, prompt_language="plain") == ((2, 1), True)
     long = spec.text(Request(prompt="red " * 80))
-    assert np.array_equal(long.ids[1, 1], spec.text(Request(prompt="red")).ids[1, 0])  # an empty chunk
+    assert np.array_equal(long.ids[0, 1, 1], spec.text(Request(prompt="red")).ids[0, 1, 0])  # an empty chunk
     assert spec.program(spec.resolve(Request(prompt="red AND cat BREAK")))[2:4] == (3, 1)
     with pytest.raises(RequestError, match="prompt joins 9 prompts by AND; allowed are 8"):
         spec.resolve(Request(prompt=" AND ".join("abcdefghi")))
@@ -162,9 +162,9 @@ def test_weights_chunks_and_joined_prompts_make_the_reference_image(tiny):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_pretrained(tiny / "scheduler")
     text = pipe.spec.text(request)
-    assert np.array_equal(text.ids[0], text.ids[1])
-    assert sorted(set(np.round(text.weights[0].ravel(), 3))) == [0.909, 1, 1.5]
-    positive, negative = (reference(pipeline.text_encoder, text.ids[i], text.weights[i]) for i in (0, 2))
+    assert np.array_equal(text.ids[0, 0], text.ids[0, 1])
+    assert sorted(set(np.round(text.weights[0, 0].ravel(), 3))) == [0.909, 1, 1.5]
+    positive, negative = (reference(pipeline.text_encoder, text.ids[0, i], text.weights[0, i]) for i in (0, 2))
     expected = pipeline(
         prompt_embeds=positive,
         negative_prompt_embeds=negative,
@@ -175,5 +175,5 @@ def test_weights_chunks_and_joined_prompts_make_the_reference_image(tiny):
         output_type="np",
     ).images[0]
     assert np.abs(result.pixels - (expected * 255).round()).max() <= 2
-    plain = reference(pipeline.text_encoder, text.ids[0], np.ones_like(text.weights[0]))
+    plain = reference(pipeline.text_encoder, text.ids[0, 0], np.ones_like(text.weights[0, 0]))
     assert (plain - positive).abs().max() > 0.1

@@ -70,6 +70,13 @@ REFUSED = [
     ({"image": "a.png", "outpaint": "left=-8"}, "is not understood"),
     ({"image": "a.png", "overlay": "maybe"}, "overlay='maybe' is not true or false"),
     ({"image": "a.png", "overlay": 2}, "overlay=2 is not true or false"),
+    ({"prompt_2": "a\0b"}, "prompt_2 holds a NUL"),
+    ({"negative_prompt_2": "cat"}, "negative_prompt_2 is given without negative_prompt, which it needs"),
+    ({"original_size": 64}, "original_size=64 is not a size; give one such as '1024x768'"),
+    ({"target_size": (64, 64, 3)}, "target_size=(64, 64, 3) is not a size"),
+    ({"crops_coords_top_left": "0x0"}, "crops_coords_top_left='0x0' is not a corner; give top and left such as '0,16'"),
+    ({"crops_coords_top_left": (-1, 0)}, "is not a corner"),
+    ({"aesthetic_score": 11}, "allowed is 0 to 10"),
 ]
 
 
@@ -92,6 +99,13 @@ def test_lists_of_numbers_are_one_text_however_they_are_written():
     assert Request(prompt="a", sigmas=[5, 0]).num_inference_steps == 1
     assert Request(prompt="a", timesteps=[5, 0], guidance_scales=(7, 1)).num_inference_steps == 2
     assert numbers(Request(prompt="a", sigmas="karras").sigmas) is None
+
+
+def test_sizes_are_diffusers_pairs_or_text():
+    request = Request(prompt="a", original_size=(1024, 768), crops_coords_top_left=[0, 16])
+    assert (request.original_size, request.crops_coords_top_left) == ("768x1024", "0,16")
+    assert Request.from_row({"prompt": "a", "original_size": "768x1024", "Crops_Coords_Top_Left": "0,16"})[0] == request
+    assert request.canonical() != Request(prompt="a").canonical()
 
 
 def test_from_row_matches_columns_without_case_and_keeps_the_others():

@@ -52,7 +52,7 @@ def test_a_url_loads_like_its_folder(tiny, loaded):
     assert same(pipe, loaded)
     assert pipe.spec.fingerprint == loaded.spec.fingerprint
     assert pipe.spec.name == "tiny"
-    assert pipe.spec.tokenizer.tokens("a red circle") == loaded.spec.tokenizer.tokens("a red circle")
+    assert pipe.spec.tokenizers[0].tokens("a red circle") == loaded.spec.tokenizers[0].tokens("a red circle")
 
 
 def test_a_hub_id_loads_from_the_hubs_cache(tiny, loaded, tmp_path):

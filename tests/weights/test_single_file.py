@@ -195,13 +195,13 @@ def test_a_tokenizer_comes_from_the_hubs_cache_or_is_asked_for(folder, tmp_path)
     shutil.copytree(folder / "tokenizer", snapshot)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
-    code = "import sys; from sdjax.spec import Spec; print(Spec(sys.argv[1]).tokenizer.tokens('a red circle'))"
+    code = "import sys; from sdjax.spec import Spec; print(Spec(sys.argv[1]).tokenizers[0].tokens('a red circle'))"
 
     def run(cache):
         environment = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PATH": "", "JAX_PLATFORMS": "cpu"}
         return subprocess.run([sys.executable, "-c", code, file], env=environment, capture_output=True, text=True)
 
-    assert run(tmp_path / "hub").stdout.strip() == str(Spec(folder).tokenizer.tokens("a red circle"))
+    assert run(tmp_path / "hub").stdout.strip() == str(Spec(folder).tokenizers[0].tokens("a red circle"))
     error = run(tmp_path / "empty").stderr
     assert "made.safetensors holds no tokenizer; give tokenizer, a folder with CLIP's vocab.json and merges" in error
 
@@ -209,7 +209,7 @@ def test_a_tokenizer_comes_from_the_hubs_cache_or_is_asked_for(folder, tmp_path)
 def test_open_clips_padding_is_its_own(folder, tmp_path):
     write("2", tmp_path / "second.safetensors", metadata=SAID)
     spec = Spec(tmp_path / "second.safetensors", tokenizer=folder)
-    ids = spec.tokenizer.plain("a red circle", "").ids
+    (ids,) = spec.text(Request(prompt="a red circle")).ids
     vocabulary = checkpoints.vocabulary()
     assert ids[0, 0, -1] == vocabulary["!"]
     assert (ids[1, 0, :2] == [vocabulary[checkpoints.START], vocabulary[checkpoints.END]]).all()
