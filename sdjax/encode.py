@@ -20,6 +20,7 @@ from sdjax.models.vae import AutoencoderKL
 from sdjax.parallel import Device, Devices
 from sdjax.spec import Spec
 from sdjax.weights import checkpoint
+from sdjax.weights.checkpoint import CheckpointError
 
 NETWORKS = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL}
 _IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
@@ -82,8 +83,10 @@ class Encoder:
             devices: default all local devices.
 
         Raises:
-            CheckpointError: a network cannot be read; the message names it.
+            CheckpointError: a network cannot be read, or is of a family that `sdjax.train` cannot train.
         """
+        if spec.family.is_xl:
+            raise CheckpointError(f"{spec.name} is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained")
         on = Devices(devices)
         networks = {}
         for name, network in NETWORKS.items():
@@ -118,7 +121,7 @@ class Encoder:
         return *self._encode_pixels(self._networks["vae"], pixels), *self._captions([row.caption for row in rows])
 
     def _captions(self, captions: list[str]) -> tuple[jax.Array, jax.Array]:
-        ids, _ = self.spec.tokenizer(captions)
+        ids, _ = self.spec.tokenizers[0](captions)
         return self._encode_captions(self._networks["text_encoder"], self.devices.split(ids))
 
     def _land(self, count: int, arrays: tuple[jax.Array, ...]) -> Iterator[Encoded]:
