@@ -238,11 +238,14 @@ class StableDiffusion:
         """What the UNet is told of each request whatever the size."""
         split, family = self.devices.split, self.spec.family
         ids, weights = (np.stack([getattr(text, name) for text in texts]) for name in ("ids", "weights"))
+        variants = jax.tree.map(lambda *each: np.stack(each), *(text.variants for text in texts))
         is_negative = np.arange(ids.shape[2]) >= len(texts[0].clauses)
         clip_skip = np.array([np.where(is_negative, 0, request.clip_skip) for request in rows], np.int32)
         is_zero = np.array([is_negative & (request.negative_prompt is None) for request in rows])
         encoders = tuple(self._networks[name] for name in family.text_encoders)
-        conditions = self._encode(encoders, split(ids), split(weights), split(clip_skip), split(is_zero))
+        conditions = self._encode(
+            encoders, split(ids), split(weights), split(clip_skip), split(is_zero), split(variants)
+        )
         if family.embeds_guidance:
             channels = self.spec.configs["unet"].time_cond_proj_dim
             conditions = conditions._replace(guidance=split(guidance_embedding(rows, channels)))

@@ -32,10 +32,13 @@ def encode_text(
     weights: Float[Array, "batch encoders prompts chunks length"],
     clip_skip: Int[Array, "batch prompts"],
     is_zero: Bool[Array, "batch prompts"],
+    variants: tuple[Array, ...] | None,
     *,
     is_xl: bool,
 ) -> Conditions:
     """Text states for joined prompts and the negative one, the encoders' side by side; zeros for prompts that are.
+
+    variants: what the states are a sum of where a prompt is in compel's language: `sdjax.text.Variants`, batched.
 
     Of Stable Diffusion XL also the last encoder's pooled vector of a prompt's first chunk.
     """
@@ -43,7 +46,14 @@ def encode_text(
         _encode_text(encoder, ids[:, i], weights[:, i], clip_skip, is_xl=is_xl)
         for i, encoder in enumerate(text_encoders)
     ]
-    context = jnp.concatenate([states for states, _ in encoded], axis=-1)
+    if variants is None:
+        states = [states for states, _ in encoded]
+    else:
+        states = [
+            _blended(encoder, *(field[:, i] for field in variants), clip_skip=clip_skip, is_xl=is_xl)
+            for i, encoder in enumerate(text_encoders)
+        ]
+    context = jnp.concatenate(states, axis=-1)
     context = jnp.where(is_zero[..., None, None], 0, context)
     if not is_xl:
         return Conditions(context)
@@ -64,19 +74,53 @@ def _encode_text(
     each token's state times its weight, then the chunk's mean as it was.
     """
     batch, prompts, chunks, length = ids.shape
-    output = text_encoder(ids.reshape(-1, length))
-    hidden = jnp.stack(output.hidden_states[1:])
-    layer = len(hidden) - 1 - is_xl - jnp.repeat(clip_skip, chunks)
-    states = hidden[layer, jnp.arange(batch * prompts * chunks)]
-    if not is_xl:
-        states = text_encoder.text_model.final_layer_norm(states)
+    states, pooled = _states(text_encoder, ids, clip_skip, None, is_xl=is_xl)
     factors = weights.reshape(-1, length, 1)
     weighted = states.astype(jnp.float32) * factors
     ratio = states.mean((1, 2), keepdims=True, dtype=jnp.float32) / weighted.mean((1, 2), keepdims=True)
     plain = jnp.all(factors == 1, axis=1, keepdims=True)
     states = jnp.where(plain, states, (weighted * ratio).astype(states.dtype))
-    pooled = output.pooled.reshape(batch, prompts, chunks, -1)[:, :, 0]
     return states.reshape(batch, prompts, chunks * length, -1), pooled
+
+
+def _blended(
+    text_encoder: CLIPTextModel,
+    ids: Int[Array, "batch prompts variants chunks length"],
+    weights: Float[Array, "batch prompts variants chunks length"],
+    keep: Bool[Array, "batch prompts variants chunks length"],
+    shares: Float[Array, "batch prompts variants chunks"],
+    *,
+    clip_skip: Int[Array, "batch prompts"],
+    is_xl: bool,
+) -> Float[Array, "batch prompts tokens hidden"]:
+    """One encoder's states weighted as compel does it: from the empty text's, the first variant's, and summed."""
+    batch, prompts, count, chunks, length = ids.shape
+    rows, seen = (x.reshape(batch, prompts, count * chunks, length) for x in (ids, keep))
+    states, _ = _states(text_encoder, rows, clip_skip, seen, is_xl=is_xl)
+    own = states.astype(jnp.float32).reshape(*ids.shape, -1)
+    empty, factors = own[:, :, :1], weights[..., None]
+    weighted = jnp.where(factors == 1, own, empty + factors * (own - empty))
+    summed = jnp.sum(shares[..., None, None] * weighted, axis=2)
+    return summed.astype(states.dtype).reshape(batch, prompts, chunks * length, -1)
+
+
+def _states(
+    text_encoder: CLIPTextModel,
+    ids: Int[Array, "batch prompts chunks length"],
+    clip_skip: Int[Array, "batch prompts"],
+    keep: Bool[Array, "batch prompts chunks length"] | None,
+    *,
+    is_xl: bool,
+) -> tuple[Float[Array, "rows length hidden"], Float[Array, "batch prompts pooled"]]:
+    """The states of every chunk, unweighted, and the first chunks' pooled vectors."""
+    batch, prompts, chunks, length = ids.shape
+    output = text_encoder(ids.reshape(-1, length), None if keep is None else keep.reshape(-1, length))
+    hidden = jnp.stack(output.hidden_states[1:])
+    layer = len(hidden) - 1 - is_xl - jnp.repeat(clip_skip, chunks)
+    states = hidden[layer, jnp.arange(batch * prompts * chunks)]
+    if not is_xl:
+        states = text_encoder.text_model.final_layer_norm(states)
+    return states, output.pooled.reshape(batch, prompts, chunks, -1)[:, :, 0]
 
 
 def encode_image(

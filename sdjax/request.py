@@ -83,7 +83,8 @@ class Request:
         clip_skip: how many of the text encoder's last layers to leave out for the prompt, 0 to 11; the negative prompt
             keeps them all, as in diffusers.
         prompt_language: `a1111`, in which brackets weigh words, AND joins prompts, and a long prompt is encoded in
-            chunks (`sdjax.prompts` describes it), or `plain`, in which all is text and a long prompt is cut.
+            chunks (`sdjax.prompts` describes it); `compel`, its words and weights (`sdjax.compel`); or `plain`, in
+            which all is text and a long prompt is cut.
         noise: `jax`, or `torch` for the draws that torch's CPU generator makes from the same seed.
 
     Raises:
@@ -264,7 +265,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "hires_strength": (0, 1),
     "clip_skip": (0, 11),
 }
-_CHOICES = {"prompt_language": ("a1111", "plain"), "noise": ("jax", "torch")}
+_CHOICES = {"prompt_language": ("a1111", "compel", "plain"), "noise": ("jax", "torch")}
 _NEEDS = {
     "negative_prompt_2": "negative_prompt",
     "image_sha256": "image",

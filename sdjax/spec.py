@@ -33,6 +33,7 @@ class Program(NamedTuple):
     height: int
     prompts: int  # that the network is asked with: the joined ones and the negative one
     chunks: int  # of tokens, in each of them
+    variants: int  # encodings that compel's weights take, of each chunk
     final_width: int  # after a second pass
     final_height: int
 
@@ -217,9 +218,11 @@ class Spec:
         width, height = resolved.width, resolved.height
         assert width is not None, "resolve the request first"
         assert height is not None
-        _, prompts, chunks, _ = self.text(resolved).ids.shape
+        read = self.text(resolved)
+        _, prompts, chunks, _ = read.ids.shape
+        variants = 0 if read.variants is None else read.variants.ids.shape[2]
         final = [round(side * resolved.hires_scale / self.multiple) * self.multiple for side in (width, height)]
-        return Program(width, height, prompts, chunks, final[0], final[1])
+        return Program(width, height, prompts, chunks, variants, final[0], final[1])
 
     def text(self, request: Request) -> Text:
         """What the text encoders are given for a request. Raises RequestError where prompt and prompt_2 don't match."""

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 from transformers import CLIPTokenizer
 
+from sdjax import compel
+from sdjax.compel import Encoding
 from sdjax.prompts import Token, in_chunks, parse
 from sdjax.weights.safetensors import CheckpointError
 
@@ -19,6 +21,22 @@ MAX_CHUNKS = 8
 """Chunks that a prompt may have; the rest of it is cut off. Each number of them is a program of its own."""
 
 
+class Variants(NamedTuple):
+    """What a prompt's states are a sum of, as compel weighs it: encodings of the empty text, the prompt, and the prompt
+    with phrases hidden whose weight is below 1; or of several prompts that are blended.
+
+    ids: of each encoding, as in Text; the first one's are those of the empty text.
+    weights: how far each id's state goes from the empty text's to its own.
+    keep: the ids that the others see.
+    shares: of each encoding's states in the sum.
+    """
+
+    ids: Int32[np.ndarray, "encoders prompts variants chunks length"]
+    weights: Float32[np.ndarray, "encoders prompts variants chunks length"]
+    keep: Bool[np.ndarray, "encoders prompts variants chunks length"]
+    shares: Float32[np.ndarray, "encoders prompts variants chunks"]
+
+
 class Text(NamedTuple):
     """A request's prompts for the text encoders; all have as many chunks, empty ones at the end of shorter prompts.
 
@@ -26,17 +44,23 @@ class Text(NamedTuple):
     weights: of each id; 1 outside of brackets.
     clauses: weights of the joined prompts.
     truncated: whether something had to be cut off.
+    variants: of prompts in compel's language, what their weights need; None where all weights are 1.
     """
 
     ids: Int32[np.ndarray, "encoders prompts chunks length"]
     weights: Float32[np.ndarray, "encoders prompts chunks length"]
     clauses: Float32[np.ndarray, " joined"]
     truncated: bool
+    variants: Variants | None = None
 
     def with_negative_twice(self) -> "Text":
         """For a network that is asked with the negative prompt once with an image and once without."""
-        ids, weights = (np.concatenate([rows, rows[:, -1:]], axis=1) for rows in (self.ids, self.weights))
-        return self._replace(ids=ids, weights=weights)
+
+        def twice(rows: np.ndarray) -> np.ndarray:
+            return np.concatenate([rows, rows[:, -1:]], axis=1)
+
+        variants = None if self.variants is None else Variants(*map(twice, self.variants))
+        return self._replace(ids=twice(self.ids), weights=twice(self.weights), variants=variants)
 
 
 class Tokenizer:
@@ -87,15 +111,22 @@ class Tokenizer:
     def clauses(self, prompt: str, negative_prompt: str, language: str) -> list[tuple[float, list[list[Token]]]]:
         """Each joined prompt, then the negative one: its weight and its tokens in chunks.
 
-        language: `a1111`, that of `sdjax.prompts`, or `plain`, in which every character is text, in one chunk, cut
-            where it is too long.
+        language: `a1111`, that of `sdjax.prompts`; `compel`, that of `sdjax.compel`, here without its weights;
+            or `plain`, in which every character is text, in one chunk, cut where it is too long.
         """
+        if language == "compel":
+            read = [self.encodings(text) for text in (prompt, negative_prompt)]
+            return [(1.0, [[Token(id, 1.0) for id, _ in first.tokens] for first, *_ in chunks]) for chunks in read]
         if language == "plain":
             return [(1.0, [[Token(id, 1.0) for id in self.tokens(text)]]) for text in (prompt, negative_prompt)]
         return [
             (clause.weight, in_chunks(clause.parts, self.tokens, length=self.length - 2, comma=self._comma))
             for clause in parse(prompt) + parse(negative_prompt, join=False)
         ]
+
+    def encodings(self, prompt: str) -> list[list[Encoding]]:
+        """For each chunk of a prompt in compel's language the encodings that its states are a sum of."""
+        return compel.encodings(prompt, self.tokens, length=self.length - 2, comma=self._comma)
 
     def row(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
         """A chunk between start and end, padded, with the weights of all."""
@@ -104,6 +135,12 @@ class Tokenizer:
         ids = [special.bos_token_id, *(token.id for token in chunk), special.eos_token_id]
         weights = [1.0, *(token.weight for token in chunk), 1.0]
         return ids + [special.pad_token_id] * padding, weights + [1.0] * padding
+
+    def encoding(self, one: Encoding) -> tuple[list[int], list[float], list[bool], float]:
+        """An encoding's ids, their weights, which are kept, and its share."""
+        ids, weights = self.row(one.tokens)
+        _, keep = self.row([Token(id, kept) for (id, _), kept in zip(one.tokens, one.keep, strict=True)])
+        return ids, [one.weight * weight for weight in weights], list(map(bool, keep)), one.share
 
 
 def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], language: str) -> Text:
@@ -133,4 +170,30 @@ def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], 
         for part, dtype in ((0, np.int32), (1, np.float32))
     )
     clauses = np.array([weight for weight, _ in read[0][:-1]], np.float32)
-    return Text(ids, weights, clauses, cut or longest > MAX_CHUNKS)
+    variants = _variants(tokenizers, prompts, count) if language == "compel" else None
+    return Text(ids, weights, clauses, cut or longest > MAX_CHUNKS, variants)
+
+
+def _variants(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], count: int) -> Variants | None:
+    """What the weights of prompts in compel's language need, for `count` chunks; None where all of them are 1."""
+    read = [[tokenizer.encodings(text) for text in pair] for tokenizer, pair in zip(tokenizers, prompts, strict=True)]
+    if all(one.is_plain() for pair in read for text in pair for encodings in text for one in encodings):
+        return None
+    most = 1 + max(len(encodings) for pair in read for text in pair for encodings in text)
+    size = -(-most // 4) * 4  # programs are few so
+    nothing, blank = Encoding(0.0, 1.0, [], []), Encoding(1.0, 1.0, [], [])
+    rows = [
+        [
+            [
+                [tokenizer.encoding(one) for one in ([nothing, *encodings] + [nothing] * size)[:size]]
+                for encodings in (text + [[blank]] * count)[:count]
+            ]
+            for text in pair
+        ]
+        for tokenizer, pair in zip(tokenizers, read, strict=True)
+    ]  # encoders, prompts, chunks, variants
+    ids, weights, keep, shares = (
+        np.array([[[[one[part] for one in chunk] for chunk in text] for text in pair] for pair in rows], dtype)
+        for part, dtype in enumerate((np.int32, np.float32, np.bool_, np.float32))
+    )
+    return Variants(*(column.swapaxes(2, 3) for column in (ids, weights, keep, shares)))

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "sdjax/sampling": {"sdjax.sampling"},
     "sdjax/weights": {"sdjax.weights", "sdjax.config"},
     "sdjax/prompts.py": set(),
-    "sdjax/text.py": {"sdjax.prompts", "sdjax.weights"},
+    "sdjax/compel.py": {"sdjax.prompts", "sdjax.request"},
+    "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.weights"},
     "sdjax/family.py": {"sdjax.config", "sdjax.weights"},
     "sdjax/spec.py": {
         *("sdjax.canvas", "sdjax.family", "sdjax.prompts", "sdjax.request"),

@@ -53,7 +53,7 @@ REFUSED = [
     ({"strength": 0}, "allowed is above 0"),
     ({"clip_skip": -1}, "allowed is 0 to 11"),
     ({"noise": "white"}, "allowed are 'jax' and 'torch'"),
-    ({"prompt_language": "yaml"}, "prompt_language='yaml' is unknown; allowed are 'a1111' and 'plain'"),
+    ({"prompt_language": "yaml"}, "prompt_language='yaml' is unknown; allowed are 'a1111' and 'compel' and 'plain'"),
     ({"hires_scale": 0.5}, "allowed is 1 to 4"),
     ({"hires_strength": 0}, "hires_strength=0 leaves no step"),
     ({"image": "a", "outpaint": "left=8", "hires_scale": 2}, "hires_scale would enlarge what mask_image and outpaint"),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 QUERY_CHUNK = 512  # queries scored at once: on a CPU 4096 tokens took less time so than with 256 or 1024
 # Of the kernel: by the TPU compiler's schedules one step over all of 4096 keys keeps the multipliers busy 95% of the
@@ -28,14 +28,18 @@ def attention(
     v: Float[Array, "batch keys heads dim"],
     *,
     causal: bool = False,
+    keep: Bool[Array, "batch keys"] | None = None,
 ) -> Float[Array, "batch queries heads dim"]:
     """softmax(q k^T / sqrt(dim)) v for each head, the softmax in float32, never holding all scores of a large image.
 
     This is the one place that chooses an implementation. On a GPU half-precision heads of up to 128 go to cuDNN. Up to
-    QUERY_CHUNK queries are scored directly, as is `causal` attention (query i sees keys up to i), which is for short
-    text only. More go to `flash_attention` on a TPU, for bfloat16 heads of up to 256, and else to chunks. The cuDNN
-    path has not been run by the tests, which have no GPU; they run the TPU's kernel by an interpreter.
+    QUERY_CHUNK queries are scored directly, as is `causal` attention (query i sees keys up to i) and that to some keys
+    only, `keep`, both for short text. More go to `flash_attention` on a TPU, for bfloat16 heads of up to 256, and else
+    to chunks. The cuDNN path has not been run by the tests, which have no GPU; they run the TPU's kernel by an
+    interpreter.
     """
+    if keep is not None:
+        return direct_attention(q, k, v, causal=causal, keep=keep)
     dim = q.shape[-1]
     half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() == "gpu" and half_precision and dim <= 128 and dim % 8 == 0:
@@ -46,11 +50,13 @@ def attention(
     return lax.platform_dependent(q, k, v, tpu=on_tpu, default=chunked_attention)
 
 
-def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep: Array | None = None) -> Array:
     """Every score at once."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     if causal:
         scores = jnp.where(jnp.tri(q.shape[1], k.shape[1], dtype=bool), scores, -jnp.inf)
+    if keep is not None:
+        scores = jnp.where(keep[:, None, None], scores, -jnp.inf)
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sdjax.config import CLIPTextConfig
 from sdjax.models.attention import attention
@@ -39,9 +39,11 @@ class CLIPAttention(nnx.Module):
         self.q_proj = Linear(config.hidden_size, config.hidden_size, **kw)
         self.out_proj = Linear(config.hidden_size, config.hidden_size, **kw)
 
-    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"], keep: Bool[Array, "batch tokens"] | None
+    ) -> Float[Array, "batch tokens hidden"]:
         q, k, v = (p(x).reshape(*x.shape[:2], self.heads, -1) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, causal=True).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, causal=True, keep=keep).reshape(x.shape))
 
 
 class CLIPMLP(nnx.Module):
@@ -65,8 +67,10 @@ class CLIPEncoderLayer(nnx.Module):
         self.mlp = CLIPMLP(config, **kw)
         self.layer_norm2 = LayerNorm(config.hidden_size, config.layer_norm_eps, **kw)
 
-    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> Float[Array, "batch tokens hidden"]:
-        x = x + self.self_attn(self.layer_norm1(x))
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"], keep: Bool[Array, "batch tokens"] | None
+    ) -> Float[Array, "batch tokens hidden"]:
+        x = x + self.self_attn(self.layer_norm1(x), keep)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -87,10 +91,12 @@ class CLIPEncoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig, **kw: Any):
         self.layers = nnx.List([CLIPEncoderLayer(config, **kw) for _ in range(config.num_hidden_layers)])
 
-    def __call__(self, x: Float[Array, "batch tokens hidden"]) -> tuple[Float[Array, "batch tokens hidden"], ...]:
+    def __call__(
+        self, x: Float[Array, "batch tokens hidden"], keep: Bool[Array, "batch tokens"] | None
+    ) -> tuple[Float[Array, "batch tokens hidden"], ...]:
         states = [x]
         for layer in self.layers:
-            states.append(layer(states[-1]))
+            states.append(layer(states[-1], keep))
         return tuple(states)
 
 
@@ -103,8 +109,8 @@ class CLIPTextTransformer(nnx.Module):
         self.encoder = CLIPEncoder(config, **kw)
         self.final_layer_norm = LayerNorm(config.hidden_size, config.layer_norm_eps, **kw)
 
-    def __call__(self, ids: Int[Array, "batch tokens"]) -> TextOutput:
-        hidden_states = self.encoder(self.embeddings(ids))
+    def __call__(self, ids: Int[Array, "batch tokens"], keep: Bool[Array, "batch tokens"] | None) -> TextOutput:
+        hidden_states = self.encoder(self.embeddings(ids), keep)
         last = self.final_layer_norm(hidden_states[-1])
         # 2 is what configs before transformers 4.31 carry whatever the tokenizer; end-of-text is then the highest id.
         end = ids if self.eos_token_id == 2 else ids == self.eos_token_id
@@ -112,7 +118,8 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """CLIP's text encoder. `ids` are int [batch, tokens], tokens at most max_position_embeddings.
+    """CLIP's text encoder. `ids` are int [batch, tokens], tokens at most max_position_embeddings. Tokens whose
+    `keep`, bool of the same shape, is false are hidden from all.
 
     A row without an end-of-text token pools its first token, as in transformers.
     """
@@ -128,12 +135,12 @@ class CLIPTextModel(nnx.Module):
         self.config = config
         self.text_model = CLIPTextTransformer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, ids: Int[Array, "batch tokens"]) -> TextOutput:
+    def __call__(self, ids: Int[Array, "batch tokens"], keep: Bool[Array, "batch tokens"] | None = None) -> TextOutput:
         if ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{ids.shape[1]} tokens; this text encoder takes at most {self.config.max_position_embeddings}"
             )
-        return self.text_model(ids)
+        return self.text_model(ids, keep)
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
@@ -152,6 +159,6 @@ class CLIPTextModelWithProjection(CLIPTextModel):
             config.hidden_size, config.projection_dim, bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
 
-    def __call__(self, ids: Int[Array, "batch tokens"]) -> TextOutput:
-        output = super().__call__(ids)
+    def __call__(self, ids: Int[Array, "batch tokens"], keep: Bool[Array, "batch tokens"] | None = None) -> TextOutput:
+        output = super().__call__(ids, keep)
         return output._replace(pooled=self.text_projection(output.pooled))
