@@ -35,7 +35,7 @@ from sdjax.request import Request
 from sdjax.sampling import noise, scan
 from sdjax.spec import BUNDLED, Program, Spec
 from sdjax.text import Text
-from sdjax.weights import checkpoint, lora
+from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file
 
 SCAN_ROWS = 5
@@ -129,7 +129,7 @@ class StableDiffusion:
             module = _NETWORKS[name](config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
             tensors = spec.checkpoint.tensors(name)
             networks[name] = checkpoint.fill(
-                module, tensors, what=f"{name} of {spec.name}", place=on.replicate, edit=lora.fused(spec.loras, name)
+                module, tensors, what=f"{name} of {spec.name}", place=on.replicate, edit=spec.edit(name)
             )
         _ = spec.tokenizers  # refused now where they cannot be read
         return cls(spec, networks, batch_size, on)
@@ -159,7 +159,10 @@ class StableDiffusion:
 
         Raises:
             FileExistsError: `folder` is there already.
+            ValueError: textual inversions were added, which that layout keeps in files of their own.
         """
+        if self.spec.has_added_tokens:
+            raise ValueError("a model with textual inversions cannot be saved; load it without them")
         source = self.spec.checkpoint
         first = jax.tree.map(lambda array: array[0], self._networks)
         checkpoint.save(

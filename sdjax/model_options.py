@@ -17,6 +17,13 @@ def add_model_options(to: Any) -> None:
         help="a LoRA to add to the model, at a weight of 1 or that given; may be given several times",
     )
     to.add_argument(
+        "--textual-inversion",
+        action="append",
+        metavar="PATH[:TOKEN]",
+        help="learned embeddings that prompts use by their token, the file's own or that given; may be given several "
+        "times",
+    )
+    to.add_argument(
         "--tokenizer",
         metavar="FOLDER",
         help="CLIP's vocab.json and merges.txt, which a single file does not hold "
@@ -44,11 +51,18 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _inversion(text: str) -> str | tuple[str, str]:
+    """A textual inversion's path, and its token where one follows the last colon; a URL's colon is the path's."""
+    path, _, token = text.rpartition(":")
+    return (path, token) if path and token and "/" not in token else text
+
+
 def model_options(options: argparse.Namespace | Any) -> dict[str, Any]:
     """Keyword arguments of `Spec` for the options that were given."""
     values = {
         "variant": options.variant,
         "loras": [_lora(text) for text in options.lora or ()],
+        "textual_inversions": [_inversion(text) for text in options.textual_inversion or ()],
         "tokenizer": options.tokenizer,
         "prediction_type": options.prediction_type,
         "allow_pickle": options.allow_ckpt,

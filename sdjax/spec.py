@@ -16,8 +16,10 @@ from sdjax.family import TOKENIZERS
 from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request, RequestError, numbers
 from sdjax.text import Text, Tokenizer
-from sdjax.weights.lora import Lora
+from sdjax.weights.checkpoint import Edit
+from sdjax.weights.lora import Lora, fused
 from sdjax.weights.single_file import open_checkpoint
+from sdjax.weights.textual_inversion import TextualInversion, extended
 
 BUNDLED = str(Path(__file__).parent / "bundled")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,7 +52,9 @@ class Spec:
         dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
         variant: see `Checkpoint`.
         loras: files that are added to the networks, each a path or URL, or one and its weight (1); see `Lora`.
-        single_file: see `SingleFile`.
+        textual_inversions: files of learned tokens, each a path or URL, or one and its token; see `TextualInversion`.
+        allow_pickle: whether a single file or a textual inversion may be one of PyTorch's own; see `torch_zip`.
+        single_file: `tokenizer` and `prediction_type` of `SingleFile`.
 
     Raises:
         CheckpointError, ConfigError, SamplingError: what is there cannot be run; the message names it.
@@ -63,20 +67,52 @@ class Spec:
         dtype: str = "float32",
         variant: str | None = None,
         loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
+        textual_inversions: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], str]] = (),
+        allow_pickle: bool = False,
         **single_file: Any,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         self.dtype = dtype
-        self.checkpoint = open_checkpoint(source, variant=variant, **single_file)
+        self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
         self.family, self.configs = family.read(self.checkpoint)
         self.schedule = sampling.Schedule.from_config(self.checkpoint.json("scheduler", "scheduler_config.json"))
 
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
-        self.loras = [Lora(path, weight, self.configs, what=self.name) for path, weight in pairs]
+        self._loras = [Lora(path, weight, self.configs, what=self.name) for path, weight in pairs]
+        named = [each if isinstance(each, tuple) else (each, None) for each in textual_inversions]
+        self._inversions = [
+            TextualInversion(*each, self.configs, what=self.name, allow_pickle=allow_pickle) for each in named
+        ]
+        self._first_added: dict[str, int] = {}
+        for name in [name for name in self.configs if any(each.count(name) for each in self._inversions)]:
+            self._add_tokens(name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "tokenizers"}
+
+    def _add_tokens(self, encoder: str) -> None:
+        """Make room for the textual inversions in a text encoder's table of embeddings."""
+        tokenizer, config = self._tokenizer(encoder), self.configs[encoder]
+        end = tokenizer.first_added + sum(each.count(encoder) for each in self._inversions)
+        self._first_added[encoder] = tokenizer.first_added
+        # By its id, because the highest id of a text is no longer the one that ends it.
+        self.configs[encoder] = dataclasses.replace(
+            config, vocab_size=max(config.vocab_size, end), eos_token_id=tokenizer.end
+        )
+
+    @property
+    def has_added_tokens(self) -> bool:
+        """Whether textual inversions have changed a tokenizer and its text encoder."""
+        return bool(self._first_added)
+
+    def edit(self, component: str) -> Edit:
+        """What makes of a component's tensors those that LoRAs and textual inversions change."""
+        fuse = fused(self._loras, component)
+        if component not in self._first_added:
+            return fuse
+        extend = extended(self._inversions, component, self._first_added[component])
+        return lambda key, tensor: extend(key, fuse(key, tensor))
 
     @property
     def name(self) -> str:
@@ -88,7 +124,8 @@ class Spec:
         """SHA-256 of everything about the model that pixels depend on, in hex."""
         tokenizers = [TOKENIZERS[name] for name in self.family.text_encoders]
         parts = [self.checkpoint.fingerprint([*self.configs, *tokenizers, "scheduler"]), self.dtype]
-        parts += [f"{lora.file.digest} {lora.weight!r}" for lora in self.loras]
+        parts += [f"{lora.file.digest} {lora.weight!r}" for lora in self._loras]
+        parts += [f"{each.file.digest} {each.token!r}" for each in self._inversions]
         if self.family.is_xl:  # what of it model_index.json alone says
             parts += [f"{self.family.refines} {self.family.zeroes_empty}"]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -100,8 +137,9 @@ class Spec:
 
     def _tokenizer(self, encoder: str) -> Tokenizer:
         config = self.configs[encoder]
+        added = [(each.token, each.count(encoder)) for each in self._inversions if each.count(encoder)]
         with self.checkpoint.local(TOKENIZERS[encoder]) as folder:
-            return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings)
+            return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings, added=added)
 
     @property
     def scale(self) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
 from sdjax import compel
 from sdjax.compel import Encoding
@@ -70,12 +70,16 @@ class Tokenizer:
         folder: vocab.json, merges.txt and tokenizer_config.json, as transformers writes them.
         vocab_size: of the text encoder; an id beyond it could not be embedded.
         length: ids of a chunk, or that a text is padded or cut to: the text encoder's max_position_embeddings.
+        added: tokens that the tokenizer does not have, and for how many embeddings each stands; they get the ids from
+            `first_added` on.
 
     Raises:
         CheckpointError: no tokenizer is there, or it does not fit the text encoder.
     """
 
-    def __init__(self, folder: str | Path, *, vocab_size: int, length: int) -> None:
+    def __init__(
+        self, folder: str | Path, *, vocab_size: int, length: int, added: Sequence[tuple[str, int]] = ()
+    ) -> None:
         files = {path.name for path in Path(folder).iterdir()}
         if not ("tokenizer.json" in files or {"vocab.json", "merges.txt"} <= files):
             raise CheckpointError(
@@ -90,23 +94,41 @@ class Tokenizer:
                 f"the tokenizer has {len(self._tokenizer)} tokens, the text encoder {vocab_size}; they are not a pair"
             )
         self.length = length
+        self.first_added = len(self._tokenizer)
+        self._stands_for: dict[int, range] = {}
+        for token, count in added:
+            self._add(token, count)
         self._comma = self.tokens(",")[-1]
+
+    def _add(self, token: str, count: int) -> None:
+        if token in self._tokenizer.get_vocab():
+            raise CheckpointError(f"the tokenizer has the token {token} already; give the textual inversion another")
+        first = len(self._tokenizer)
+        names = [token, *(f"{token}_{i}" for i in range(1, count))]
+        # A token that looks like a word is not looked for inside of words.
+        whole = token[0].isalnum()
+        if self._tokenizer.add_tokens([AddedToken(name, single_word=whole) for name in names]) != count:
+            raise CheckpointError(f"the tokenizer has some of the tokens {token}_1 to {token}_{count - 1} already")
+        self._stands_for[first] = range(first, first + count)
+
+    @property
+    def end(self) -> int:
+        """The id of the token that ends a text."""
+        return self._tokenizer.eos_token_id
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text, without start, end and padding."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [each for id in ids for each in self._stands_for.get(id, (id,))]
 
     def __call__(
         self, prompts: Sequence[str]
     ) -> tuple[Int32[np.ndarray, "prompts length"], Bool[np.ndarray, " prompts"]]:
         """The prompts' ids, from the start token to padding, and which prompts were cut short."""
-        ids = self._tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=False)[
-            "input_ids"
-        ]
-        cut = np.array([len(row) > self.length for row in ids], bool)
+        texts = [[Token(id, 1.0) for id in self.tokens(prompt)] for prompt in prompts]
+        cut = np.array([len(text) > self.length - 2 for text in texts], bool)
         # A prompt that is too long keeps its start and its end token, as transformers truncates.
-        rows = [row[: self.length - 1] + row[-1:] if len(row) > self.length else row for row in ids]
-        return np.array(rows, np.int32), cut
+        return np.array([self.row(text)[0] for text in texts], np.int32), cut
 
     def clauses(self, prompt: str, negative_prompt: str, language: str) -> list[tuple[float, list[list[Token]]]]:
         """Each joined prompt, then the negative one: its weight and its tokens in chunks.

@@ -30,16 +30,18 @@ def is_single_file(source: str | os.PathLike[str]) -> bool:
     return os.fspath(source).partition("?")[0].endswith(SUFFIXES)
 
 
-def open_checkpoint(source: str | os.PathLike[str], *, variant: str | None = None, **single_file: Any) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str], *, variant: str | None = None, allow_pickle: bool = False, **single_file: Any
+) -> Checkpoint:
     """The checkpoint at a source: a `SingleFile` where the name ends like one, else a folder.
 
     Args:
         source, variant: see `Checkpoint`.
-        single_file: see `SingleFile`; a folder has no use for them.
+        allow_pickle, single_file: see `SingleFile`; a folder takes none of the latter.
     """
     given = {name: value for name, value in single_file.items() if value}
     if is_single_file(source):
-        return SingleFile(source, **given)
+        return SingleFile(source, allow_pickle=allow_pickle, **given)
     if given:
         raise CheckpointError(f"{', '.join(given)} is for single files; {source} is a folder, which says it itself")
     return Checkpoint(source, variant=variant)
