@@ -185,7 +185,8 @@ class Spec:
             }
             missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
             request = dataclasses.replace(request, sampler=sampler, **missing)
-            if sampling.is_distilled(sampler) and not self.distilled:
+            # With a LoRA it may well be distilled.
+            if sampling.is_distilled(sampler) and not (self.distilled or self.loras):
                 _warn(f"sampler={sampler} is for models distilled for it, which {self.name} does not say that it is")
             self.table(request)
             if request.hires_scale > 1:
@@ -215,6 +216,8 @@ class Spec:
         for name in () if family.is_xl else _OF_XL:
             if getattr(request, name) is not None:
                 raise RequestError(f"{name} is for Stable Diffusion XL, which this checkpoint is not; leave it out")
+        if self.family.embeds_guidance and request.guidance_scales is not None:
+            raise RequestError("this checkpoint is told one guidance_scale for all steps; leave out guidance_scales")
         layers = min(self.configs[name].num_hidden_layers for name in family.text_encoders) - family.is_xl
         if request.clip_skip >= layers:
             raise RequestError(f"clip_skip={request.clip_skip} leaves no layer; the text encoder has {layers}")

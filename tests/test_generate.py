@@ -246,3 +246,12 @@ def test_a_distilled_model_s_sampler_on_another_is_warned_of_once(tiny, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "sampler=lcm is for models distilled for it, which tiny does not say that it is"
     ]
+
+
+def test_a_model_that_is_told_its_guidance_takes_no_list_and_no_warning(tmp_path, caplog):
+    checkpoints.saved(tmp_path / "model", unet={"time_cond_proj_dim": 8})
+    spec = Spec(tmp_path / "model")
+    spec.resolve(dataclasses.replace(RED, sampler="lcm"))
+    assert not caplog.records
+    with pytest.raises(RequestError, match="is told one guidance_scale for all steps"):
+        spec.resolve(dataclasses.replace(RED, guidance_scales=[5, 4, 3, 2, 1]))
