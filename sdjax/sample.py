@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one, by its name with dashes."""
     result = argparse.ArgumentParser(prog="python -m sdjax.sample", description="Make images from prompts.")
-    result.add_argument("prompts", nargs="+", metavar="PROMPT", help="the text of a picture")
+    result.add_argument("prompts", nargs="*", metavar="PROMPT", help="the text of a picture")
     add_model_options(result)
+    result.add_argument("--describe", action="store_true", help="say what the model is, and make nothing")
     result.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
     result.add_argument("--num-images", type=int, default=1, help="images a prompt, on seeds that count up from --seed")
     result.add_argument(
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     given = {name: value for name, value in vars(options).items() if name in field_types()}
     try:
+        if options.describe:
+            return _describe(options)
+        if not options.prompts:
+            raise RequestError("no PROMPT is given; --help lists the options")
         if options.num_images < 1:
             raise RequestError(f"--num-images={options.num_images} makes nothing; allowed is 1 or more")
         sweeps = options.sweep = dict(map(_sweep, options.sweep))
@@ -85,6 +90,14 @@ def _sweep(text: str) -> tuple[str, list[str]]:
     if name not in field_types() or not values:
         raise RequestError(f"--sweep {text} is not understood; give a request's field and values: strength=0.4,0.6,0.8")
     return name, values.split(",")
+
+
+def _describe(options: argparse.Namespace) -> int:
+    from sdjax.describe import describe
+    from sdjax.spec import BUNDLED, Spec
+
+    print(describe(Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))))
+    return 0
 
 
 def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:

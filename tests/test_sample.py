@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from sdjax import Request, sample
@@ -125,3 +126,19 @@ def test_an_interrupt_leaves_whole_files_only(tiny, tmp_path):
     for file in files:
         assert file.suffix == ".png"
         Image.open(file).load()
+
+
+def test_describe_says_what_a_model_is_and_makes_nothing(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(["--describe", "--model", str(tiny)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("tiny: StableDiffusion\n")
+    networks = safetensors.numpy.load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
+    count = sum(array.size for array in networks.values())
+    assert f"unet: {count / 1e6:,.1f} million parameters, stored as float32" in said
+    for line in ("sampler: ddim", "size: 32x32, in multiples of 8", "prediction_type: epsilon"):
+        assert f"  {line}\n" in said
+    assert "LoRAs and ControlNets for a UNet that attends to 32 channels\n" in said
+    assert not any(tmp_path.iterdir())
+    assert sample.main(["--model", str(tiny)]) == 2
+    assert "no PROMPT is given" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from sdjax.weights import hub, names
-from sdjax.weights.safetensors import CheckpointError, read_header, read_tensors
+from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
 Place = Callable[[np.ndarray], jax.Array]
@@ -127,6 +127,14 @@ class Checkpoint:
         for file in self._weight_files(component):
             with self._fs.open(self._path(file), "rb", block_size=2**23) as stream:
                 yield from read_tensors(stream, read_header(stream, file))
+
+    def entries(self, component: str) -> dict[str, Entry]:
+        """Where each tensor of a component lies in its file, and its shape and dtype; reads headers only."""
+        found: dict[str, Entry] = {}
+        for file in self._weight_files(component):
+            with self._fs.open(self._path(file), "rb") as stream:
+                found |= read_header(stream, file)
+        return found
 
     def _has_weights(self, component: str) -> bool:
         return any(file.startswith(f"{component}/") and file.endswith(".safetensors") for file in self._files)
