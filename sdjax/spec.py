@@ -186,7 +186,7 @@ class Spec:
             missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
             request = dataclasses.replace(request, sampler=sampler, **missing)
             # With a LoRA it may well be distilled.
-            if sampling.is_distilled(sampler) and not (self.distilled or self.loras):
+            if sampling.is_distilled(sampler) and not (self.distilled or self._loras):
                 _warn(f"sampler={sampler} is for models distilled for it, which {self.name} does not say that it is")
             self.table(request)
             if request.hires_scale > 1:
