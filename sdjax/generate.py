@@ -47,7 +47,7 @@ _NETWORKS = {
     "unet": UNet2DCondition,
     "vae": AutoencoderKL,
 }
-_IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
+IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
 _READERS = 8  # images of a batch that are fetched at once
 
 
@@ -71,6 +71,16 @@ class Result:
     def image(self) -> Image.Image:
         """The pixels as a Pillow image."""
         return Image.fromarray(self.pixels)
+
+
+def build(spec: Spec) -> dict[str, nnx.Module]:
+    """The networks of a checkpoint, with shapes in place of parameters."""
+    networks = {}
+    for name, config in spec.configs.items():
+        overflows = name == "vae" and spec.family.upcasts_vae and spec.dtype == "float16"
+        dtype = "float32" if overflows else spec.dtype
+        networks[name] = _NETWORKS[name](config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
+    return networks
 
 
 class StableDiffusion:
@@ -122,15 +132,11 @@ class StableDiffusion:
             batch_size = 1 if on.platform == "cpu" else 4
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} makes nothing; allowed is 1 or more")
-        networks = {}
-        for name, config in spec.configs.items():
-            overflows = name == "vae" and spec.family.upcasts_vae and spec.dtype == "float16"
-            dtype = "float32" if overflows else spec.dtype
-            module = _NETWORKS[name](config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
+        networks = build(spec)
+        for name, network in networks.items():
             tensors = spec.checkpoint.tensors(name)
-            networks[name] = checkpoint.fill(
-                module, tensors, what=f"{name} of {spec.name}", place=on.replicate, edit=spec.edit(name)
-            )
+            what = f"{name} of {spec.name}"
+            checkpoint.fill(network, tensors, what=what, place=on.replicate, edit=spec.edit(name))
         _ = spec.tokenizers  # refused now where they cannot be read
         return cls(spec, networks, batch_size, on)
 
@@ -202,8 +208,8 @@ class StableDiffusion:
         flight: deque[_Flight] = deque()
         resolved = (self.spec.resolve(request, read=False) for request in requests)
         for batch in self._batches(resolved):
-            flight.append(self._launch(batch))
-            if len(flight) == _IN_FLIGHT:
+            flight.append(self.launch(batch))
+            if len(flight) == IN_FLIGHT:
                 yield from self._land(flight.popleft(), progress)
         for last in flight:
             yield from self._land(last, progress)
@@ -214,7 +220,7 @@ class StableDiffusion:
             while batch := list(islice(group, size)):
                 yield batch
 
-    def _launch(self, batch: list[Request]) -> "_Flight":
+    def launch(self, batch: list[Request]) -> "_Flight":
         """Give the devices a batch; returns at once, with arrays that they will fill."""
         padding = self.batch_size * len(self.devices) - len(batch)
         canvases = self._prepare(batch)

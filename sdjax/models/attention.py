@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 QUERY_CHUNK = 512  # queries scored at once: on a CPU 4096 tokens took less time so than with 256 or 1024
-# Of the kernel: by the TPU compiler's schedules one step over all of 4096 keys keeps the multipliers busy 95% of the
-# time, steps of 1024 keys 70%; 512 queries gain nothing over 256 and take twice the memory.
-QUERY_TILE, KEY_TILE = 256, 4096
+# Of the kernel's steps, by the TPU compiler's schedules: all of 4096 keys in one step keep a v5e's multipliers busy 95%
+# of the time, 1024 keys a step 70%; fewer queries than fill TILE_SCORES, or than 1024, lose up to a fifth.
+KEY_TILE, QUERY_TILE, TILE_SCORES = 4096, 1024, 2**21
 _LANES = 128
 
 
@@ -34,9 +34,9 @@ def attention(
 
     This is the one place that chooses an implementation. On a GPU half-precision heads of up to 128 go to cuDNN. Up to
     QUERY_CHUNK queries are scored directly, as is `causal` attention (query i sees keys up to i) and that to some keys
-    only, `keep`, both for short text. More go to `flash_attention` on a TPU, for bfloat16 heads of up to 256, and else
-    to chunks. The cuDNN path has not been run by the tests, which have no GPU; they run the TPU's kernel by an
-    interpreter.
+    only, `keep`, both for short text. More go to chunks, but on a TPU directly to few keys, and to many by
+    `flash_attention` where heads are bfloat16 and up to 256 wide. The tests, which have no GPU, have not run the cuDNN
+    path; they run the TPU's kernel by an interpreter.
     """
     if keep is not None:
         return direct_attention(q, k, v, causal=causal, keep=keep)
@@ -46,8 +46,14 @@ def attention(
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     if causal or q.shape[1] <= QUERY_CHUNK:
         return direct_attention(q, k, v, causal=causal)
-    on_tpu = flash_attention if q.dtype == jnp.bfloat16 and dim <= 2 * _LANES else chunked_attention
-    return lax.platform_dependent(q, k, v, tpu=on_tpu, default=chunked_attention)
+    return lax.platform_dependent(q, k, v, tpu=_on_tpu, default=chunked_attention)
+
+
+def _on_tpu(q: Array, k: Array, v: Array) -> Array:
+    if k.shape[1] <= QUERY_CHUNK:  # the text: its few scores stay in vector memory without a kernel
+        return direct_attention(q, k, v)
+    fits = q.dtype == jnp.bfloat16 and q.shape[-1] <= 2 * _LANES
+    return (flash_attention if fits else chunked_attention)(q, k, v)
 
 
 def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep: Array | None = None) -> Array:
@@ -124,7 +130,8 @@ def flash_attention(q: Array, k: Array, v: Array) -> Array:
     """
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
-    q_tile, k_tile = _tile(queries, QUERY_TILE), _tile(keys, KEY_TILE)
+    k_tile = _tile(keys, KEY_TILE)
+    q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // k_tile))
     q = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(dim))).astype(q.dtype)
     q, k, v = (
         jnp.pad(x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, dim), ((0, 0), (0, -x.shape[1] % tile), (0, 0)))

@@ -124,13 +124,14 @@ def test_gradients_through_the_kernel(interpreted):
 def test_the_platform_that_a_program_is_for_chooses():
     """Lowered for a TPU on a machine without one: the kernel for large bfloat16 images, XLA for the rest."""
 
-    def kernels(queries, dim, dtype, **options):
-        arrays = [jax.ShapeDtypeStruct((1, n, 1, dim), dtype) for n in (queries, 77, 77)]
+    def kernels(queries, dim, dtype, keys=600, **options):
+        arrays = [jax.ShapeDtypeStruct((1, n, 1, dim), dtype) for n in (queries, keys, keys)]
         exported = jax.export.export(jax.jit(lambda *a: attention(*a, **options)), platforms=["tpu"])(*arrays)
         return exported.mlir_module().count("tpu_custom_call")
 
     assert kernels(600, 40, jnp.bfloat16) == 1
     assert kernels(600, 40, jnp.float32) == 0
     assert kernels(600, 512, jnp.bfloat16) == 0  # the VAE's one large head
+    assert kernels(600, 40, jnp.bfloat16, keys=77) == 0  # a prompt
     assert kernels(512, 40, jnp.bfloat16) == 0
     assert kernels(600, 40, jnp.bfloat16, causal=True) == 0

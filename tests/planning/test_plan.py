@@ -1,0 +1,134 @@
+"""The programs that generate runs, their operations, the search for what fits, and the TPU compiler if it is here."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdjax import plan
+from sdjax.config import Stage, UNetConfig
+from sdjax.flops import flops
+from sdjax.generate import SCAN_ROWS, StableDiffusion
+from sdjax.models.unet import TransformerBlock, UNet2DCondition
+from sdjax.parallel import Devices
+from sdjax.planning.chips import CHIPS
+from sdjax.planning.estimate import Estimate, Planner
+from sdjax.planning.record import Recorded, record
+from sdjax.planning.tpu import Compiled, Compiler, Memory
+from sdjax.request import Request
+from sdjax.spec import Spec
+from tests import torch_models
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler, which the tpu extra brings (0.7 GB): pip install 'sdjax[tpu]'",
+)
+REQUEST = Request(prompt="a red circle", num_inference_steps=7)
+EMPTY = "HloModule m\n\nENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n"
+
+
+def test_the_programs_recorded_are_those_that_run(tiny, monkeypatch):
+    given = {}
+
+    def spy(self, function, **options):
+        program = jax.pmap(function, devices=self.devices, **options)
+
+        def call(*arguments):
+            shapes = jax.tree.leaves(jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), arguments))
+            given.setdefault(getattr(function, "func", function).__name__, []).append(shapes)
+            return program(*arguments)
+
+        return call
+
+    spec = Spec(tiny)
+    programs = record(spec, REQUEST, 2)
+    monkeypatch.setattr(Devices, "pmap", spy)
+    StableDiffusion.from_pretrained(spec, batch_size=2, devices=jax.local_devices()[:1]).generate([REQUEST] * 2)
+    assert {program.name: program.calls for program in programs} == {name: len(calls) for name, calls in given.items()}
+    assert {len(calls) for calls in given.values()} == {1, -(-7 // SCAN_ROWS)}
+    for program in programs:
+        shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.arguments)
+        assert given[program.name] == [jax.tree.leaves(shapes)] * program.calls
+
+
+def test_flops_are_torchs_count():
+    config = torch_models.UNET
+    network = torch_models.torch_unet(config, 0)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.zeros(2, 77, config["cross_attention_dim"]))
+    ours = UNet2DCondition(UNetConfig.from_dict(config), rngs=None)
+    shapes = [(2, 16, 16, 4), (2,), (2, 77, config["cross_attention_dim"])]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    assert flops(lambda network, *inputs: network(*inputs), ours, *arguments) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
+
+
+def test_flops_of_loops_and_branches():
+    def function(x, pick):
+        x = jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)[0]
+        return jax.lax.cond(pick, lambda x: x @ x @ x, lambda x: x, x)
+
+    assert flops(function, jnp.ones((4, 4)), True) == (3 + 2) * 2 * 4**3
+
+
+class _Stated:
+    """A compiler by whose word each image takes `each` bytes of a chip and the program `fixed`."""
+
+    def __init__(self, each: dict[str, int], fixed: int = 0):
+        self.chip, self.each, self.fixed, self.asked = CHIPS["v5e"], each, fixed, []
+
+    def compile(self, recorded: Recorded) -> Compiled | None:
+        batch = jax.tree.leaves(recorded.result)[0].shape[0]
+        self.asked.append((recorded.name, batch))
+        total = self.fixed + batch * self.each.get(recorded.name, 0)
+        return None if total > self.chip.memory else Compiled(Memory(0, 0, 0, total, 0), EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("each", "expected"),
+    [({"decode": 2**31}, 7), ({"decode": 2**31, "advance": 5 * 2**30}, 3), ({"advance": 2**34}, None)],
+)
+def test_the_largest_batch_is_found_in_few_compilations(tiny, each, expected):
+    compiler = _Stated(each)
+    found = Planner(Spec(tiny), REQUEST, compiler, lambda _: None).plan()
+    assert (found and found.batch_size) == expected
+    assert sum(name == "advance" for name, _ in compiler.asked) <= 5
+
+
+def test_what_the_command_refuses(capsys):
+    assert plan.main(["--topology", "2by2"]) == 2
+    assert "topology '2by2' is not chips by chips" in capsys.readouterr().err
+    assert plan.main(["--model", "/nowhere"]) == 2
+
+
+@needs_libtpu
+@pytest.mark.parametrize("target", CHIPS)
+def test_the_bundled_model_on_every_chip(target, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    options = ["--target", target, "--batch-size", "8", "--num-inference-steps", "20", "--json", str(file)]
+    assert plan.main(options) == 0
+    found = json.loads(file.read_text())
+    assert found["memory_bytes"] < found["usable_bytes"]
+    assert 0 < found["estimated_share_of_peak"] < 1
+    assert "Estimated, not measured" in capsys.readouterr().out
+
+
+@needs_libtpu
+@pytest.mark.parametrize("target", CHIPS)
+def test_a_full_width_block_on_every_chip(target):
+    """SDXL's widest resolution with the kernel, at batch 4: the compiler takes it, and it is mostly multiplication."""
+
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": None}
+    block = TransformerBlock(Stage(640, 1, (1,), 10, 2048, False), **half)
+    arguments = block, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(4, 4096, 640), (4, 77, 2048)])
+    recorded = Recorded("block", lambda block, *inputs: block(*inputs), arguments, (), None, calls=1)
+    compiled = Compiler(CHIPS[target]).compile(recorded)
+    assert compiled is not None
+    found = Estimate(recorded, compiled, CHIPS[target])
+    assert sum(found.cost.kernels.values()) == 1
+    assert 0.2 < found.flops / found.seconds / CHIPS[target].peak < 1
