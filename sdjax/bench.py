@@ -1,207 +1,152 @@
-"""`python -m sdjax.bench`: how fast each network is on this machine, on random weights, beside diffusers if asked."""
+"""`python -m sdjax.bench`: how fast images are made here, stage by stage and by batch size.
+
+Weights are random unless a checkpoint is named: no time depends on them.
+"""
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
-from sdjax.models.clip import CLIPTextModel
-from sdjax.models.unet import UNet2DCondition
-from sdjax.models.vae import AutoencoderKL
+from sdjax.architectures import ARCHITECTURES, write
+from sdjax.benchmark.ours import Measured, measure
+from sdjax.benchmark.weights import add_random
+from sdjax.request import Request
+from sdjax.sample import add_request_options
+from sdjax.spec import BUNDLED, DTYPES, Spec
 
-_TEXT = {"hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-_VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
-_UNET = {
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-}
-ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
-    "sd15": {
-        "text": {**_TEXT, "num_hidden_layers": 12, "vocab_size": 49408, "max_position_embeddings": 77},
-        "unet": {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
-        "vae": _VAE,
-    },
-    "sd21": {
-        "text": {
-            "hidden_act": "gelu",
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 23,
-            "vocab_size": 49408,
-            "max_position_embeddings": 77,
-        },
-        "unet": {
-            **_UNET,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-            "sample_size": 96,
-        },
-        "vae": _VAE,
-    },
-}
-"""The networks' configurations by name: Stable Diffusion 1.1 to 1.5, and 2.0 and 2.1 at 768 pixels."""
+_PROMPTS = ("prompt", "negative_prompt")
 
 
-class Measured(NamedTuple):
-    """One network call on one side. Seconds but for `flops`, the operations in the compiled program, and `peak_bytes`.
-
-    peak_bytes: arguments, results and temporaries of the compiled program; None where it is not known.
-    """
-
-    compile: float
-    call: float
-    spread: float
-    flops: float | None = None
-    peak_bytes: int | None = None
-
-
-def measure(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median seconds of a call, and the range between the fastest and the slowest, after one call to warm up."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), max(seconds) - min(seconds)
+def parser() -> argparse.ArgumentParser:
+    """The command's options; each Request field is one."""
+    result = argparse.ArgumentParser(prog="python -m sdjax.bench", description=__doc__.split("\n\n")[0])
+    names = ", ".join(ARCHITECTURES)
+    result.add_argument("--model", default=BUNDLED, help=f"{names}, or a checkpoint folder (default: the bundled one)")
+    result.add_argument("--batch-size", default="1", help="images a device makes at once, such as 4 or 1,2,4,8")
+    result.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    result.add_argument("--repeats", type=int, default=3, help="timed batches (default: %(default)s)")
+    result.add_argument("--compare", choices=("diffusers",), help="the same in torch, eager and compiled")
+    result.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+    result.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s by batch size there; needs matplotlib")
+    add_request_options(result, leave_out=_PROMPTS)
+    return result
 
 
-def run(configs: dict[str, Any], *, batch: int, latent: int, dtype: str, repeats: int) -> dict[str, Measured]:
-    """Each network's call in JAX; `latent` is the side of the latents."""
-    options = {"dtype": dtype, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
-    unet, text, vae = configs["unet"], configs["text"], configs["vae"]
-    key = jax.random.key(0)
-    context = jax.random.normal(key, (batch, text["max_position_embeddings"], unet["cross_attention_dim"]), dtype)
-    latents = jax.random.normal(key, (batch, latent, latent, unet.get("in_channels", 4)))
-    ids = jnp.ones((batch, text["max_position_embeddings"]), jnp.int32)
-    steps = jnp.full((batch,), 500.0)
-    cases: dict[str, tuple[Callable[[], nnx.Module], Callable[..., Any], tuple[Any, ...]]] = {
-        "text encoder": (
-            lambda: CLIPTextModel(CLIPTextConfig.from_dict(text), **options),
-            lambda network, ids: network(ids).last_hidden_state,
-            (ids,),
-        ),
-        "UNet": (
-            lambda: UNet2DCondition(UNetConfig.from_dict(unet), **options),
-            lambda network, *inputs: network(*inputs),
-            (latents, steps, context),
-        ),
-        "VAE decoder": (
-            lambda: AutoencoderKL(VAEConfig.from_dict(vae), **options),
-            lambda network, z: network.decode(z),
-            (latents,),
-        ),
-    }
-    results = {}
-    for name, (make, apply, inputs) in cases.items():
-        network = make()
-        started = time.perf_counter()
-        program = jax.jit(apply).lower(network, *inputs).compile()
-        compiled = time.perf_counter() - started
-        median, spread = measure(lambda: jax.block_until_ready(program(network, *inputs)), repeats)  # noqa: B023
-        memory, cost = program.memory_analysis(), program.cost_analysis() or {}
-        peak = memory and memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        results[name] = Measured(compiled, median, spread, cost.get("flops"), peak)
-        del network, program
-    return results
+def table(found: Sequence[Measured]) -> str:
+    """The measurements as Markdown, a column a batch size; seconds of a batch, but of one call for the UNet's."""
+    rows: list[tuple[str, list[str]]] = [
+        ("load s, first / again", [f"{m.load[0]:.1f} / {m.load[1]:.1f}" for m in found]),
+        ("compile s, cold / warm", [f"{_sum(m.compile_cold):.1f} / {_sum(m.compile_warm):.1f}" for m in found]),
+        *((f"{stage} s", [f"{m.stages[stage]:.4f}" for m in found]) for stage in found[0].stages),
+        ("one UNet call s", [f"{m.unet_call:.4f}" for m in found]),
+        ("images/s", [f"{m.images_per_second:.4g}" for m in found]),
+        ("TFLOP an image", [f"{m.flops_per_image / 1e12:.4g}" for m in found]),
+        ("TFLOP/s", [f"{m.flops_per_image * m.images_per_second / 1e12:.4g}" for m in found]),
+        ("share of peak", [f"{m.share_of_peak:.0%}" for m in found]),
+        ("peak memory GiB", [f"{m.peak_bytes / 2**30:.2f}" for m in found]),
+    ]
+    sizes = [f"batch {m.batch_size}" for m in found]
+    lines = [["", *sizes], ["---"] * (1 + len(sizes)), *([name, *cells] for name, cells in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def run_diffusers(configs: dict[str, Any], *, batch: int, latent: int, dtype: str, repeats: int) -> dict[str, Measured]:
-    """The same calls in torch, eager, on the same kind of device."""
-    import torch
-    import transformers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as TorchVAE
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel as TorchUNet
-
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    precision = getattr(torch, dtype)
-    unet, text, vae = configs["unet"], configs["text"], configs["vae"]
-    context = torch.randn(batch, text["max_position_embeddings"], unet["cross_attention_dim"])
-    latents = torch.randn(batch, unet.get("in_channels", 4), latent, latent)
-    ids = torch.ones(batch, text["max_position_embeddings"], dtype=torch.int64)
-    cases: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
-        "text encoder": (
-            lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
-            lambda network: network(ids.to(device)),
-        ),
-        "UNet": (
-            lambda: TorchUNet(**unet),
-            lambda network: network(latents.to(device, precision), 500, context.to(device, precision)),
-        ),
-        "VAE decoder": (
-            lambda: TorchVAE(**vae),
-            lambda network: network.decode(latents.to(device, precision)),
-        ),
-    }
-    results = {}
-    for name, (make, apply) in cases.items():
-        network = make().to(device, precision).eval()
-
-        def call(network: Any = network, apply: Callable[[Any], Any] = apply) -> None:
-            with torch.inference_mode():
-                apply(network)
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        results[name] = Measured(0.0, *measure(call, repeats))
-        del network
-    return results
+def _sum(seconds: dict[str, float]) -> float:
+    return sum(seconds.values())
 
 
-def table(ours: dict[str, Measured], theirs: dict[str, Measured]) -> str:
-    """The measurements as Markdown; the ratio is our time over theirs."""
-    lines = ["| call | compile s | s | +- s | TFLOP/s | program GiB | diffusers s | ratio |", "| --- " * 8 + "|"]
-    for name, m in ours.items():
-        rate = f"{m.flops / m.call / 1e12:.3g}" if m.flops else ""
-        peak = f"{m.peak_bytes / 2**30:.2f}" if m.peak_bytes else ""
-        other = f"{theirs[name].call:.3f} | {m.call / theirs[name].call:.2f}" if name in theirs else " | "
-        lines.append(f"| {name} | {m.compile:.1f} | {m.call:.3f} | {m.spread:.3f} | {rate} | {peak} | {other} |")
+def compare(folder: Path, request: Request, found: Sequence[Measured], **options: Any) -> dict[str, list[dict]]:
+    """diffusers' times at the same batch sizes, by way of running it; a way that fails is said, and left out."""
+    from sdjax.benchmark import torch_side
+
+    theirs: dict[str, list[dict]] = {}
+    for way in ("eager", "compiled"):
+        try:
+            theirs[way] = [
+                torch_side.measure(folder, request, batch_size=m.batch_size, compiled=way == "compiled", **options)
+                for m in found
+            ]
+        except Exception as error:  # torch.compile fails in many ways, for want of a C++ compiler among others
+            print(f"diffusers, {way}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+    return theirs
+
+
+def ratios(found: Sequence[Measured], diffusers: dict[str, list[dict]]) -> str:
+    """Our time over diffusers', as Markdown; under 1 is faster."""
+    lines = ["| diffusers | batch | batch s | ratio | UNet call s | ratio | decode s | ratio |", "| --- " * 8 + "|"]
+    for way, measured in diffusers.items():
+        for m, their in zip(found, measured, strict=True):
+            ours = {
+                "batch": m.batch_size / m.images_per_second,
+                "UNet call": _both_halves(m),
+                "decode": m.stages["decode"],
+            }
+            pairs = zip(ours, (their["batch"], their["UNet call"], their["decode"]), strict=True)
+            cells = [f"{theirs:.4f} | {seconds / theirs:.2f}" for seconds, theirs in pairs]
+            lines.append(f"| {way} | {m.batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def plot(found: Sequence[Measured], file: Path, title: str) -> None:
+    """Images/s by batch size."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(6, 4), layout="constrained").subplots()
+    axes.plot([m.batch_size for m in found], [m.images_per_second for m in found], marker="o")
+    axes.set(xlabel="images a device makes at once", ylabel="images/s", title=title, ylim=(0, None))
+    axes.figure.savefig(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sdjax.bench", description=__doc__)
-    parser.add_argument("--model", choices=sorted(ARCHITECTURES), default="sd15", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=2, help="rows of a network call (default: %(default)s)")
-    parser.add_argument("--size", type=int, help="side of the image in pixels (default: the model's)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls (default: %(default)s)")
-    parser.add_argument("--compare", choices=("diffusers",), help="run the same in torch; needs torch and diffusers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
-    options = parser.parse_args(argv)
-    configs = ARCHITECTURES[options.model]
-    latent = options.size // 8 if options.size else configs["unet"]["sample_size"]
-    same = {"batch": options.batch_size, "latent": latent, "dtype": options.dtype, "repeats": options.repeats}
-    device, size = jax.devices()[0].device_kind, latent * 8
-    print(f"{options.model}, batch {options.batch_size}, {size} px, {options.dtype}, jax {jax.__version__}, {device}")
-    ours = run(configs, **same)
-    theirs = run_diffusers(configs, **same) if options.compare else {}
-    print(table(ours, theirs))
+    options = parser().parse_args(argv)
+    try:
+        return _run(options)
+    except (ValueError, OSError) as error:
+        print(f"{parser().prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    sizes = [int(size) for size in options.batch_size.split(",")]
+    given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
+    request, _ = Request.from_row({"prompt": "a photo of a red circle", **given})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.model)
+        if options.model in ARCHITECTURES:
+            folder = Path(temporary) / options.model
+            write(options.model, folder)
+            add_random(folder, options.dtype)
+        request = Spec(folder, dtype=options.dtype).resolve(request)
+        same = {"dtype": options.dtype, "repeats": options.repeats}
+        found = [
+            measure(folder, request, batch_size=size, cache=Path(temporary) / f"cache-{size}", **same) for size in sizes
+        ]
+        theirs = compare(folder, request, found, **same) if options.compare else {}
+    devices = jax.local_devices()
+    what = f"{folder.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
+    print(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")
+    if theirs:
+        print(f"\n{ratios(found, theirs)}")
     if options.json:
-        values = {"sdjax": ours, "diffusers": theirs}
-        parts = {side: {name: m._asdict() for name, m in found.items()} for side, found in values.items()}
-        options.json.write_text(json.dumps({**same, "model": options.model, "device": device, **parts}, indent=2))
+        measured = [asdict(m) | {"share_of_peak": m.share_of_peak} for m in found]
+        facts = {
+            "model": folder.name,
+            "dtype": options.dtype,
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+        }
+        facts["devices"] = len(devices)
+        size = {"width": request.width, "height": request.height, "steps": request.num_inference_steps}
+        options.json.write_text(json.dumps({**facts, **size, "sdjax": measured, "diffusers": theirs}, indent=2))
+    if options.plot:
+        plot(found, options.plot, what)
     return 0
 
 

@@ -112,7 +112,7 @@ class StableDiffusion:
         *,
         dtype: str = "float32",
         batch_size: int | None = None,
-        devices: Sequence[Device] | None = None,
+        devices: Sequence[Device] | Devices | None = None,
         **options: Any,
     ) -> "StableDiffusion":
         """Load a checkpoint onto the devices.
@@ -127,7 +127,7 @@ class StableDiffusion:
             CheckpointError, ConfigError: the checkpoint cannot be run; the message names what is wrong.
         """
         spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, **options)
-        on = Devices(devices)
+        on = devices if isinstance(devices, Devices) else Devices(devices)
         if batch_size is None:
             batch_size = 1 if on.platform == "cpu" else 4
         if batch_size < 1:

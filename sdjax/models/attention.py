@@ -130,8 +130,9 @@ def flash_attention(q: Array, k: Array, v: Array) -> Array:
     """
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
-    k_tile = _tile(keys, KEY_TILE)
-    q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // k_tile))
+    wide = -(-dim // _LANES)  # the wider the heads, the fewer of their rows fit
+    k_tile = _tile(keys, KEY_TILE // wide)
+    q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // (k_tile * wide)))
     q = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(dim))).astype(q.dtype)
     q, k, v = (
         jnp.pad(x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, dim), ((0, 0), (0, -x.shape[1] % tile), (0, 0)))

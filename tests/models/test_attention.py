@@ -96,7 +96,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(attention_room, "KEY_TILE", 256)
 
 
-@pytest.mark.parametrize(("queries", "keys", "dim"), [(256, 256, 64), (300, 700, 40), (130, 77, 160)])
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(256, 256, 64), (300, 700, 40), (130, 277, 160)])
 def test_the_kernel_for_tpus_is_the_same_attention(interpreted, queries, keys, dim):
     """Several tiles each way, and lengths that fill none."""
     arrays = qkv(2, queries, keys, 2, dim)

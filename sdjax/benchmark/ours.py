@@ -1,0 +1,136 @@
+"""One batch size of one checkpoint on this machine, stage by stage."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdjax import compile_cache, images
+from sdjax.benchmark.stopwatch import Stopwatch
+from sdjax.flops import flops
+from sdjax.generate import SCAN_ROWS, StableDiffusion
+from sdjax.planning.record import record
+from sdjax.request import Request
+from sdjax.spec import Spec
+
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 operations a second that makers state, by how the device's kind begins."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds, but where a name says otherwise; medians over the repeats.
+
+    load: from files to the devices; first and again.
+    compile_cold, compile_warm: by program, with an empty compilation cache and with what the first left there.
+    stages: by program, of a batch with nothing beside it; then `host copy`, and `encode` of its images to PNG.
+    unet_call: one of the network's calls within `advance`.
+    images_per_second: of whole batches with the host's work beside the devices'.
+    flops_per_image: products and convolutions.
+    peak_flops: of all devices in a second: as stated for bfloat16, or by a large product where that is not known.
+    peak_bytes: of the greediest device, or of the largest program where devices keep no count.
+    """
+
+    batch_size: int
+    load: tuple[float, float]
+    compile_cold: dict[str, float]
+    compile_warm: dict[str, float]
+    stages: dict[str, float]
+    unet_call: float
+    images_per_second: float
+    flops_per_image: float
+    peak_flops: float
+    peak_bytes: int
+
+    @property
+    def share_of_peak(self) -> float:
+        return self.flops_per_image * self.images_per_second / self.peak_flops
+
+
+def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repeats: int, cache: Path) -> Measured:
+    """Measure a checkpoint on all local devices.
+
+    Args:
+        request: what every image of a batch is like; they differ in their seeds.
+        batch_size: images a device.
+        cache: an empty folder for compiled programs.
+    """
+    compile_cache.use(cache)
+    watch, again = Stopwatch(), Stopwatch()
+    pipe, load = _timed(lambda: _load(folder, dtype, batch_size, watch))
+    count = batch_size * len(watch)
+    batch = [pipe.spec.resolve(replace(request, seed=request.seed + i)) for i in range(count)]
+    pipe.generate(batch)
+    watch.clear()
+    results = [pipe.generate(batch) for _ in range(repeats)][-1]
+    stages = {name: sum(taken) / repeats for name, taken in watch.running.items()}
+    encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
+    rows, prompts = pipe.spec.calls(batch[0]), pipe.spec.program(batch[0]).prompts
+    watch.blocking = False
+    _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
+    peak = _peak_bytes(watch)
+    del pipe
+
+    jax.clear_caches()
+    pipe, reload = _timed(lambda: _load(folder, dtype, batch_size, again))
+    pipe.generate(batch)
+    return Measured(
+        batch_size=batch_size,
+        load=(load, reload),
+        compile_cold=dict(watch.compiling),
+        compile_warm=dict(again.compiling),
+        stages={**stages, "encode": sum(encoding)},
+        unet_call=stages["advance"] / (rows * prompts),
+        images_per_second=count * (repeats + 1) / seconds,
+        flops_per_image=_flops(pipe.spec, batch[0], rows),
+        peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
+        peak_bytes=peak,
+    )
+
+
+def _load(folder: Path, dtype: str, batch_size: int, watch: Stopwatch) -> StableDiffusion:
+    return StableDiffusion.from_pretrained(folder, dtype=dtype, batch_size=batch_size, devices=watch)
+
+
+def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - started
+
+
+def _flops(spec: Spec, request: Request, rows: int) -> float:
+    """Of one image; rows that pad the last call of `advance` are not counted."""
+    total = 0.0
+    for program in record(spec, request, 1):
+        calls = rows / SCAN_ROWS if program.name == "advance" else program.calls
+        total += calls * flops(program.function, *program.arguments)
+    return total
+
+
+def _peak_bytes(watch: Stopwatch) -> int:
+    stats = [device.memory_stats() for device in watch.devices]
+    return max(stat["peak_bytes_in_use"] for stat in stats) if all(stats) else max(watch.memory.values())
+
+
+def _peak_flops(kind: str, dtype: str) -> float:
+    """Operations that one device could do in a second."""
+    stated = [(len(name), peak) for name, peak in _PEAKS.items() if kind.startswith(name)]
+    if stated:
+        return max(stated)[1]
+    side = 2048
+    a = jnp.ones((side, side), dtype)
+    product = jax.jit(jnp.matmul).lower(a, a).compile()
+    return 2 * side**3 / min(_timed(lambda: product(a, a).block_until_ready())[1] for _ in range(5))

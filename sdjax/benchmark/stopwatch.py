@@ -1,0 +1,65 @@
+"""Devices that wait for each program and note how long it took."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdjax.parallel import Devices
+
+
+class Stopwatch(Devices):
+    """Local devices that run a program at a time.
+
+    compiling: seconds that each program took to trace and compile, by the name of its function in `sdjax.programs`.
+    running: seconds of each of its calls since `clear`; `host copy` is fetching pixels.
+    blocking: whether to wait for each; where not, calls are not timed.
+    memory: bytes of its arguments, results and temporaries on a device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiling: dict[str, float] = defaultdict(float)
+        self.running: dict[str, list[float]] = defaultdict(list)
+        self.memory: dict[str, int] = {}
+        self.blocking = True
+
+    def clear(self) -> None:
+        """Forget the calls so far."""
+        self.running.clear()
+
+    def join(self, array: jax.Array) -> np.ndarray:
+        started = time.perf_counter()
+        whole = super().join(array)
+        self.running["host copy"].append(time.perf_counter() - started)
+        return whole
+
+    def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        name = getattr(function, "func", function).__name__
+        mapped: Any = super().pmap(function, **options)
+        compiled: dict[Any, Any] = {}
+
+        def call(*arguments: Any) -> Any:
+            key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape"))
+            if key not in compiled:
+                started = time.perf_counter()
+                compiled[key] = mapped.lower(*arguments).compile()
+                self.compiling[name] += time.perf_counter() - started
+                self._note(name, compiled[key].memory_analysis())
+            if not self.blocking:
+                return compiled[key](*arguments)
+            jax.block_until_ready(arguments)
+            started = time.perf_counter()
+            result = jax.block_until_ready(compiled[key](*arguments))
+            self.running[name].append(time.perf_counter() - started)
+            return result
+
+        return call
+
+    def _note(self, name: str, found: Any) -> None:
+        if found is not None:
+            used = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+            self.memory[name] = max(self.memory.get(name, 0), used - found.alias_size_in_bytes)

@@ -1,0 +1,57 @@
+"""`python -m sdjax.bench`: its figures are of what ran, and its table, JSON and plot say the same."""
+
+import json
+
+import jax
+import pytest
+
+from sdjax import bench
+from sdjax.architectures import ARCHITECTURES
+from tests import torch_models
+
+SMALL = {
+    "text_encoder": {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1},
+    "unet": torch_models.UNET,
+    "vae": torch_models.VAE,
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A run of a small architecture with random weights, two steps and two batch sizes, on one device."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = {name: folder / f"bench.{name}" for name in ("json", "png")}
+    before = jax.config.jax_compilation_cache_dir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        patch.setitem(ARCHITECTURES, "sd15", SMALL)
+        options = ["--model", "sd15", "--batch-size", "1,2", "--repeats", "1", "--num-inference-steps", "2"]
+        assert bench.main([*options, "--json", str(files["json"]), "--plot", str(files["png"])]) == 0
+    jax.config.update("jax_compilation_cache_dir", before)
+    return files
+
+
+def test_every_stage_is_measured(measured):
+    found = json.loads(measured["json"].read_text())
+    assert [m["batch_size"] for m in found["sdjax"]] == [1, 2]
+    for m in found["sdjax"]:
+        assert set(m["stages"]) == {"encode_text", "start", "advance", "decode", "host copy", "encode"}
+        assert set(m["compile_cold"]) == set(m["compile_warm"]) == {"encode_text", "start", "advance", "decode"}
+        assert all(seconds > 0 for seconds in m["stages"].values())
+        # Two steps of two halves each.
+        assert m["unet_call"] == pytest.approx(m["stages"]["advance"] / 4)
+        assert 0 < m["share_of_peak"] < 1
+        assert m["peak_bytes"] > 0
+    one, two = found["sdjax"]
+    assert one["flops_per_image"] == two["flops_per_image"]
+    assert sum(two["compile_warm"].values()) < sum(two["compile_cold"].values())
+
+
+def test_the_plot_is_a_picture(measured):
+    assert measured["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_measured_is_said(capsys):
+    assert bench.main(["--batch-size", "many"]) == 2
+    assert bench.main(["--model", "/nowhere"]) == 2
+    assert "python -m sdjax.bench: " in capsys.readouterr().err
