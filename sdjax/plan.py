@@ -19,7 +19,8 @@ import jax
 
 from sdjax import architectures
 from sdjax.planning.chips import CHIPS
-from sdjax.planning.estimate import Plan, Planner
+from sdjax.planning.estimate import Plan, plan
+from sdjax.planning.fit import Fit
 from sdjax.planning.tpu import Compiler, PlanError
 from sdjax.request import Request
 from sdjax.sample import add_request_options
@@ -30,7 +31,9 @@ _GIB = 2**30
 
 def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one."""
-    result = argparse.ArgumentParser(prog="python -m sdjax.plan", description=__doc__.split("\n\n")[0])
+    result = argparse.ArgumentParser(
+        prog="python -m sdjax.plan", description="What would fit on a TPU that isn't here, and how fast."
+    )
     names = ", ".join(architectures.ARCHITECTURES)
     result.add_argument("--model", default=BUNDLED, help=f"{names}, or a checkpoint, of which no weights are read")
     result.add_argument("--target", choices=sorted(CHIPS), default="v5e", help="TPU chip (default: %(default)s)")
@@ -67,21 +70,21 @@ def make(options: argparse.Namespace) -> tuple[Plan | None, Request]:
         spec = Spec(source, dtype=options.dtype)
         resolved = spec.resolve(request)
         compiler = Compiler(CHIPS[options.target])
-        planner = Planner(spec, resolved, compiler, lambda text: print(text, file=sys.stderr))
-        return planner.plan(options.batch_size), resolved
+        fit = Fit(spec, resolved, compiler, lambda text: print(text, file=sys.stderr))
+        return plan(fit, compiler, options.batch_size), resolved
 
 
-def figures(plan: Plan, *, chips: int, price: float) -> dict[str, Any]:
+def figures(made: Plan, *, chips: int, price: float) -> dict[str, Any]:
     """A plan as numbers. Seconds, cycles and what follows from them are the compiler's estimates."""
-    rate = chips * plan.images_per_second
+    rate = chips * made.images_per_second
     return {
-        "batch_size": plan.batch_size,
-        "memory_bytes": plan.memory,
-        "usable_bytes": plan.chip.memory,
-        "estimated_seconds_per_batch": plan.seconds,
+        "batch_size": made.batch_size,
+        "memory_bytes": made.memory,
+        "usable_bytes": made.chip.memory,
+        "estimated_seconds_per_batch": made.seconds,
         "estimated_images_per_second": rate,
         "estimated_dollars_per_1000_images": chips * price / 3600 * 1000 / rate,
-        "estimated_share_of_peak": plan.share_of_peak,
+        "estimated_share_of_peak": made.share_of_peak,
         "programs": {
             program.recorded.name: {
                 "calls": program.recorded.calls,
@@ -92,7 +95,7 @@ def figures(plan: Plan, *, chips: int, price: float) -> dict[str, Any]:
                 "estimated_seconds": program.seconds,
                 "memory": vars(program.compiled.memory),
             }
-            for program in plan.programs
+            for program in made.programs
         },
     }
 
@@ -116,23 +119,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     chip = CHIPS[options.target]
     try:
         chips = chips_of(options.topology)
-        plan, request = make(options)
+        planned, request = make(options)
     except (ValueError, OSError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
     what = f"{options.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
-    if plan is None:
+    if planned is None:
         size = "one image" if options.batch_size is None else f"a batch of {options.batch_size}"
         print(f"{what}: {size} does not fit the {chip.memory / _GIB:.2f} GiB of a {chip.name}", file=sys.stderr)
         return 1
     price = chip.price if options.price is None else options.price
-    found = figures(plan, chips=chips, price=price)
+    found = figures(planned, chips=chips, price=price)
     print(f"{what}, on {chips} x {chip.name}; jax {jax.__version__}, libtpu {version('libtpu')}")
-    print(f"batch a chip: {plan.batch_size}, in {plan.memory / _GIB:.2f} of {chip.memory / _GIB:.2f} GiB\n")
+    print(
+        f"batch a chip: {found['batch_size']}, in {found['memory_bytes'] / _GIB:.2f} of {chip.memory / _GIB:.2f} GiB\n"
+    )
     print(table(found))
     print(
         f"\nEstimated, not measured: {found['estimated_images_per_second']:.3g} images/s on {chips} chips, "
-        f"{plan.share_of_peak:.0%} of the bfloat16 peak, "
+        f"{planned.share_of_peak:.0%} of the bfloat16 peak, "
         f"${found['estimated_dollars_per_1000_images']:.2f} per 1,000 images at ${price:.2f} a chip-hour.\n"
         "Made of the TPU compiler's estimated cycles, capped at what bytes take where nothing is multiplied, and of\n"
         "the attention kernel's products. The host's part is not in it."

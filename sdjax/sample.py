@@ -102,9 +102,11 @@ def _describe(options: argparse.Namespace) -> int:
 
 def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     started = time.perf_counter()
+    from sdjax import compile_cache
     from sdjax.generate import StableDiffusion
     from sdjax.spec import BUNDLED
 
+    compile_cache.use_default()
     pipe = StableDiffusion.from_pretrained(
         options.model or BUNDLED, dtype=options.dtype, batch_size=options.batch_size, **model_options(options)
     )

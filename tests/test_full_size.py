@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from sdjax.bench import ARCHITECTURES
+from sdjax.architectures import ARCHITECTURES
 from tests import checkpoints
 
 LOAD = r"""
@@ -29,8 +29,8 @@ print(json.dumps({"peak": peak, "seconds": seconds, "parameters": pipe.parameter
 def sd15(tmp_path_factory):
     """A random checkpoint of the full size, in half precision as most are."""
     configs = ARCHITECTURES["sd15"]
-    vocab = {key: value for key, value in configs["text"].items() if key != "vocab_size"}
-    pipeline = checkpoints.pipeline(unet=configs["unet"], vae=configs["vae"], text=vocab | {"vocab_size": 49408})
+    text = configs["text_encoder"] | {"vocab_size": 49408}
+    pipeline = checkpoints.pipeline(unet=configs["unet"], vae=configs["vae"], text=text)
     folder = tmp_path_factory.mktemp("full") / "sd15"
     pipeline.to(torch.float16).save_pretrained(folder)
     return folder

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from sdjax.request import Request
 
@@ -23,7 +23,7 @@ def measure(
         request: complete; its sampler is the checkpoint's own.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+    pipe: Any = DiffusionPipeline.from_pretrained(
         folder, torch_dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
     ).to(device)
     pipe.set_progress_bar_config(disable=True)

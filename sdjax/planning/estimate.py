@@ -1,24 +1,14 @@
-"""From compiled programs to what a user asks: what fits a chip, and how long it would take."""
+"""From compiled programs to how long a batch would take."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import jax
-from flax import nnx
 
 from sdjax.flops import flops
-from sdjax.generate import IN_FLIGHT, build
 from sdjax.planning.chips import Chip
+from sdjax.planning.fit import Fit
 from sdjax.planning.hlo import Cost, HloError
-from sdjax.planning.record import Recorded, record
+from sdjax.planning.record import Recorded
 from sdjax.planning.tpu import Compiled, Compiler
-from sdjax.request import Request
-from sdjax.spec import Spec
-
-_MOST = 256  # images a chip makes at once; more would gain nothing
-_FIRST = 4  # that are tried
 
 
 def kernel_cycles(name: str, operands: tuple[tuple[int, ...], ...], chip: Chip) -> float:
@@ -89,85 +79,11 @@ class Plan:
         return sum(program.flops for program in self.programs) / self.seconds / self.chip.peak
 
 
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or of their shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _networks(tree: Any) -> list[nnx.Module]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
-    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
-
-
-class Planner:
-    """Finds what fits a chip.
-
-    Args:
-        spec, request: all images of a batch are like this one.
-        compiler: for the chip.
-        say: is told what is being compiled, which takes minutes.
-    """
-
-    def __init__(self, spec: Spec, request: Request, compiler: Compiler, say: Callable[[str], None]) -> None:
-        self._spec, self._request, self._compiler, self._say = spec, request, compiler, say
-        self._recorded: dict[int, list[Recorded]] = {}
-        self._compiled: dict[tuple[int, str], tuple[Estimate, int] | None] = {}
-
-    def plan(self, batch_size: int | None = None) -> Plan | None:
-        """The plan for a batch of one chip, by default the largest that fits; None if it, or one image, does not."""
-        names = [recorded.name for recorded in self._programs(1)]
-        if batch_size is None:
-            batch_size = self._largest(names)
-        made = [self._estimate(name, batch_size) for name in names] if batch_size else [None]
-        if None in made:
-            return None
-        programs, memory = zip(*filter(None, made), strict=True)
-        return Plan(self._compiler.chip, batch_size, programs, max(memory))
-
-    def _largest(self, names: list[str]) -> int:
-        """What fits of every program; the UNet's, which takes longest to compile, is tried last."""
-        most = _MOST
-        for name in sorted(names, key=lambda name: name == "advance"):
-            good, bad, tried = 0, most + 1, min(_FIRST if most == _MOST else most, most)
-            while good < tried < bad:
-                found = self._estimate(name, tried)
-                if found is None:
-                    bad = tried
-                    tried = max(1, tried // 2) if good == 0 else tried - max(1, tried // 16)
-                else:
-                    good = tried
-                    tried = min(self._guess(tried, found[1]), bad - 1)
-            most = good
-        return most
-
-    def _guess(self, batch_size: int, memory: int) -> int:
-        """The largest batch that would fit if what a batch adds to the parameters grew in proportion to it."""
-        fixed = self._parameters
-        return int(batch_size * (self._compiler.chip.memory - fixed) / (memory - fixed))
-
-    def _programs(self, batch_size: int) -> list[Recorded]:
-        if batch_size not in self._recorded:
-            self._recorded[batch_size] = record(self._spec, self._request, batch_size)
-        return self._recorded[batch_size]
-
-    @cached_property
-    def _parameters(self) -> int:
-        return _bytes(build(self._spec))
-
-    def _estimate(self, name: str, batch_size: int) -> tuple[Estimate, int] | None:
-        """A program and the bytes on the chip while it runs; None if they are too many."""
-        key = batch_size, name
-        if key not in self._compiled:
-            self._say(f"compiling {name} for {batch_size} images on a {self._compiler.chip.name}")
-            programs = self._programs(batch_size)
-            recorded = next(program for program in programs if program.name == name)
-            compiled, found = self._compiler.compile(recorded), None
-            if compiled is not None:
-                # The other networks stay on the chip, and so does what other batches in flight have been given.
-                others = self._parameters - _bytes(_networks(recorded.arguments))
-                waiting = (IN_FLIGHT - 1) * sum(_bytes(program.result) for program in programs)
-                memory = compiled.memory.total + others + waiting
-                if memory <= self._compiler.chip.memory:
-                    found = Estimate(recorded, compiled, self._compiler.chip), memory
-            self._compiled[key] = found
-        return self._compiled[key]
+def plan(fit: Fit, compiler: Compiler, batch_size: int | None) -> Plan | None:
+    """The plan for a batch of one chip, by default the largest that fits; None if it, or one image, does not."""
+    batch_size = batch_size or fit.largest()
+    placed = [found for name in fit.names if batch_size and (found := fit.place(name, batch_size)) is not None]
+    if len(placed) < len(fit.names):
+        return None
+    programs = tuple(Estimate(found.recorded, found.compiled, compiler.chip) for found in placed)
+    return Plan(compiler.chip, batch_size, programs, max(found.memory for found in placed))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sdjax.planning.chips import Chip
 from sdjax.planning.hlo import Program
@@ -74,27 +74,32 @@ class Compiler:
             found = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **chip.options)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             raise PlanError(f"libtpu compiles nothing for {chip.topology} here: {error}") from None
-        self.chip = chip
+        self.chip, self.name, self.memory = chip, chip.name, chip.memory
         self._sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("device",)), PartitionSpec())
 
     def compile(self, recorded: Recorded) -> Compiled | None:
         """A program compiled for the chip; None where it needs more memory than the chip has."""
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding), recorded.arguments
-        )
-        lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return None
-            raise
-        found: Any = compiled.memory_analysis()
-        memory = Memory(
-            found.argument_size_in_bytes,
-            found.output_size_in_bytes,
-            found.alias_size_in_bytes,
-            found.temp_size_in_bytes,
-            found.generated_code_size_in_bytes,
-        )
-        return Compiled(memory, compiled.as_text())
+        return compiled_for(recorded, self._sharding)
+
+
+def compiled_for(recorded: Recorded, sharding: Sharding) -> Compiled | None:
+    """Compile a program for the device of a sharding; None where it needs more memory than that has."""
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), recorded.arguments
+    )
+    lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+    found: Any = compiled.memory_analysis()
+    memory = Memory(
+        found.argument_size_in_bytes,
+        found.output_size_in_bytes,
+        found.alias_size_in_bytes,
+        found.temp_size_in_bytes,
+        found.generated_code_size_in_bytes,
+    )
+    return Compiled(memory, compiled.as_text() or "")

@@ -17,7 +17,8 @@ from sdjax.generate import SCAN_ROWS, StableDiffusion
 from sdjax.models.unet import TransformerBlock, UNet2DCondition
 from sdjax.parallel import Devices
 from sdjax.planning.chips import CHIPS
-from sdjax.planning.estimate import Estimate, Planner
+from sdjax.planning.estimate import Estimate
+from sdjax.planning.fit import Fit, Local
 from sdjax.planning.record import Recorded, record
 from sdjax.planning.tpu import Compiled, Compiler, Memory
 from sdjax.request import Request
@@ -79,27 +80,46 @@ def test_flops_of_loops_and_branches():
 
 
 class _Stated:
-    """A compiler by whose word each image takes `each` bytes of a chip and the program `fixed`."""
+    """A compiler by whose word each image takes `each` bytes of a chip."""
 
-    def __init__(self, each: dict[str, int], fixed: int = 0):
-        self.chip, self.each, self.fixed, self.asked = CHIPS["v5e"], each, fixed, []
+    def __init__(self, each: dict[str, int]):
+        self.name, self.memory, self.each, self.asked = "v5e", CHIPS["v5e"].memory, each, []
 
     def compile(self, recorded: Recorded) -> Compiled | None:
         batch = jax.tree.leaves(recorded.result)[0].shape[0]
         self.asked.append((recorded.name, batch))
-        total = self.fixed + batch * self.each.get(recorded.name, 0)
-        return None if total > self.chip.memory else Compiled(Memory(0, 0, 0, total, 0), EMPTY)
+        total = batch * self.each.get(recorded.name, 0)
+        return None if total > self.memory else Compiled(Memory(0, 0, 0, total, 0), EMPTY)
 
 
 @pytest.mark.parametrize(
     ("each", "expected"),
-    [({"decode": 2**31}, 7), ({"decode": 2**31, "advance": 5 * 2**30}, 3), ({"advance": 2**34}, None)],
+    [({"decode": 2**31}, 7), ({"decode": 2**31, "advance": 5 * 2**30}, 3), ({"advance": 2**34}, 0)],
 )
 def test_the_largest_batch_is_found_in_few_compilations(tiny, each, expected):
     compiler = _Stated(each)
-    found = Planner(Spec(tiny), REQUEST, compiler, lambda _: None).plan()
-    assert (found and found.batch_size) == expected
+    assert Fit(Spec(tiny), REQUEST, compiler, lambda _: None).largest() == expected
     assert sum(name == "advance" for name, _ in compiler.asked) <= 5
+
+
+def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
+    device = jax.devices()[0]
+    with pytest.raises(ValueError, match="does not say how much memory it has"):
+        Local(device)
+
+    class Small:
+        """The CPU, by its own word with little memory."""
+
+        device_kind = "small"
+
+        def memory_stats(self):
+            return {"bytes_limit": 2**26}
+
+    local = Local(Small())
+    local._device = device
+    found = Fit(Spec(tiny), REQUEST, local, lambda _: None).place("decode", 2)
+    assert found is not None
+    assert 0 < found.memory < 2**26
 
 
 def test_what_the_command_refuses(capsys):

@@ -1,0 +1,134 @@
+"""The largest batch that fits a device, by compiling the programs and reading how much memory they take."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import nnx
+
+from sdjax.generate import IN_FLIGHT, build
+from sdjax.parallel import Device
+from sdjax.planning.record import Recorded, record
+from sdjax.planning.tpu import Compiled, compiled_for
+from sdjax.request import Request
+from sdjax.spec import Spec
+
+_MOST = 256  # images a device makes at once; more would gain nothing
+_FIRST = 4  # that are tried
+
+
+class Target(Protocol):
+    """A device to compile for.
+
+    Attributes:
+        name: for messages.
+        memory: bytes of main memory that a program may use.
+    """
+
+    name: str
+    memory: int
+
+    def compile(self, recorded: Recorded) -> Compiled | None:
+        """A program compiled; None where it needs more memory than there is."""
+        ...
+
+
+class Local:
+    """A device of this machine, as a target.
+
+    Raises:
+        ValueError: it does not say how much memory it has, as CPUs do not.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.name, self._device = device.device_kind, device
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit is None:
+            raise ValueError(f"a {self.name} does not say how much memory it has; give the batch size as a number")
+        self.memory: int = limit
+
+    def compile(self, recorded: Recorded) -> Compiled | None:
+        return compiled_for(recorded, jax.sharding.SingleDeviceSharding(self._device))
+
+
+class Placed(NamedTuple):
+    """A program that fits, and the bytes on the device while it runs."""
+
+    recorded: Recorded
+    compiled: Compiled
+    memory: int
+
+
+class Fit:
+    """What fits a device.
+
+    Args:
+        spec, request: all images of a batch are like this one.
+        target: the device.
+        say: is told what is being compiled, which takes minutes.
+    """
+
+    def __init__(self, spec: Spec, request: Request, target: Target, say: Callable[[str], None]) -> None:
+        self._spec, self._request, self._target, self._say = spec, request, target, say
+        self._recorded: dict[int, list[Recorded]] = {}
+        self._placed: dict[tuple[int, str], Placed | None] = {}
+        self.names = [recorded.name for recorded in self._programs(1)]
+
+    def largest(self) -> int:
+        """What fits of every program, 0 if not one image does; the UNet's, longest to compile, is tried last."""
+        most = _MOST
+        for name in sorted(self.names, key=lambda name: name == "advance"):
+            good, bad = 0, most + 1
+            tried = _FIRST if most == _MOST else most
+            while good < tried < bad:
+                placed = self.place(name, tried)
+                if placed is None:
+                    bad = tried
+                    tried = max(1, tried // 2) if good == 0 else tried - max(1, tried // 16)
+                else:
+                    good = tried
+                    tried = min(self._guess(tried, placed.memory), bad - 1)
+            most = good
+        return most
+
+    def _guess(self, batch_size: int, memory: int) -> int:
+        """The largest batch if what one adds to the parameters grows in proportion to it."""
+        return int(batch_size * (self._target.memory - self._parameters) / (memory - self._parameters))
+
+    def place(self, name: str, batch_size: int) -> Placed | None:
+        """A program for a batch; None if it and all that stays on the device beside it do not fit."""
+        key = batch_size, name
+        if key not in self._placed:
+            self._say(f"compiling {name} for {batch_size} images on a {self._target.name}")
+            programs = self._programs(batch_size)
+            recorded = next(program for program in programs if program.name == name)
+            compiled = self._target.compile(recorded)
+            self._placed[key] = None
+            if compiled is not None:
+                # The other networks stay, and so does what the other batches in flight have been given.
+                others = self._parameters - _bytes(_networks(recorded.arguments))
+                waiting = (IN_FLIGHT - 1) * sum(_bytes(program.result) for program in programs)
+                memory = compiled.memory.total + others + waiting
+                if memory <= self._target.memory:
+                    self._placed[key] = Placed(recorded, compiled, memory)
+        return self._placed[key]
+
+    def _programs(self, batch_size: int) -> list[Recorded]:
+        if batch_size not in self._recorded:
+            self._recorded[batch_size] = record(self._spec, self._request, batch_size)
+        return self._recorded[batch_size]
+
+    @cached_property
+    def _parameters(self) -> int:
+        return _bytes(build(self._spec))
+
+
+def _bytes(tree: Any) -> int:
+    """Of a tree of arrays, or of their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _networks(tree: Any) -> list[nnx.Module]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
