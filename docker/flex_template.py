@@ -11,7 +11,7 @@ from pipelines.options import GenerateOptions
 
 def own_spelling(argv: list[str]) -> list[str]:
     """The arguments, with the underscores of the job's own options as dashes."""
-    own = set(GenerateOptions([]).get_all_options(current_only=True))
+    own = GenerateOptions.defaults().keys()
     spelled = []
     for argument in argv:
         name, equals, value = argument.partition("=")

@@ -30,7 +30,7 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
     if swept:
         print(f"{job.command}: {swept}", file=sys.stderr)
     store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    pipeline = beam.Pipeline(options=job)
+    pipeline = beam.Pipeline(options=job.beam)
     build(pipeline)
     try:
         with progress.ProgressLine(store):
@@ -63,7 +63,7 @@ def write_report(job: JobOptions, model: Any, counts: Iterable[Any], *, contact_
         started=time.time(),
         model=model.name,
         fingerprint=model.fingerprint,
-        options=job.get_all_options(drop_default=True, current_only=True),
+        options=job.given(),
         price_per_hour=job.price_per_hour,
         contact_sheet=contact_sheet,
     )

@@ -19,11 +19,14 @@ class OptionError(ValueError):
     """Options that no job can run on; one line that names the option."""
 
 
-class JobOptions(PipelineOptions):
+class JobOptions(argparse.Namespace):
     """What the jobs' options share.
 
-    Beam puts the options of all direct subclasses of its own class into one parser. Those of a job are a subclass of
-    this one, so that two jobs may have options of one name.
+    They are not Beam's, which writes the options that it knows into the description of the job, for all to read who may
+    see it.
+
+    Attributes:
+        beam: the options that are Beam's.
     """
 
     command = ""
@@ -32,6 +35,7 @@ class JobOptions(PipelineOptions):
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"dtype": _DTYPES}
     least: ClassVar[dict[str, int]] = {"unit_size": 1, "batch_size": 1}
 
+    beam: PipelineOptions
     output: str
     model: str | None
     dtype: str
@@ -40,6 +44,22 @@ class JobOptions(PipelineOptions):
     overwrite: bool
     price_per_hour: float
     compilation_cache: str | None
+
+    @classmethod
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the job's own options to a parser."""
+        raise NotImplementedError
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The job's own options, with the values that they have where they are not given."""
+        parser = argparse.ArgumentParser(add_help=False)
+        cls.add_to(parser)
+        return vars(parser.parse_args([]))
+
+    def given(self) -> dict[str, Any]:
+        """The job's own options that are not at their default."""
+        return {name: getattr(self, name) for name, value in self.defaults().items() if getattr(self, name) != value}
 
     def check(self) -> None:
         """Refuse what needs no look at files or a model to refuse.
@@ -86,7 +106,7 @@ class GenerateOptions(JobOptions):
     least: ClassVar = {**JobOptions.least, "contact_sheet": 0}
 
     @classmethod
-    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
         job = _add_shared(parser)
         job.add_argument(
             "--prompts",
@@ -117,7 +137,7 @@ class EncodeOptions(JobOptions):
     least: ClassVar = {**JobOptions.least, "size": 8}
 
     @classmethod
-    def _add_argparse_args(cls, parser: argparse.ArgumentParser) -> None:
+    def add_to(cls, parser: argparse.ArgumentParser) -> None:
         job = _add_shared(parser)
         job.add_argument(
             "--images",
@@ -146,18 +166,17 @@ def parse(argv: list[str], kind: type[Options] = GenerateOptions) -> Options:
         epilog="Every option of Apache Beam and its runners can be given too, in Beam's spelling.",
         allow_abbrev=False,
     )
-    kind._add_argparse_args(parser)  # type: ignore[arg-type]
-    _, others = parser.parse_known_args(argv)
+    kind.add_to(parser)
+    job, others = parser.parse_known_args(argv, namespace=kind())
     beam = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in PipelineOptions.__subclasses__():
         options._add_argparse_args(beam)  # type: ignore[attr-defined]
     _, unknown = beam.parse_known_args(others)
     if unknown:
         raise OptionError(f"{unknown[0]} is no option of this job or of Beam; --help lists them")
-    options = PipelineOptions(argv)
-    standard = options.view_as(StandardOptions)
+    job.beam = PipelineOptions(others)
+    standard = job.beam.view_as(StandardOptions)
     if standard.runner in (None, "DirectRunner"):
         standard.runner = IN_PROCESS
-    job = options.view_as(kind)
     job.check()
     return job

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.flops", "sdjax.generate", "sdjax.images", "sdjax.parallel"),
         *("sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
+    "sdjax/encode.py": {"sdjax.models", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
 NO_JAX = ("sdjax/config",) + tuple(

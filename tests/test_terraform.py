@@ -43,6 +43,17 @@ def test_valid():
 
 
 @needs_provider
+@pytest.mark.parametrize("example", ["tpu-v5e", "gpu-l4"])
+def test_examples_are_valid(example, tmp_path):
+    """In a copy with the module inside: the stand-in sees one folder only."""
+    shutil.copytree(TERRAFORM, tmp_path / "module", ignore=shutil.ignore_patterns("examples", "tests", ".terraform*"))
+    main = (TERRAFORM / "examples" / example / "main.tf").read_text()
+    assert main.count('source = "../.."') == 1
+    (tmp_path / "main.tf").write_text(main.replace('"../.."', '"./module"'))
+    assert "The configuration is valid" in run(OFFLINE, tmp_path)
+
+
+@needs_provider
 def test_its_own_tests_pass():
     printed = run(OFFLINE, TERRAFORM, "test", "-no-color")
     assert re.search(r"\b[1-9][0-9]* passed, 0 failed", printed), printed
@@ -66,7 +77,8 @@ def test_outputs_are_what_the_launcher_reads():
 def test_template_declares_every_option_of_the_job():
     metadata = json.loads((TERRAFORM / "flex-template-metadata.json").read_text())
     declared = {parameter["name"]: parameter for parameter in metadata["parameters"]}
-    own = set(GenerateOptions([]).get_all_options(current_only=True)) - {"overwrite"}  # a flag has no value to pass
+    flags = {"overwrite", "allow_ckpt"}  # which have no value to pass
+    own = GenerateOptions.defaults().keys() - flags
     beams = {"disk_size_gb", "number_of_worker_harness_threads", "sdk_location", "worker_zone"}
     assert set(declared) == own | beams
     assert [name for name, parameter in declared.items() if not parameter.get("isOptional")] == ["prompts", "output"]

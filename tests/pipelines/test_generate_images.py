@@ -422,7 +422,7 @@ def test_threads_share_one_model(prompts, tmp_path):
 
 def test_beam_counts_the_same_in_one_namespace(prompts, tmp_path):
     job = parse(["--prompts", str(prompts), "--output", str(tmp_path / "out")])
-    pipeline = beam.Pipeline(options=job)
+    pipeline = beam.Pipeline(options=job.beam)
     generate_images.build(pipeline, job, sources.find(job.prompts), SPEC, standin.load)
     query = pipeline.run().metrics().query(MetricsFilter().with_namespace("sdjax"))
     counted: Counter[str] = Counter()

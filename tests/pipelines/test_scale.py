@@ -38,7 +38,7 @@ def plan(prompts: str, output: str) -> None:
     """Plan a job and print its images, seconds and peak memory in MB: what a process of its own is started for."""
     started = time.monotonic()
     job = parse(["--prompts", prompts, "--output", output])
-    with beam.Pipeline(options=job) as pipeline:
+    with beam.Pipeline(options=job.beam) as pipeline:
         units, _ = generate_images.plan(pipeline, job, sources.find(job.prompts), standin.Spec())
         images = units | beam.Map(lambda unit: unit.images) | beam.CombineGlobally(sum)
         _ = images | beam.io.WriteToText(f"{output}/images", num_shards=1, shard_name_template="")
