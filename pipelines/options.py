@@ -148,6 +148,12 @@ class EncodeOptions(JobOptions):
         )
         job.add_argument("--size", type=int, help="images are cut and scaled to size x size; default: the model's")
 
+    def check(self) -> None:
+        super().check()
+        if self.lora or self.textual_inversion:
+            name = "lora" if self.lora else "textual-inversion"
+            raise OptionError(f"--{name} would change the text encoder that training then starts from; leave it out")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:

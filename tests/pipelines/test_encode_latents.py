@@ -289,6 +289,8 @@ def test_sets_that_no_job_can_run_on_are_refused(tmp_path, tiny, capsys):
         assert message in line
     assert encode_latents.main(["--images", str(tmp_path), "--output", "o", "--model", str(tiny), "--size", "17"]) == 2
     assert "--size=17 is not a multiple of" in capsys.readouterr().err
+    assert run(tiny, "--images", tmp_path, "--output", tmp_path / "out", "--lora", "x.safetensors") == 2
+    assert "--lora would change the text encoder" in capsys.readouterr().err
 
 
 def damage_shard(output):
