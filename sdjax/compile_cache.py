@@ -11,7 +11,7 @@ _LEAST_SECONDS = 0.5  # of compiling, for a program to be kept
 
 def use_default() -> None:
     """Keep programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR or jax.config name a place already."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         use(caches / "sdjax" / "compiled", least_seconds=_LEAST_SECONDS)
 
