@@ -25,7 +25,8 @@ from pipelines.units import (
     unpack,
     write_rejected,
 )
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 
 UNITS_PER_CALL = 4  # one is written while the next is made; only the last of them is waited for
 _QUEUED = 4  # images per encoding thread that may wait for it

@@ -22,8 +22,8 @@ from pipelines.image_samples import Sample
 from pipelines.sources import Place, RowError, Source, SourceError
 from pipelines.storage import retry
 from sdjax import inputs
-from sdjax.request import RequestError
 from sdjax.training.data import CAPTIONS, IMAGES
+from sdjax.values import RequestError
 
 READERS = 16  # images that are fetched or decoded at once
 FOLDER_FILES = 4096  # of a folder in a piece

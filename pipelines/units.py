@@ -30,7 +30,8 @@ from apache_beam.pvalue import TaggedOutput
 from pipelines.progress import Heartbeat
 from pipelines.sources import Place, RowError, select_prompt
 from pipelines.storage import Store
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 
 SHARD_ROWS = 16_384
 COUNTS = "counts"  # the tagged output of each stage's share of the account

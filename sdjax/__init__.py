@@ -3,7 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 
 if TYPE_CHECKING:
     from sdjax.generate import Result, StableDiffusion

@@ -7,8 +7,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from sdjax.canvas import Canvas
-from sdjax.request import Request, corner_of, numbers, size_of
+from sdjax.request import Request
 from sdjax.sampling import Table, noise, scan
+from sdjax.values import corner_of, numbers, size_of
 
 
 class Pictures:

@@ -10,7 +10,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageFilter
 
 from sdjax import inputs
-from sdjax.request import MAX_SIDE, Request, RequestError, size_of
+from sdjax.request import MAX_SIDE, Request
+from sdjax.values import RequestError, size_of
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sdjax.prompts import Fragment, Token, in_chunks
-from sdjax.request import RequestError
+from sdjax.values import RequestError
 
 PLUS, MINUS = 1.1, 0.9
 MAX_ENCODINGS = 31

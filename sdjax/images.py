@@ -10,7 +10,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from sdjax.request import Request, numbers
+from sdjax.request import Request
+from sdjax.values import numbers
 
 FORMATS = {"png": "image/png", "jpg": "image/jpeg", "webp": "image/webp"}
 PNG_LEVEL = 1  # zlib; see BENCHMARKS.md for what each level costs and saves

@@ -8,7 +8,7 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sdjax.request import RequestError
+from sdjax.values import RequestError
 
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26

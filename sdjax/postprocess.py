@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from sdjax.request import size_of
+from sdjax.values import size_of
 
 _BLACK = 8  # of 255; the brightest value of a black image is below
 _FLAT = 2  # the standard deviation of each channel of a flat image is below

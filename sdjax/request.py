@@ -1,7 +1,5 @@
 """What a user may ask for: one `Request` an image, checked when made, read from a row of a prompt file."""
 
-import base64
-import io
 import json
 import math
 import os
@@ -14,19 +12,15 @@ from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 import numpy as np
 from PIL import Image
 
-MAX_PROMPT_CHARACTERS = 10_000
+from sdjax.values import LISTS, MAX_STEPS, SIZE, RequestError, check_text, coerce, numbers, shown, size_of
+
 MAX_SIDE = 4096
-MAX_STEPS = 1000
 MAX_SEED = 2**32 - 1
 
 Picture: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 """A picture as a path, an fsspec URL, a Pillow image, or uint8 [height, width(, 1, 3 or 4)]."""
 Pair: TypeAlias = str | Sequence[int]
 """A size as diffusers' (height, width) or as text, `1024x768`, width first; a corner as (top, left) or `0,16`."""
-
-
-class RequestError(ValueError):
-    """A request that cannot be honoured; the message names the field and what is allowed, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +130,12 @@ class Request:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = _coerce(field.name, getattr(self, field.name), _TYPES[field.name])
+            value = coerce(field.name, getattr(self, field.name), _TYPES[field.name])
             object.__setattr__(self, field.name, value)
         if not self.prompt.strip():
             raise RequestError("prompt is empty; give the text of the picture")
         for name in _PROMPTS:
-            _check_text(name, getattr(self, name) or "")
+            check_text(name, getattr(self, name) or "")
         self._check_lists()
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
@@ -159,21 +153,21 @@ class Request:
         if self.hires_scale > 1 and (self.mask_image is not None or self.outpaint is not None):
             raise RequestError("hires_scale would enlarge what mask_image and outpaint keep; leave it out")
         size = self.resize or "1x1"
-        if not (_SIZE.fullmatch(size) and all(1 <= side <= MAX_SIDE for side in size_of(size))):
-            raise RequestError(f"resize={_shown(size)} is no size; give one such as '640x360'")
+        if not (SIZE.fullmatch(size) and all(1 <= side <= MAX_SIDE for side in size_of(size))):
+            raise RequestError(f"resize={shown(size)} is no size; give one such as '640x360'")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise RequestError(f"{name}={_shown(value)} is unknown; allowed are {' and '.join(map(repr, allowed))}")
+                raise RequestError(f"{name}={shown(value)} is unknown; allowed are {' and '.join(map(repr, allowed))}")
         for name, needed in _NEEDS.items():
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise RequestError(f"{name} is given without {needed}, which it needs")
         if self.outpaint is not None:
             if self.mask_image is not None:
                 raise RequestError("outpaint makes its own mask; leave out mask_image, or repaint in a second request")
-            if not (_SIZE.fullmatch(self.outpaint) or _MARGINS.fullmatch(self.outpaint)):
+            if not (SIZE.fullmatch(self.outpaint) or _MARGINS.fullmatch(self.outpaint)):
                 raise RequestError(
-                    f"outpaint={_shown(self.outpaint)} is not understood; give margins such as 'left=128,top=64', or "
+                    f"outpaint={shown(self.outpaint)} is not understood; give margins such as 'left=128,top=64', or "
                     "a size such as '768x512'"
                 )
 
@@ -182,8 +176,8 @@ class Request:
         for name in ("timesteps", "guidance_scales"):
             text = getattr(self, name)
             if text is not None and numbers(text) is None:
-                raise RequestError(f"{name}={_shown(text)} is no list of numbers; give one such as '9,5,1'")
-        sigmas, timesteps, scales = (numbers(getattr(self, name)) for name in _LISTS)
+                raise RequestError(f"{name}={shown(text)} is no list of numbers; give one such as '9,5,1'")
+        sigmas, timesteps, scales = (numbers(getattr(self, name)) for name in LISTS)
         if sigmas and timesteps:
             raise RequestError("sigmas and timesteps are both lists; give one of them")
         if listed := timesteps or sigmas:
@@ -243,8 +237,6 @@ _DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
-_SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
-_CORNERS = ("crops_coords_top_left", "negative_crops_coords_top_left")
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED),
     "num_inference_steps": (1, MAX_STEPS),
@@ -274,29 +266,7 @@ _NEEDS = {
     "padding_mask_crop": "mask_image",
     "outpaint": "image",
 }
-_SIZE = re.compile(r"\d{1,5}x\d{1,5}")
-_CORNER = re.compile(r"\d{1,5},\d{1,5}")
 _MARGINS = re.compile(r"(?!.*\b(\w+)=.*\b\1=)((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
-_LISTS = ("sigmas", "timesteps", "guidance_scales")
-_LIST = re.compile(r"[\[(\s]*[-+.\d]")  # how a list of numbers begins, and no name
-_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """Width and height of `640x360`."""
-    width, height = text.split("x")
-    return int(width), int(height)
-
-
-def corner_of(text: str) -> tuple[int, int]:
-    """Top and left of `0,16`."""
-    top, left = text.split(",")
-    return int(top), int(left)
-
-
-def numbers(text: str | Sequence[float] | None) -> list[float] | None:
-    """The numbers of a Request's list, such as `14.6,5,1`; None of a name, or of None."""
-    return [float(number) for number in text.split(",")] if isinstance(text, str) and _LIST.match(text) else None
 
 
 def _field_type(hint: Any) -> tuple[type, bool]:
@@ -315,105 +285,3 @@ _TYPES: dict[str, tuple[type, bool]] = {
 def field_types() -> dict[str, type]:
     """Each Request field's name and plain type, in order: what the command lines are built from."""
     return {name: kind for name, (kind, _) in _TYPES.items()}
-
-
-def _coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
-    """`value` as the field's type; only lossless conversions (text to number, 3.0 to 3, NumPy scalars)."""
-    kind, optional = expected
-    if value is None and optional:
-        return None
-    if isinstance(value, np.generic):
-        value = value.item()
-    if name in ("image", "mask_image"):
-        value = _picture(name, value)
-    if name in _LISTS:
-        value = _listed(name, value)
-    if name in _SIZES or name in _CORNERS:
-        value = _pair(name, value)
-    if kind is bool:
-        if isinstance(value, str):
-            value = _WORDS.get(value.strip().lower(), value)
-        if isinstance(value, (bool, int, float)) and value in (0, 1):
-            return bool(value)
-    elif kind is str:
-        if isinstance(value, str):
-            return value
-    elif value is not None and not isinstance(value, bool):
-        try:
-            number = float(value) if kind is float or not isinstance(value, str) else int(value)
-            if kind is int and number == int(number):
-                return int(value) if isinstance(value, (int, str)) else int(number)
-            if kind is float and math.isfinite(number):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-    wanted = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
-    raise RequestError(f"{name}={_shown(value)} is not {wanted}")
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-
-
-def _listed(name: str, value: Any) -> Any:
-    """Numbers, listed in any usual way, as text; what is no list as it is."""
-    if isinstance(value, str):
-        if not _LIST.match(value):
-            return value
-        value = value.strip("[]() \t\n").replace(",", " ").split()
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = [value]
-    if not isinstance(value, (Sequence, np.ndarray)):
-        return value
-    try:
-        found = [float(number) for number in value]
-    except (TypeError, ValueError):
-        found = []
-    if not (0 < len(found) <= MAX_STEPS + 1 and all(map(math.isfinite, found))):
-        raise RequestError(f"{name}={_shown(value)} is no list of 1 to {MAX_STEPS} numbers, such as '9,5,1'")
-    return ",".join(repr(number).removesuffix(".0") for number in found)
-
-
-def _picture(name: str, value: Any) -> Any:
-    """A path as text; a picture in memory as a URL that holds it."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, np.ndarray):
-        if value.dtype != np.uint8 or value.ndim not in (2, 3):
-            raise RequestError(f"{name} is {value.dtype} {list(value.shape)}; an array is uint8 [height, width, 3]")
-        try:
-            value = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
-        except (TypeError, ValueError):
-            raise RequestError(f"{name} is uint8 {list(value.shape)}; an array is uint8 [height, width, 3]") from None
-    if isinstance(value, Image.Image):
-        buffer = io.BytesIO()
-        try:
-            value.save(buffer, "PNG", compress_level=1, exif=value.getexif())
-        except (OSError, ValueError) as error:
-            raise RequestError(f"{name} cannot be kept: {error}; convert it to RGB") from None
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    if isinstance(value, str) and ("\0" in value or not value.strip()):
-        raise RequestError(f"{name}={_shown(value)} is no path or URL")
-    return value
-
-
-def _pair(name: str, value: Any) -> str:
-    """A size or a corner as text."""
-    is_size, text = name in _SIZES, value
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
-        text = "{1}x{0}".format(*value) if is_size else "{},{}".format(*value)
-    if isinstance(text, str) and (_SIZE if is_size else _CORNER).fullmatch(text):
-        return text
-    example = "a size; give one such as '1024x768'" if is_size else "a corner; give top and left such as '0,16'"
-    raise RequestError(f"{name}={_shown(value)} is not {example}")
-
-
-def _check_text(name: str, text: str) -> None:
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise RequestError(f"{name} has {len(text):,} characters; allowed are {MAX_PROMPT_CHARACTERS:,}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} is not valid Unicode at character {error.start}; give UTF-8 text") from None
-    if "\0" in text:
-        raise RequestError(f"{name} holds a NUL character; give plain text")

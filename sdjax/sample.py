@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from sdjax import images
 from sdjax.model_options import add_model_options, model_options
-from sdjax.request import Request, RequestError, field_types
+from sdjax.request import Request, field_types
+from sdjax.values import RequestError
 
 if TYPE_CHECKING:
     from sdjax.generate import StableDiffusion

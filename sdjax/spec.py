@@ -14,8 +14,9 @@ from sdjax import canvas, family, sampling, text
 from sdjax.canvas import Canvas
 from sdjax.family import TOKENIZERS
 from sdjax.prompts import MAX_CLAUSES
-from sdjax.request import MAX_SIDE, Request, RequestError, numbers
+from sdjax.request import MAX_SIDE, Request
 from sdjax.text import Text, Tokenizer
+from sdjax.values import RequestError, numbers
 from sdjax.weights.checkpoint import Edit
 from sdjax.weights.lora import Lora, fused
 from sdjax.weights.single_file import open_checkpoint

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 # Each room, and everything of this project that its files may import.
 MAY_IMPORT = {
-    "sdjax/request.py": set(),
+    "sdjax/values.py": set(),
+    "sdjax/request.py": {"sdjax.values"},
     "sdjax/config": {"sdjax.config"},
-    "sdjax/images.py": {"sdjax.request"},
-    "sdjax/inputs.py": {"sdjax.request"},
-    "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request"},
+    "sdjax/images.py": {"sdjax.request", "sdjax.values"},
+    "sdjax/inputs.py": {"sdjax.values"},
+    "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request", "sdjax.values"},
     "sdjax/parallel.py": set(),
     "sdjax/architectures.py": set(),
     "sdjax/compile_cache.py": set(),
@@ -24,15 +25,15 @@ MAY_IMPORT = {
     "sdjax/sampling": {"sdjax.sampling"},
     "sdjax/weights": {"sdjax.weights", "sdjax.config"},
     "sdjax/prompts.py": set(),
-    "sdjax/compel.py": {"sdjax.prompts", "sdjax.request"},
+    "sdjax/compel.py": {"sdjax.prompts", "sdjax.values"},
     "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.weights"},
     "sdjax/family.py": {"sdjax.config", "sdjax.weights"},
     "sdjax/spec.py": {
         *("sdjax.canvas", "sdjax.family", "sdjax.prompts", "sdjax.request"),
-        *("sdjax.sampling", "sdjax.text", "sdjax.weights"),
+        *("sdjax.sampling", "sdjax.text", "sdjax.values", "sdjax.weights"),
     },
-    "sdjax/postprocess.py": {"sdjax.request"},
-    "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling"},
+    "sdjax/postprocess.py": {"sdjax.values"},
+    "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling", "sdjax.values"},
     "sdjax/programs.py": {"sdjax.models", "sdjax.sampling"},
     "sdjax/generate.py": {
         *("sdjax.batch", "sdjax.canvas", "sdjax.family", "sdjax.models", "sdjax.parallel", "sdjax.postprocess"),
@@ -49,7 +50,8 @@ MAY_IMPORT = {
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
 NO_JAX = ("sdjax/config",) + tuple(
-    f"sdjax/{name}.py" for name in ("__init__", "canvas", "images", "inputs", "model_options", "prompts", "request")
+    f"sdjax/{name}.py"
+    for name in ("__init__", "canvas", "images", "inputs", "model_options", "prompts", "request", "values")
 )
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdjax import canvas
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (45, 70, 3), np.uint8)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sdjax import inputs
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 
 GREY = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
 RGB = np.stack([GREY, 255 - GREY, GREY // 2], axis=-1)

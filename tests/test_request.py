@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax.request import MAX_SEED, Request, RequestError, numbers
+from sdjax.request import MAX_SEED, Request
+from sdjax.values import RequestError, numbers
 
 REFUSED = [
     ({"prompt": ""}, "prompt is empty"),

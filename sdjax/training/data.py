@@ -19,10 +19,10 @@ from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from sdjax import inputs
-from sdjax.request import RequestError
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.encoded import DataError, EncodedSet
+from sdjax.values import RequestError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS = ("text", "caption", "prompt")  # the columns of metadata.jsonl that are taken, the first that is there

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from pipelines import generate_images
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 
 SIDE = 16
 NAN_PROMPT = "overflow"  # makes a black picture with the flag that a network's NaN gets

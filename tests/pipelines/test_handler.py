@@ -8,7 +8,8 @@ from apache_beam.testing.util import assert_that, equal_to
 from pipelines.handler import LazyModel, SdjaxModelHandler, UnitHandler
 from pipelines.options import IN_PROCESS
 from pipelines.sinks import Images
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 from tests.pipelines import standin
 
 SPEC = standin.Spec()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pipelines.sources import Place
 from pipelines.units import Row, make_units, pack, padded_calls, rejection, shard_count, shard_of, unit_name, unpack
-from sdjax.request import Request, RequestError
+from sdjax.request import Request
+from sdjax.values import RequestError
 from tests.pipelines import standin
 
 SPEC = standin.Spec()

@@ -1,0 +1,148 @@
+"""What users write for a Request's fields, as values of the fields' types, and the error that says what is wrong."""
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_STEPS = 1000
+
+_SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
+_CORNERS = ("crops_coords_top_left", "negative_crops_coords_top_left")
+SIZE = re.compile(r"\d{1,5}x\d{1,5}")
+_CORNER = re.compile(r"\d{1,5},\d{1,5}")
+LISTS = ("sigmas", "timesteps", "guidance_scales")
+_LIST = re.compile(r"[\[(\s]*[-+.\d]")  # how a list of numbers begins, and no name
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Width and height of `640x360`."""
+    width, height = text.split("x")
+    return int(width), int(height)
+
+
+def corner_of(text: str) -> tuple[int, int]:
+    """Top and left of `0,16`."""
+    top, left = text.split(",")
+    return int(top), int(left)
+
+
+def numbers(text: str | Sequence[float] | None) -> list[float] | None:
+    """The numbers of a Request's list, such as `14.6,5,1`; None of a name, or of None."""
+    return [float(number) for number in text.split(",")] if isinstance(text, str) and _LIST.match(text) else None
+
+
+class RequestError(ValueError):
+    """A request that cannot be honoured; the message names the field and what is allowed, in one line."""
+
+
+def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
+    """`value` as the field's type; only lossless conversions (text to number, 3.0 to 3, NumPy scalars)."""
+    kind, optional = expected
+    if value is None and optional:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if name in ("image", "mask_image"):
+        value = _picture(name, value)
+    if name in LISTS:
+        value = _listed(name, value)
+    if name in _SIZES or name in _CORNERS:
+        value = _pair(name, value)
+    if kind is bool:
+        if isinstance(value, str):
+            value = _WORDS.get(value.strip().lower(), value)
+        if isinstance(value, (bool, int, float)) and value in (0, 1):
+            return bool(value)
+    elif kind is str:
+        if isinstance(value, str):
+            return value
+    elif value is not None and not isinstance(value, bool):
+        try:
+            number = float(value) if kind is float or not isinstance(value, str) else int(value)
+            if kind is int and number == int(number):
+                return int(value) if isinstance(value, (int, str)) else int(number)
+            if kind is float and math.isfinite(number):
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+    wanted = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
+    raise RequestError(f"{name}={shown(value)} is not {wanted}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error's one line."""
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+def _listed(name: str, value: Any) -> Any:
+    """Numbers, listed in any usual way, as text; what is no list as it is."""
+    if isinstance(value, str):
+        if not _LIST.match(value):
+            return value
+        value = value.strip("[]() \t\n").replace(",", " ").split()
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = [value]
+    if not isinstance(value, (Sequence, np.ndarray)):
+        return value
+    try:
+        found = [float(number) for number in value]
+    except (TypeError, ValueError):
+        found = []
+    if not (0 < len(found) <= MAX_STEPS + 1 and all(map(math.isfinite, found))):
+        raise RequestError(f"{name}={shown(value)} is no list of 1 to {MAX_STEPS} numbers, such as '9,5,1'")
+    return ",".join(repr(number).removesuffix(".0") for number in found)
+
+
+def _picture(name: str, value: Any) -> Any:
+    """A path as text; a picture in memory as a URL that holds it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3):
+            raise RequestError(f"{name} is {value.dtype} {list(value.shape)}; an array is uint8 [height, width, 3]")
+        try:
+            value = Image.fromarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+        except (TypeError, ValueError):
+            raise RequestError(f"{name} is uint8 {list(value.shape)}; an array is uint8 [height, width, 3]") from None
+    if isinstance(value, Image.Image):
+        buffer = io.BytesIO()
+        try:
+            value.save(buffer, "PNG", compress_level=1, exif=value.getexif())
+        except (OSError, ValueError) as error:
+            raise RequestError(f"{name} cannot be kept: {error}; convert it to RGB") from None
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    if isinstance(value, str) and ("\0" in value or not value.strip()):
+        raise RequestError(f"{name}={shown(value)} is no path or URL")
+    return value
+
+
+def _pair(name: str, value: Any) -> str:
+    """A size or a corner as text."""
+    is_size, text = name in _SIZES, value
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        text = "{1}x{0}".format(*value) if is_size else "{},{}".format(*value)
+    if isinstance(text, str) and (SIZE if is_size else _CORNER).fullmatch(text):
+        return text
+    example = "a size; give one such as '1024x768'" if is_size else "a corner; give top and left such as '0,16'"
+    raise RequestError(f"{name}={shown(value)} is not {example}")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise RequestError where a prompt is too long or is not text that UTF-8 can hold."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise RequestError(f"{name} has {len(text):,} characters; allowed are {MAX_PROMPT_CHARACTERS:,}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} is not valid Unicode at character {error.start}; give UTF-8 text") from None
+    if "\0" in text:
+        raise RequestError(f"{name} holds a NUL character; give plain text")
