@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, Float16, Int, UInt8
 
 from sdjax.models.clip import CLIPTextModel
 from sdjax.models.vae import AutoencoderKL
+from sdjax.networks import load
 from sdjax.parallel import Device, Devices
 from sdjax.spec import Spec
-from sdjax.weights import checkpoint
 from sdjax.weights.checkpoint import CheckpointError
 
-NETWORKS = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+NETWORKS = ("text_encoder", "vae")
 _IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
 
 
@@ -88,12 +88,7 @@ class Encoder:
         if spec.family.is_xl:
             raise CheckpointError(f"{spec.name} is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained")
         on = Devices(devices)
-        networks = {}
-        for name, network in NETWORKS.items():
-            module = network(spec.configs[name], dtype=spec.dtype, param_dtype=spec.dtype, rngs=None)
-            tensors = spec.checkpoint.tensors(name)
-            networks[name] = checkpoint.fill(module, tensors, what=f"{name} of {spec.name}", place=on.replicate)
-        return cls(spec, networks, batch_size or (1 if on.platform == "cpu" else 8), on)
+        return cls(spec, load(spec, on, NETWORKS), batch_size or (1 if on.platform == "cpu" else 8), on)
 
     @cached_property
     def unconditional(self) -> Float16[np.ndarray, "length hidden"]:

@@ -27,9 +27,7 @@ from sdjax import postprocess, programs, sampling
 from sdjax.batch import HostNoise, Pictures, guidance_embedding, guidance_weights, time_ids
 from sdjax.canvas import Canvas
 from sdjax.family import TOKENIZERS
-from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from sdjax.models.unet import UNet2DCondition
-from sdjax.models.vae import AutoencoderKL
+from sdjax.networks import load
 from sdjax.parallel import Device, Devices
 from sdjax.request import Request
 from sdjax.sampling import noise, scan
@@ -41,12 +39,6 @@ from sdjax.weights.single_file import is_single_file
 SCAN_ROWS = 5
 """Sampler rows in one call of the compiled scan: divides the usual step counts, and is long enough to hide dispatch."""
 
-_NETWORKS = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "unet": UNet2DCondition,
-    "vae": AutoencoderKL,
-}
 IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
 _READERS = 8  # images of a batch that are fetched at once
 
@@ -71,16 +63,6 @@ class Result:
     def image(self) -> Image.Image:
         """The pixels as a Pillow image."""
         return Image.fromarray(self.pixels)
-
-
-def build(spec: Spec) -> dict[str, nnx.Module]:
-    """The networks of a checkpoint, with shapes in place of parameters."""
-    networks = {}
-    for name, config in spec.configs.items():
-        overflows = name == "vae" and spec.family.upcasts_vae and spec.dtype == "float16"
-        dtype = "float32" if overflows else spec.dtype
-        networks[name] = _NETWORKS[name](config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
-    return networks
 
 
 class StableDiffusion:
@@ -132,11 +114,7 @@ class StableDiffusion:
             batch_size = 1 if on.platform == "cpu" else 4
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} makes nothing; allowed is 1 or more")
-        networks = build(spec)
-        for name, network in networks.items():
-            tensors = spec.checkpoint.tensors(name)
-            what = f"{name} of {spec.name}"
-            checkpoint.fill(network, tensors, what=what, place=on.replicate, edit=spec.edit(name))
+        networks = load(spec, on)
         _ = spec.tokenizers  # refused now where they cannot be read
         return cls(spec, networks, batch_size, on)
 

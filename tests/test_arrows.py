@@ -35,18 +35,20 @@ MAY_IMPORT = {
     "sdjax/postprocess.py": {"sdjax.values"},
     "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling", "sdjax.values"},
     "sdjax/programs.py": {"sdjax.models", "sdjax.sampling"},
+    "sdjax/networks.py": {"sdjax.models", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
     "sdjax/generate.py": {
-        *("sdjax.batch", "sdjax.canvas", "sdjax.family", "sdjax.models", "sdjax.parallel", "sdjax.postprocess"),
+        *("sdjax.batch", "sdjax.canvas", "sdjax.family", "sdjax.networks", "sdjax.parallel", "sdjax.postprocess"),
         *("sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text", "sdjax.weights"),
     },
     "sdjax/planning": {
-        *("sdjax.flops", "sdjax.generate", "sdjax.parallel", "sdjax.planning", "sdjax.request", "sdjax.spec"),
+        *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.request"),
+        "sdjax.spec",
     },
     "sdjax/benchmark": {
         *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.flops", "sdjax.generate", "sdjax.images", "sdjax.parallel"),
-        *("sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
+        *("sdjax.networks", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
-    "sdjax/encode.py": {"sdjax.models", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
+    "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
 NO_JAX = ("sdjax/config",) + tuple(

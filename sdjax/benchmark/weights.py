@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from sdjax.generate import build
+from sdjax.networks import build
 from sdjax.spec import Spec
 from sdjax.weights import checkpoint
 

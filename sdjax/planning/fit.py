@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from flax import nnx
 
-from sdjax.generate import IN_FLIGHT, build
+from sdjax.generate import IN_FLIGHT
+from sdjax.networks import build
 from sdjax.parallel import Device
 from sdjax.planning.record import Recorded, record
 from sdjax.planning.tpu import Compiled, compiled_for

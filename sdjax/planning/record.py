@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdjax.generate import StableDiffusion, build
+from sdjax.generate import StableDiffusion
+from sdjax.networks import build
 from sdjax.parallel import Devices
 from sdjax.request import Request
 from sdjax.spec import Spec
