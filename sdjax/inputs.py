@@ -38,7 +38,7 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
         RequestError: it is missing, corrupt, no picture, another one than was named, or larger than `MAX_BYTES` as a
             file or than `MAX_PIXELS` in pixels, which is asked before anything is decoded.
     """
-    shown = url if len(url) <= 80 else url[:77] + "..."
+    shown = url if len(url) <= 80 else f"{url[:20]}...{url[-57:]}"
     try:
         with fsspec.open(url, "rb") as file:
             data = file.read(MAX_BYTES + 1)  # type: ignore[reportAttributeAccessIssue]

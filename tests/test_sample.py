@@ -104,7 +104,10 @@ def test_the_same_command_makes_the_same_files(made, tiny, tmp_path):
 
 
 def test_an_interrupt_leaves_whole_files_only(tiny, tmp_path):
-    command = [sys.executable, "-m", "sdjax.sample", "a red circle", "--num-images", "500", "--model", str(tiny)]
+    # A shell's background jobs ignore SIGINT, and so would whatever this test starts in one.
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heeding += "runpy.run_module('sdjax.sample', run_name='__main__')"
+    command = [sys.executable, "-c", heeding, "a red circle", "--num-images", "500", "--model", str(tiny)]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "TQDM_DISABLE": "1"}
     process = subprocess.Popen(
         [*command, *SMALL, "--output", str(tmp_path / "out")],
