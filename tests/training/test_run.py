@@ -82,7 +82,7 @@ def _write(folder, task="unet", cache="true", prompts=()):
 
 def _command(*options):
     # On a CPU that is busy otherwise, XLA's threads may add up in another order; one thread always gives the same bits.
-    flags = "--xla_cpu_multi_thread_eigen=false --xla_llvm_disable_expensive_passes=true"
+    flags = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "sdjax.train", *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
