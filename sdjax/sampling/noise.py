@@ -2,11 +2,13 @@
 
 - "jax": threefry draws on the device; a request's key, folded with a number per use (`START`, `POSTERIOR`, a row's).
 - "torch": what `torch.Generator("cpu").manual_seed(seed)` draws, in NumPy on the host, in the order in which diffusers
-  draws: any posterior sample of an encoded image, the start latent, then each step's.
+  draws: any posterior sample of an encoded image, the start latent, then each step's. A Brownian motion is drawn apart
+  from these, as torchsde draws it from the same seed.
 
 Neither depends on the batch, on the position in it, or on what else is in it.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -20,6 +22,7 @@ from sdjax.sampling.table import Table
 START, POSTERIOR, ROWS = 0, 1, 2
 """What a "jax" key is folded with: for the start latent, for the VAE's posterior, and (plus the row) for each row."""
 
+_DIGITS, _POOL = 6, 24  # of the times in a Brownian tree, and of the entropy for its seeds, as diffusers sets them
 _BLOCK = 16  # torch fills in blocks of sixteen, and draws the last sixteen again where the size is no multiple
 
 
@@ -31,6 +34,7 @@ class TorchGenerator:
     """
 
     def __init__(self, seed: int):
+        self.initial_seed = seed
         self._bits = np.random.RandomState(seed & 0xFFFFFFFF)
         self._cached: float | None = None
 
@@ -84,15 +88,56 @@ def torch_step_noise(
     """Every row's noise as diffusers would draw it; zeros where a row uses none, and in rows after the table's own.
 
     Call it after the start latent has been drawn from the same generator. Draws that diffusers makes and does not use
-    are made too where a used one follows. shape: (H, W, C).  rows: R, by default the table's own.
+    are made too where a used one follows. A Brownian motion is of the generator's seed, as in diffusers where
+    noise_sampler_seed is that. shape: (H, W, C).  rows: R, by default the table's own.
     """
     noise = np.zeros((table.calls if rows is None else rows, *shape), np.float32)
     used = table.uses_noise
+    if table.walk:
+        if used.any():
+            noise[: table.calls - 1] = brownian_steps(generator.initial_seed, table.walk, shape)
+        return noise
     for row in range(int(np.max(np.nonzero(used)[0], initial=-1)) + 1):
         if table.draws[row]:
             drawn = torch_latent(generator, shape)
             noise[row] = drawn if used[row] else 0
     return noise
+
+
+def brownian_steps(seed: int, walk: Sequence[float], shape: Sequence[int]) -> Float32[np.ndarray, "N H W C"]:
+    """Steps down a Brownian motion, each over the root of its length: torchsde's BrownianInterval as diffusers has it.
+
+    The motion is a tree: each interval's middle is drawn given its ends, from a seed of its place, until the middle is
+    the time asked for, to six digits. So it depends on its seed and its ends alone, and not on the times between.
+
+    seed: 0 or more.  walk: N + 2 falling times: the motion's upper end, then the steps' ends, the last its lower end.
+    shape: (H, W, C).
+    """
+    high, *times = (round(time, _DIGITS) for time in walk)
+    low = times[-1]
+
+    def draw(*place: int) -> Float32[np.ndarray, "H W C"]:
+        (state,) = np.random.SeedSequence(seed, spawn_key=place, pool_size=_POOL).generate_state(1)
+        return torch_latent(TorchGenerator(int(state)), shape)
+
+    path = {low: np.zeros(tuple(shape), np.float32), high: math.sqrt(high - low) * draw()}
+
+    def halve(start: float, end: float, key: int, depth: int, wanted: set[float]) -> None:
+        wanted = {time for time in wanted if start < time < end}
+        if wanted:
+            middle = round((start + end) / 2, _DIGITS)
+            share = (middle - start) / (end - start)
+            mean = path[start] + share * (path[end] - path[start])
+            path[middle] = mean + math.sqrt(share * (end - middle)) * draw(key, depth)
+            halve(start, middle, 2 * key, depth + 1, wanted)
+            halve(middle, end, 2 * key + 1, depth + 1, wanted)
+            if middle not in wanted:
+                del path[middle]
+
+    halve(low, high, 0, 0, set(times))
+    # Times that are the same to six digits have no step between them.
+    pairs = itertools.pairwise(times)
+    return np.stack([(path[b] - path[a]) / math.sqrt(max(a - b, 10**-_DIGITS)) for a, b in pairs])
 
 
 def keys(seeds: Sequence[int]) -> UInt32[np.ndarray, "B 2"]:

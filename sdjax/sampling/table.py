@@ -31,6 +31,8 @@ class Table:
     step: [R] int; the sampler step, from 0, that the row is part of (two-stage methods have two rows a step).
     draws: [R] bool; whether diffusers draws noise at this row, used or not.
     start_signal, start_noise: the latent to start from is start_signal * image + start_noise * noise.
+    walk: [R + 1] where the rows' noises are the steps of one Brownian motion over sigma / alpha: where that begins, at
+        or (in image-to-image) above the first row, and where each row is; else empty.
     """
 
     t: Float64[np.ndarray, " R"]
@@ -45,10 +47,11 @@ class Table:
     draws: Bool[np.ndarray, " R"]
     start_signal: float
     start_noise: float
+    walk: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         rows = len(self.t)
-        shapes = {"cm": (rows, HISTORY), "cn": (rows, NOISES)}
+        shapes = {"cm": (rows, HISTORY), "cn": (rows, NOISES), "walk": (rows + 1,) if self.walk else (0,)}
         for field in fields(self):
             value = np.asarray(getattr(self, field.name))
             expected = () if field.name.startswith("start_") else shapes.get(field.name, (rows,))
@@ -73,8 +76,10 @@ class Table:
         return np.any(later, axis=0)
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], *, start_signal: float, start_noise: float) -> "Table":
-        """Packs traced rows."""
+    def from_rows(
+        cls, rows: Sequence[Row], *, start_signal: float, start_noise: float, walk_from: float | None = None
+    ) -> "Table":
+        """Packs traced rows. walk_from: where a Brownian motion that gives their noises begins."""
         cm, cn = np.zeros((len(rows), HISTORY)), np.zeros((len(rows), NOISES))
         cx = np.array([row.update.terms.get(("x", i), 0.0) for i, row in enumerate(rows)])
         for i, row in enumerate(rows):
@@ -99,6 +104,7 @@ class Table:
             draws=np.array([row.drawn for row in rows], bool),
             start_signal=float(start_signal),
             start_noise=float(start_noise),
+            walk=() if walk_from is None else (walk_from, *(row.level.ratio for row in rows)),
         )
 
 

@@ -163,7 +163,7 @@ def test_image_prediction_gives_the_same_image(sampler):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("n", [2, 5, 20])
 def test_dpmpp_sde_is_diffusers_on_the_same_brownian_motion(n, prediction):
-    """Their tree is torchsde's; here it hands out the increments that the table's noise amounts to."""
+    """To the digit, and without torchsde: in place of its motion, the steps that the table's noise amounts to."""
     with mock.patch.dict(sys.modules, torchsde=types.ModuleType("torchsde")):
         module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
     scheduler = module.DPMSolverSDEScheduler.from_config(config(prediction))
@@ -192,6 +192,25 @@ def test_dpmpp_sde_is_diffusers_on_the_same_brownian_motion(n, prediction):
         seen = scheduler.scale_model_input(x, t).permute(0, 2, 3, 1)[0].double().numpy()
         x = scheduler.step(torch.from_numpy(network(seen, float(t))).permute(2, 0, 1)[None], t, x).prev_sample
     assert relative(run_table(table, network, start, noises), x.permute(0, 2, 3, 1)[0].numpy()) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:Should have t:UserWarning")  # torchsde's, of those roundings
+@pytest.mark.parametrize(
+    "changes", [{}, {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"}, {"use_karras_sigmas": True}]
+)
+def test_dpmpp_sde_is_diffusers_with_the_seed_as_its_noise_sampler_seed(changes):
+    """Its Brownian motion knows times to six digits, to which float32 sigmas round either way; hence the tolerance."""
+    pytest.importorskip("torchsde")
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    schedule = Schedule.from_config({**config(**changes), "_class_name": "DPMSolverSDEScheduler"})
+    network, image, sampler = Toy(schedule), np.random.RandomState(1).randn(*SHAPE), module.BrownianTreeNoiseSampler
+    for n, strength in ((1, None), (2, None), (5, None), (20, 0.6)):
+        scheduler = module.DPMSolverSDEScheduler.from_config(config(**changes), noise_sampler_seed=3)
+        with mock.patch.object(module, "BrownianTreeNoiseSampler", lambda x, *rest: sampler(x.float(), *rest)):
+            expected = diffusers_run(scheduler, network, n, 3, strength, image)
+        table = make_table(schedule, num_inference_steps=n, strength=strength)
+        actual = torch_run(table, network, 3, None if strength is None else image)
+        assert relative(actual, expected) < 3e-3, (n, strength)
 
 
 @pytest.mark.parametrize("n", [3, 8, 30])

@@ -1,7 +1,10 @@
 """torch's generator in NumPy, and what noise may depend on."""
 
+from itertools import pairwise
+
 import jax
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +38,28 @@ def test_torch_noise_is_drawn_only_where_rows_use_it():
     drawn = noise.torch_step_noise(table, noise.TorchGenerator(0), (8, 8, 4), rows=6)
     assert drawn.shape == (6, 8, 8, 4)
     assert [bool(np.any(row)) for row in drawn] == [True, True, True, False, False, False]
+
+
+def test_a_brownian_motion_is_torchsdes():
+    tree = pytest.importorskip("torchsde").BrownianInterval(
+        t0=0.03, t1=14.6, size=(1, 4, 2, 3), entropy=7, tol=1e-6, pool_size=24, halfway_tree=True
+    )
+    times = [9.0, 8.999999, 2.5, 0.1, 0.03]
+    steps = noise.brownian_steps(7, [14.6, *times], (2, 3, 4))
+    for step, (above, below) in zip(steps, pairwise(times), strict=True):
+        expected = -tree(below, above)[0].permute(1, 2, 0) / (above - below) ** 0.5
+        np.testing.assert_allclose(step, expected, rtol=1e-5, atol=1e-2 if above - below < 1e-5 else 1e-5)
+
+
+def test_a_brownian_motion_depends_on_its_seed_and_ends_alone():
+    def path(seed, *times):
+        steps = noise.brownian_steps(seed, [14.6, *times], (64, 64, 4))
+        return np.cumsum([step * (a - b) ** 0.5 for step, (a, b) in zip(steps, pairwise(times), strict=True)], 0)
+
+    few, many, other = path(1, 9, 2.5, 0.03), path(1, 9, 5, 4.2, 2.5, 2.5, 1, 0.03), path(2, 9, 2.5, 0.03)
+    np.testing.assert_allclose(few, many[[2, 5]], atol=1e-5)
+    assert np.abs(few - other).min(0).mean() > 0.1
+    np.testing.assert_allclose(few.var((1, 2, 3)), [6.5, 8.97], rtol=0.05)
 
 
 def test_jax_noise_depends_on_seed_and_stream_alone():

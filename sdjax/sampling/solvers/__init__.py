@@ -19,6 +19,7 @@ class Sampler:
 
     order: the usual order of the method.  orders: those that it may have.  order_key: the config's word for it.
     solver_type: the variant, where the name fixes it.
+    walks: whether its noise is a Brownian motion over sigma / alpha.
     """
 
     loop: Callable[[Trace, Plan], None]
@@ -27,6 +28,7 @@ class Sampler:
     orders: tuple[int, ...] = ()
     order_key: str = "solver_order"
     solver_type: str | None = None
+    walks: bool = False
 
 
 _TRAIN = Grid("train", spacing="leading")
@@ -53,7 +55,7 @@ SAMPLERS = {
     "dpmpp_2m": Sampler(dpmpp.multistep, _DPM, order=2, orders=(1, 2, 3)),
     "dpmpp_2m_sde": Sampler(dpmpp.multistep_sde, _DPM, order=2, orders=(1, 2, 3)),
     "dpmpp_3m_sde": Sampler(dpmpp.multistep_3m_sde, _DPM),
-    "dpmpp_sde": Sampler(kdiffusion.dpmpp_sde, _K),
+    "dpmpp_sde": Sampler(kdiffusion.dpmpp_sde, _K, walks=True),
     "uni_pc": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3)),
     "uni_pc_bh1": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3), solver_type="bh1"),
     "uni_pc_bh2": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3), solver_type="bh2"),
@@ -174,10 +176,10 @@ def make_table(
     trace = Trace(schedule.prediction_type)
     spec.loop(trace, plan)
     first = trace.rows[0].level
-    if strength is not None:
-        return Table.from_rows(trace.rows, start_signal=first.alpha, start_noise=first.sigma)
     scaled = spec.grid.scaled and spacing != "leading"
-    return Table.from_rows(trace.rows, start_signal=0.0, start_noise=first.sigma if scaled else 1.0)
+    signal, noise = (0.0, first.sigma if scaled else 1.0) if strength is None else (first.alpha, first.sigma)
+    walk_from = levels[0].ratio if spec.walks else None
+    return Table.from_rows(trace.rows, start_signal=signal, start_noise=noise, walk_from=walk_from)
 
 
 def _steps(schedule: Schedule, n: int | None, listed: Sequence[float] | None) -> int:

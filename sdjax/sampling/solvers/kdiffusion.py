@@ -85,8 +85,7 @@ def dpmpp_2s_ancestral(trace: Trace, plan: Plan) -> None:
 def dpmpp_sde(trace: Trace, plan: Plan) -> None:
     """DPM-Solver++ for the SDE in two stages.
 
-    The noise of a step is one Brownian motion over sigma: the stage's own part of it, then all of it. The published
-    implementations take it from a tree of their own (torchsde), whose draws are not reproduced here.
+    The noise of a step is one Brownian motion over sigma: the stage's own part of it, then all of it.
     """
     x = trace.over_alpha(plan.first)
     for here, there in plan.steps(trace):
