@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one."""
     result = argparse.ArgumentParser(prog="python -m sdjax.bench", description="How fast images are made here.")
     names = ", ".join(ARCHITECTURES)
-    result.add_argument("--model", default=BUNDLED, help=f"{names}, or a checkpoint folder (default: the bundled one)")
+    result.add_argument("--model", default="bundled", help=f"{names}, bundled (the default) or a checkpoint folder")
     result.add_argument("--batch-size", default="1", help="images a device makes at once, such as 4 or 1,2,4,8")
     result.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     result.add_argument("--repeats", type=int, default=3, help="timed batches (default: %(default)s)")
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     request, _ = Request.from_row({"prompt": "a photo of a red circle", **given})
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(options.model)
+        folder = Path(BUNDLED if options.model == "bundled" else options.model)
         if options.model in ARCHITECTURES:
             folder = Path(temporary) / options.model
             write(options.model, folder)
@@ -140,7 +140,6 @@ def _run(options: argparse.Namespace) -> int:
             "device": devices[0].device_kind,
             "devices": len(devices),
         }
-        facts["devices"] = len(devices)
         size = {"width": request.width, "height": request.height, "steps": request.num_inference_steps}
         options.json.write_text(json.dumps({**facts, **size, "sdjax": measured, "diffusers": theirs}, indent=2))
     if options.plot:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging
 
 from sdjax.request import Request
 
@@ -23,12 +24,13 @@ def measure(
         request: complete; its sampler is the checkpoint's own.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    logging.set_verbosity_error()
     pipe: Any = DiffusionPipeline.from_pretrained(
-        folder, torch_dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
+        folder, dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
-        pipe.unet.compile()
+        pipe.unet.forward = torch.compile(pipe.unet.forward)
     seconds: dict[str, list[float]] = defaultdict(list)
     for owner, method, name in ((pipe.unet, "forward", "UNet call"), (pipe.vae, "decode", "decode")):
         setattr(owner, method, _timed(getattr(owner, method), seconds[name], device))

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.models.attention import attention
+from sdjax.models.convolution import Padding, convolution
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -86,7 +87,7 @@ class Conv(nnx.Module):
         kernel_size: int = 3,
         *,
         stride: int = 1,
-        padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        padding: Padding | None = None,
         bias: bool = True,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
@@ -101,13 +102,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out_height out_width out"]:
         kernel = self.kernel[...].astype(self.dtype)
-        x = x.astype(self.dtype)
-        if kernel.shape[:2] == (1, 1):
-            y = x @ kernel[0, 0]
-        else:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+        y = convolution(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -255,7 +250,7 @@ class ResnetBlock(nnx.Module):
 class Downsample(nnx.Module):
     """A 3x3 convolution of stride 2; `padding` as in Conv, around the image unless given."""
 
-    def __init__(self, channels: int, *, padding: tuple[tuple[int, int], tuple[int, int]] | None = None, **kw: Any):
+    def __init__(self, channels: int, *, padding: Padding | None = None, **kw: Any):
         self.conv = Conv(channels, channels, stride=2, padding=padding, **kw)
 
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch half_h half_w channels"]:

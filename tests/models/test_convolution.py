@@ -1,0 +1,75 @@
+"""The products that stand for convolutions on a CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from sdjax.models import convolution as convolution_room
+from sdjax.models.convolution import convolution, filtered, unfolded
+
+SAME = ((1, 1), (1, 1))
+
+
+def arrays(batch, height, width, channels, out, size=3, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal((size, size, channels, out), np.float32) / np.float32(size * np.sqrt(channels))
+    return jnp.asarray(rng.standard_normal((batch, height, width, channels), np.float32)), jnp.asarray(kernel)
+
+
+def of_torch(x, kernel, stride=1, padding=SAME):
+    """In float64."""
+    (top, bottom), (left, right) = padding
+    x = torch.from_numpy(np.array(x)).double().permute(0, 3, 1, 2)
+    x = torch.nn.functional.pad(x, (left, right, top, bottom))
+    kernel = torch.from_numpy(np.array(kernel)).double().permute(3, 2, 0, 1)
+    return torch.nn.functional.conv2d(x, kernel, stride=stride).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 8), (16, 16)])
+def test_unfolding_is_the_convolution(height, width):
+    x, kernel = arrays(2, height, width, 5, 3)
+    np.testing.assert_allclose(jax.jit(unfolded)(x, kernel), of_torch(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tiles"), [(1, 1, 4096), (8, 5, 4096), (16, 16, 20), (13, 7, 20), (13, 7, 1)]
+)
+def test_filtering_is_the_convolution(monkeypatch, height, width, tiles):
+    monkeypatch.setattr(convolution_room, "_TILES", tiles)
+    x, kernel = arrays(2, height, width, 5, 3)
+    np.testing.assert_allclose(jax.jit(filtered)(x, kernel), of_torch(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "channels", "stride", "padding"),
+    [
+        (3, 24, 128, 1, SAME),
+        (3, 8, 128, 1, SAME),
+        (3, 24, 16, 1, SAME),
+        (3, 24, 128, 2, SAME),
+        (3, 24, 128, 2, ((0, 1), (0, 1))),
+        (1, 24, 128, 1, ((0, 0), (0, 0))),
+        (5, 24, 128, 1, ((2, 2), (2, 2))),
+    ],
+)
+def test_any_convolution_is_torchs(size, height, channels, stride, padding):
+    x, kernel = arrays(1, height, height, channels, channels, size)
+    made = jax.jit(lambda *pair: convolution(*pair, stride=stride, padding=padding))(x, kernel)
+    np.testing.assert_allclose(made, of_torch(x, kernel, stride, padding), atol=2e-5)
+
+
+@pytest.mark.parametrize("height", [24, 8])
+def test_its_gradients_are_those_of_xlas(height):
+    x, kernel = arrays(1, height, height, 128, 128)
+
+    def total(x, kernel):
+        return jnp.sin(convolution(x, kernel, padding=SAME)).sum()
+
+    def plain(x, kernel):
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), SAME, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sin(y).sum()
+
+    for ours, theirs in zip(*(jax.jit(jax.grad(f, (0, 1)))(x, kernel) for f in (total, plain)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
