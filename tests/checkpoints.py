@@ -52,8 +52,12 @@ def pipeline(
     text: Mapping[str, Any] | None = None,
     scheduler: Any = None,
     seed: int = 0,
+    tokens: Mapping[str, str] | None = None,
 ) -> diffusers.StableDiffusionPipeline:
-    """diffusers' pipeline of random networks; the arguments change torch_models' small configurations."""
+    """diffusers' pipeline of random networks; the arguments change torch_models' small configurations.
+
+    tokens: the tokenizer's special ones, such as pad_token.
+    """
     text_config = _text_config(text)
     unet_config = torch_models.UNET | {"cross_attention_dim": text_config["hidden_size"]} | dict(unet or {})
     vae_config = torch_models.VAE | dict(vae or {})
@@ -63,7 +67,7 @@ def pipeline(
     return diffusers.StableDiffusionPipeline(
         vae=torch_models.torch_vae(vae_config, seed),
         text_encoder=text_encoder,
-        tokenizer=_tokenizer(),
+        tokenizer=_tokenizer(**tokens or {}),
         unet=torch_models.torch_unet(unet_config, seed + 2),
         scheduler=scheduler or globals()["scheduler"]("DDIMScheduler"),
         safety_checker=None,
