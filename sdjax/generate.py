@@ -80,7 +80,7 @@ class StableDiffusion:
         scale = spec.configs["vae"].scaling_factor
         self._encode = devices.pmap(functools.partial(programs.encode_text, is_xl=spec.family.is_xl))
         self._encode_image = devices.pmap(functools.partial(programs.encode_image, scale=scale))
-        self._enlarge = devices.pmap(functools.partial(programs.enlarge, scale=scale), static_broadcasted_argnums=5)
+        self._enlarge = devices.pmap(functools.partial(programs.enlarge, scale=scale), static_broadcasted_argnums=6)
         self._start = devices.pmap(programs.start)
         self._encode_mean = devices.pmap(programs.encode_mean)
         advance = functools.partial(programs.advance, last_is_told=not spec.family.edits)
@@ -275,14 +275,24 @@ class StableDiffusion:
     def _second_pass(
         self, rows: list[Request], latents: jax.Array, shared: "_Shared", program: Program
     ) -> tuple[jax.Array, "_Ticks"]:
-        """Latents at the size of `hires_scale`: the first pass's image, enlarged, as an image to start from."""
+        """Latents at the size of `hires_scale`: the first pass's image or latent, enlarged, to start from."""
         height, width = program.final_height, program.final_width
         tables = [self.spec.hires_table(request) for request in rows]
         shape = self._shape(height, width)
-        drawn = HostNoise(rows, tables, shape, encoded=[True] * len(rows), masked=[False] * len(rows))
-        posterior = self.devices.split(drawn.posterior)
-        image = self._enlarge(self._networks["vae"], latents, shared.keys, shared.is_given, posterior, (height, width))
-        everywhere = self.devices.split(np.ones((len(rows), *shape[:2], 1), np.float32))
+        directly = [request.hires_upscaler == "latent" for request in rows]
+        encoded = [not each for each in directly]
+        drawn = HostNoise(rows, tables, shape, encoded=encoded, masked=[False] * len(rows))
+        split = self.devices.split
+        image = self._enlarge(
+            self._networks["vae"],
+            latents,
+            split(np.array(directly)),
+            shared.keys,
+            shared.is_given,
+            split(drawn.posterior),
+            (height, width),
+        )
+        everywhere = split(np.ones((len(rows), *shape[:2], 1), np.float32))
         return self._sample(tables, drawn, shared, image, everywhere, None)
 
     def _shape(self, height: int, width: int) -> tuple[int, int, int]:

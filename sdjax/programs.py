@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sdjax.models.clip import CLIPTextModel
@@ -147,6 +148,7 @@ def encode_mean(vae: AutoencoderKL, pixels: Float[Array, "batch height width 3"]
 def enlarge(
     vae: AutoencoderKL,
     latents: Float[Array, "batch h w c"],
+    directly: Bool[Array, " batch"],
     keys: Array,
     is_given: Bool[Array, " batch"],
     given: Float[Array, "batch new_h new_w c"],
@@ -154,10 +156,16 @@ def enlarge(
     *,
     scale: float,
 ) -> Float[Array, "batch new_h new_w c"]:
-    """Latents of the images of latents, resized to height and width by Lanczos."""
-    image = jnp.clip(vae.decode(latents / scale).astype(jnp.float32), -1, 1)
-    image = jax.image.resize(image, (len(image), *size, image.shape[-1]), "lanczos3")
-    return encode_image(vae, jnp.clip(image, -1, 1), jnp.ones_like(is_given), keys, is_given, given, scale=scale)
+    """Latents of images of height and width: those of the latents' images, by Lanczos, or directly, bilinearly."""
+
+    def by_image() -> Float[Array, "batch new_h new_w c"]:
+        image = jnp.clip(vae.decode(latents / scale).astype(jnp.float32), -1, 1)
+        image = jax.image.resize(image, (len(image), *size, image.shape[-1]), "lanczos3")
+        return encode_image(vae, jnp.clip(image, -1, 1), jnp.ones_like(is_given), keys, is_given, given, scale=scale)
+
+    resized = jax.image.resize(latents, given.shape, "bilinear")
+    by_images = lax.cond(jnp.all(directly), lambda: resized, by_image)
+    return jnp.where(directly[:, None, None, None], resized, by_images)
 
 
 def start(

@@ -72,6 +72,8 @@ class Request:
             middle. The image's own pixels stay exactly.
         strength: how far from `image` to go, above 0 and up to 1.
         hires_scale: above 1, make a second pass at this many times the size, from the first one's enlarged image.
+        hires_upscaler: what enlarges it: `lanczos` its pixels, or `latent` its latent (bilinearly; it is softer, and
+            wants a hires_strength above 0.5).
         hires_strength: the second pass's strength.
         resize: the size to bring the finished image to by Lanczos, such as `640x360`.
         clip_skip: how many of the text encoder's last layers to leave out for the prompt, 0 to 11; the negative prompt
@@ -122,6 +124,7 @@ class Request:
     outpaint: str | None = None
     strength: float = 0.8
     hires_scale: float = 1.0
+    hires_upscaler: str = "lanczos"
     hires_strength: float = 0.7
     resize: str | None = None
     clip_skip: int = 0
@@ -257,7 +260,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "hires_strength": (0, 1),
     "clip_skip": (0, 11),
 }
-_CHOICES = {"prompt_language": ("a1111", "compel", "plain"), "noise": ("jax", "torch")}
+_CHOICES = {
+    "hires_upscaler": ("lanczos", "latent"),
+    "prompt_language": ("a1111", "compel", "plain"),
+    "noise": ("jax", "torch"),
+}
 _NEEDS = {
     "negative_prompt_2": "negative_prompt",
     "image_sha256": "image",

@@ -1,5 +1,6 @@
 """Families beside the plain ones, each with diffusers' image on the same weights and seed."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import diffusers
@@ -54,8 +55,8 @@ class Asked(NamedTuple):
     scheduler: diffusers' class and settings in place of the checkpoint's.
     """
 
-    shared: dict[str, Any] = {}
-    fields: dict[str, Any] = {}
+    shared: Mapping[str, Any] = {}
+    fields: Mapping[str, Any] = {}
     scheduler: tuple[str, dict[str, Any]] | None = None
 
 
@@ -65,9 +66,9 @@ class Family(NamedTuple):
     kind: str
     scheduler: str
     asked: list[Asked]
-    unet: dict[str, Any] = {}
-    settings: dict[str, Any] = {}
-    tokens: dict[str, str] = {}
+    unet: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = {}
+    tokens: Mapping[str, str] = {}
 
 
 CAT = {"negative_prompt": "cat"}
@@ -156,7 +157,7 @@ CASES = [
 def saved(family: Family, configuration: dict[str, Any], folder) -> Any:
     """diffusers' pipeline of such networks, and its checkpoint in a folder."""
     kind = getattr(diffusers, f"{family.kind}Pipeline")
-    changes = configuration | {"unet": configuration.get("unet", {}) | family.unet}
+    changes = configuration | {"unet": {**configuration.get("unet", {}), **family.unet}}
     changes["scheduler"] = checkpoints.scheduler(family.scheduler, **configuration.get("scheduler", {}))
     if "XL" in family.kind:
         return checkpoints.saved(folder, checkpoints.pipeline_xl, kind=kind, **changes, **family.settings)
@@ -195,3 +196,15 @@ def test_what_a_refiner_cannot_do_is_refused(tmp_path):
     saved(FAMILIES["SDXL refiner"], {}, tmp_path / "refiner")
     with pytest.raises(RequestError, match="this checkpoint refines images; give image"):
         Spec(tmp_path / "refiner").resolve(Request(prompt="a red circle"))
+
+
+def test_bfloat16_is_close_on_the_bundled_model():
+    requests = [Request(prompt=prompt, seed=3, num_inference_steps=10) for prompt in ("a red circle", "a blue square")]
+    exact, half = (
+        StableDiffusion.from_pretrained(dtype=dtype, devices=jax.devices()[:1]).generate(requests)
+        for dtype in ("float32", "bfloat16")
+    )
+    for one, other in zip(exact, half, strict=True):
+        assert one.id != other.id
+        error = np.square(one.pixels.astype(float) - other.pixels).mean()
+        assert 10 * np.log10(255**2 / error) > 35

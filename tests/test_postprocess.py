@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sdjax import Request, RequestError, StableDiffusion
+from sdjax.images import parameters
 from sdjax.postprocess import oddities, resize
 
 RED = Request(prompt="a red circle", seed=3, num_inference_steps=5, width=48, height=32)
@@ -61,6 +64,24 @@ def test_a_second_pass_is_an_image_from_the_enlarged_first(pipe, noise):
     difference = np.abs(result.pixels.astype(int) - pipe.generate([second])[0].pixels)
     assert difference.mean() < 1.5  # the first is rounded to eight bits on the longer way
     assert difference.max() < 20
+
+
+def test_a_second_pass_from_the_latent_is_that_of_diffusers(tiny, pipe):
+    first = dataclasses.replace(RED, width=24, height=16, noise="torch", sampler="ddim")
+    (result,) = pipe.generate([dataclasses.replace(first, hires_scale=2, hires_upscaler="latent")])
+    assert "Hires upscaler: Latent" in parameters(result.request, "tiny")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    asked = {"prompt": RED.prompt, "num_inference_steps": 5, "guidance_scale": 7.5}
+
+    def made(kind, output_type, **options):
+        pipeline = kind(**theirs.components, requires_safety_checker=False)
+        generator = torch.Generator().manual_seed(RED.seed)
+        return pipeline(**asked, **options, generator=generator, output_type=output_type).images
+
+    latents = made(diffusers.StableDiffusionPipeline, "latent", width=24, height=16)
+    latents = torch.nn.functional.interpolate(latents, scale_factor=2, mode="bilinear")
+    (expected,) = made(diffusers.StableDiffusionImg2ImgPipeline, "pil", image=latents, strength=0.7)
+    assert np.abs(result.pixels.astype(int) - np.asarray(expected)).max() <= 2
 
 
 def test_a_second_pass_that_cannot_be_is_refused(pipe):

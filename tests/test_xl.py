@@ -7,6 +7,7 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -141,21 +142,45 @@ def test_images_are_those_of_diffusers(name, tmp_path):
     assert difference(results[1].pixels, expected) <= 2
 
 
-@pytest.mark.parametrize("channels", [8, pytest.param(9, marks=pytest.mark.slow)])
-def test_a_unet_that_is_told_a_picture_makes_diffusers_image(channels, tmp_path):
-    kind = {8: "InstructPix2Pix", 9: "Inpaint"}[channels]
-    kind = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")
-    pipeline = checkpoints.saved(tmp_path / "xl", checkpoints.pipeline_xl, kind=kind, unet={"in_channels": channels})
-    pipe = StableDiffusion.from_pretrained(tmp_path / "xl", devices=jax.devices()[:1])
-    image = Image.fromarray(PHOTO).resize((48, 32), Image.Resampling.LANCZOS)
-    request = dataclasses.replace(TEXT, image=image, negative_prompt="cat", strength=1.0, overlay=False)
-    options = {"image": image, "width": 48, "height": 32}
-    if channels == 9:
-        mask = Image.fromarray(MASK[:32, :48])
-        request = dataclasses.replace(request, mask_image=mask)
-        options |= {"mask_image": mask, "strength": 1.0}
-    expected = theirs(pipeline, tmp_path / "xl", request, kind, **options)
-    assert difference(pipe.generate([request])[0].pixels, expected) <= 2
+LAYERS = {  # that the LoRA changes, with how kohya's names of them begin
+    "unet": ("lora_unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"),
+    "text_encoder": ("lora_te1", "text_model.encoder.layers.0.self_attn.q_proj"),
+    "text_encoder_2": ("lora_te2", "text_model.encoder.layers.1.mlp.fc1"),
+}
+
+
+def test_a_lora_and_a_textual_inversion_make_diffusers_image(tmp_path):
+    pipeline = checkpoints.saved(tmp_path / "xl", checkpoints.pipeline_xl)
+    plain = theirs(pipeline, tmp_path / "xl", TEXT, diffusers.StableDiffusionXLPipeline, width=48, height=32)
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    for component, (prefix, layer) in LAYERS.items():
+        # transformers 5 has dropped the prefix of the encoder without a projection.
+        own = layer.removeprefix("text_model.") if component == "text_encoder" else layer
+        weight = getattr(pipeline, component).get_submodule(own).weight
+        up, down = (torch.randn(*size, generator=generator) for size in ((len(weight), 4), (4, weight.shape[1])))
+        name = f"{prefix}_{layer.replace('.', '_')}"
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)}
+        with torch.no_grad():
+            weight += 0.5 * 2 / 4 * up @ down
+    safetensors.torch.save_file(tensors, tmp_path / "lora.safetensors")
+    vectors = {name: 3 * torch.randn(2, width, generator=generator) for name, width in (("clip_l", 32), ("clip_g", 40))}
+    safetensors.torch.save_file(vectors, tmp_path / "thing.safetensors")
+    for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        parts = {part: getattr(pipeline, f"{part}{suffix}") for part in ("tokenizer", "text_encoder")}
+        pipeline.load_textual_inversion(vectors[name], token="<thing>", **parts)
+
+    pipe = StableDiffusion.from_pretrained(
+        tmp_path / "xl",
+        loras=[(tmp_path / "lora.safetensors", 0.5)],
+        textual_inversions=[(tmp_path / "thing.safetensors", "<thing>")],
+        devices=jax.devices()[:1],
+    )
+    request = dataclasses.replace(TEXT, prompt="a <thing> red circle", negative_prompt="cat")
+    kind = diffusers.StableDiffusionXLPipeline
+    expected = theirs(pipeline, tmp_path / "xl", request, kind, width=48, height=32)
+    result = pipe.generate([request])[0]
+    assert difference(result.pixels, expected) <= 2
+    assert difference(result.pixels, plain) > 10
 
 
 def test_requests_of_all_kinds_share_a_program_and_know_no_company(xl, compilations):

@@ -1,6 +1,7 @@
 """Single files in the original layout: every family, what they leave unsaid, and what is no such file."""
 
 import dataclasses
+import functools
 import pickle
 import shutil
 import subprocess
@@ -161,6 +162,33 @@ def test_a_single_file_makes_the_images_of_its_folder(folder, expected, tmp_path
     assert np.array_equal(images(StableDiffusion.from_pretrained(tmp_path / "saved", **ONE)), expected)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     assert isinstance(theirs.scheduler, diffusers.PNDMScheduler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1 deeper", "2", "XL"])
+def test_a_familys_single_file_makes_diffusers_images(name, tmp_path):
+    """The same weights as a folder that diffusers runs and as a single file."""
+    sample, is_xl = original.SAMPLES[name], name == "XL"
+    texts = dict(zip(("text", "text_2"), (config for _, config in sample.text.values()), strict=False))
+    if is_xl:
+        make, scheduler = checkpoints.pipeline_xl, checkpoints.scheduler("EulerDiscreteScheduler")
+    else:
+        make = functools.partial(checkpoints.pipeline, tokens={"pad_token": "!"} if name == "2" else {})
+        predicts = "v_prediction" if name == "2" else "epsilon"
+        scheduler = checkpoints.scheduler("EulerDiscreteScheduler", prediction_type=predicts)
+    made = checkpoints.saved(tmp_path / "folder", make, unet=sample.unet, vae=sample.vae, scheduler=scheduler, **texts)
+    components = {key: getattr(made, key).state_dict() for key in ("unet", "vae", *sample.text)}
+    file = original.write(sample, components)
+    safetensors.torch.save_file(file, tmp_path / "made.safetensors", metadata=SAID if name == "2" else None)
+    pipe = StableDiffusion.from_single_file(tmp_path / "made.safetensors", tokenizer=tmp_path / "folder", **ONE)
+    shared = {"prompt": "a red circle", "width": 48, "height": 32, "num_inference_steps": 4, "guidance_scale": 7.5}
+    for negative in (None, "cat"):
+        asked = shared | {"negative_prompt": negative}
+        result = pipe.generate([Request(seed=3, sampler="euler", noise="torch", **asked)])[0]
+        expected = made(**asked, generator=torch.Generator().manual_seed(3), output_type="np").images[0]
+        error = np.abs(result.pixels - (expected * 255).round())
+        assert error.max() <= 2
+        assert result.pixels.std() > 10
 
 
 def test_half_precision_and_later_attention_names_load(folder, tmp_path):
