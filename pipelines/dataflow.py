@@ -36,6 +36,7 @@ _DATAFLOW: dict[str, type | tuple[type, ...]] = {
     "number_of_worker_harness_threads": int,
 }
 _ESTIMATE: dict[str, type | tuple[type, ...]] = {
+    "plan": str,
     "images_per_second": (int, float),
     "images_per_second_source": str,
     "price_per_chip_hour": (int, float),
@@ -46,7 +47,10 @@ _MIN_DISK_GB = 50  # image and weights lie on it; Dataflow's page on GPUs asks f
 
 @dataclass(frozen=True)
 class Preset:
-    """A configs/dataflow-*.toml: `dataflow` in Beam's words, `pipeline` in those of pipelines.generate_images."""
+    """A configs/dataflow-*.toml: `dataflow` in Beam's words, `pipeline` in those of pipelines.generate_images.
+
+    `estimate` is for `pipelines.estimates`; its `plan`, a file of `sdjax.plan`'s, lies relative to the preset.
+    """
 
     name: str
     dataflow: Mapping[str, Any]
@@ -72,12 +76,11 @@ class Preset:
         for key, value in tables.get("pipeline", {}).items():
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise LaunchError(f"{path}: [pipeline] {key} = {value!r} must be text or a number")
-        return cls(
-            path.stem.removeprefix("dataflow-"),
-            tables.get("dataflow", {}),
-            tables.get("pipeline", {}),
-            tables.get("estimate", {}),
-        )
+        estimate = tables.get("estimate", {})
+        if "plan" in estimate:
+            estimate["plan"] = str(path.parent / estimate["plan"])
+        name = path.stem.removeprefix("dataflow-")
+        return cls(name, tables.get("dataflow", {}), tables.get("pipeline", {}), estimate)
 
     @property
     def machine(self) -> Machine:

@@ -24,7 +24,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import dataflow_v1beta3 as api
 
-from pipelines import generate_images
+from pipelines import estimates, generate_images
 from pipelines.dataflow import Deployment, Job, LaunchError, Preset, arguments, faults, flex_request
 from pipelines.options import OptionError, parse
 from pipelines.progress import ProgressLine
@@ -83,31 +83,9 @@ def plan(job: Job, num_images: int | None) -> str:
         "prompts": job.prompts,
         "output": job.output,
         "options": ", ".join(f"{name}={value}" for name, value in preset.pipeline.items()) or "the pipeline's defaults",
-        **estimate(preset, chips, num_images),
+        **estimates.told(preset, num_images),
     }
     return "\n".join(f"{name:<12}{value}" for name, value in rows.items())
-
-
-def estimate(preset: Preset, chips: int, num_images: int | None) -> dict[str, str]:
-    """Speed, time and cost as text, from the preset's figures and with their sources."""
-    per_chip = preset.estimate.get("images_per_second")
-    price = preset.estimate.get("price_per_chip_hour")
-    if per_chip is None:
-        speed = "unknown: neither measured nor estimated for this preset; try a thousand images first"
-        return {"speed": speed, "time": "unknown", "cost": "unknown"}
-
-    source = preset.estimate.get("images_per_second_source", "source not stated")
-    speed = f"{per_chip:g} images/s a chip, {per_chip * chips:,.2f} with all workers up ({source})"
-    images = num_images or 1_000_000
-    chip_hours = images / per_chip / 3600
-    length = f"{chip_hours / chips:,.2f} h, {chip_hours:,.1f} chip-hours for {images:,} images; start-up not in it"
-    if num_images is None:
-        length += "; --num-images says how many there are"
-    cost = "unknown: give --price-per-chip-hour, from the current price list"
-    if price is not None:
-        stated = preset.estimate.get("price_source", "source not stated")
-        cost = f"{chip_hours * price:,.2f} at {price:g} a chip-hour ({stated}; check the current price)"
-    return {"speed": speed, "time": length, "cost": cost}
 
 
 def follow(service: Service, job: Job, job_id: str) -> bool:
@@ -141,12 +119,14 @@ def prepare(options: argparse.Namespace) -> Job:
     """The job that a command line describes; LaunchError with a line for each thing wrong with it."""
     preset = Preset.load(options.config)
     over: dict[str, Any] = {"max_num_workers": options.max_workers, "worker_zone": options.zone}
-    estimate = {"price_per_chip_hour": options.price_per_chip_hour, "price_source": "given on the command line"}
+    estimate: dict[str, Any] = {"plan": options.plan} if options.plan else {}
+    if options.price_per_chip_hour is not None:
+        estimate |= {"price_per_chip_hour": options.price_per_chip_hour, "price_source": "given on the command line"}
     preset = dataclasses.replace(
         preset,
         dataflow={**preset.dataflow, **{name: value for name, value in over.items() if value is not None}},
         pipeline={**preset.pipeline, **({"model": options.model} if options.model else {})},
-        estimate={**preset.estimate, **(estimate if options.price_per_chip_hour is not None else {})},
+        estimate={**preset.estimate, **estimate},
     )
     name = f"sdjax-{preset.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}".lower().replace("_", "-").replace(".", "-")
     job = Job(name, preset, Deployment.read(options.terraform), options.prompts, options.output)
@@ -158,6 +138,7 @@ def prepare(options: argparse.Namespace) -> Job:
             wrong = [str(error)]
     if wrong:
         raise LaunchError("\n".join(wrong))
+    estimates.speed(preset)
     return job
 
 
@@ -180,8 +161,9 @@ def _parser() -> argparse.ArgumentParser:
         "--num-images", type=int, help="how many the prompts ask for, for the estimate of time and cost"
     )
     parser.add_argument(
-        "--price-per-chip-hour", type=float, help="from the current price list, for the estimate of cost"
+        "--plan", help="what `python -m sdjax.plan --json` wrote, for the estimate; default: the preset's"
     )
+    parser.add_argument("--price-per-chip-hour", type=float, help="US dollars; default: a TPU's list price on demand")
     parser.add_argument("--direct", action="store_true", help="build and submit the job here, not by the Flex Template")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and submit nothing")
     parser.add_argument("--yes", action="store_true", help="do not ask")

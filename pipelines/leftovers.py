@@ -8,6 +8,7 @@ from pipelines.storage import Store
 
 SHARDS = (".tar", ".safetensors")
 _OURS = ("manifest", "shards", "images", "rejected", progress.FOLDER)
+_TEMPORARY = tuple(f".{name}." for name in (report.SUMMARY, contact_sheet.NAME))
 
 
 def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
@@ -17,7 +18,7 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
         ValueError: a manifest cannot be read, so that it is unknown what it commits; `tolerant` passes it over.
     """
     manifests = store.find("manifest")
-    temporary = [name for folder in _OURS for name in store.find(folder) if name.rsplit("/", 1)[1].startswith(".")]
+    temporary = _temporary(store)
     units = {name.rsplit("/", 1)[1].removesuffix(".parquet") for name in manifests}
     shards = [name for name in store.find("shards") if name.endswith(SHARDS)]
     found = [name for name in shards if name.rsplit("/", 1)[1].rsplit(".", 1)[0] not in units]
@@ -36,6 +37,12 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     return sorted({*found, *temporary})
 
 
+def _temporary(store: Store) -> list[str]:
+    """What a killed write left in the folders of jobs, and beside what else there may be in the output."""
+    found = [name for folder in _OURS for name in store.find(folder) if name.rsplit("/", 1)[1].startswith(".")]
+    return found + [name for name in store.find("", maxdepth=1) if name.startswith(_TEMPORARY)]
+
+
 def sweep(store: Store, *, everything: bool = False) -> str:
     """Make the output ready for a job: delete what no manifest commits, the last job's rejects and its progress.
 
@@ -49,7 +56,7 @@ def sweep(store: Store, *, everything: bool = False) -> str:
         names = [name for folder in _OURS for name in store.find(folder)]
         store.delete([name for name in names if name.startswith("manifest/")])
         store.delete([name for name in names if not name.startswith("manifest/")])
-        store.delete([report.SUMMARY, contact_sheet.NAME])
+        store.delete([report.SUMMARY, contact_sheet.NAME, *_temporary(store)])
         return f"--overwrite deleted {len(names):,} files of earlier jobs" if names else ""
     last = store.read_json(report.SUMMARY)
     left = [] if last is not None and last.get("finished") else orphans(store)

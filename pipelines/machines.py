@@ -29,6 +29,11 @@ class Machine:
         return "tpu" if self.topology else "cuda"
 
     @property
+    def chip(self) -> str:
+        """The accelerator by the name that it goes by: "v5e", "nvidia-l4"."""
+        return {"v5litepod": "v5e"}.get(self.generation, self.generation) if self.generation else self.accelerator
+
+    @property
     def worker_accelerator(self) -> str:
         """The value of the service option, with the newest driver for a GPU."""
         if self.topology:

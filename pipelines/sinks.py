@@ -207,12 +207,13 @@ class Images:
 
 def commit(store: Store, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> bool:
     """Write a unit's manifest; False where another worker has meanwhile."""
-    table = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema), table, compression="zstd")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")
+    data = buffer.getvalue().to_pybytes()
     try:
-        store.write(manifest_name(unit), table.getvalue().to_pybytes(), create=True)
+        store.write(manifest_name(unit), data, create=True)
     except FileExistsError:
-        return False
+        return store.read(manifest_name(unit)) == data  # the first answer to this very write was lost
     return True
 
 

@@ -26,6 +26,9 @@ FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
+# What arrived is held against what was sent: the parts of a large object are sent again where their answers are lost.
+_GCS = {"consistency": "md5"}
+
 T = TypeVar("T")
 
 
@@ -63,7 +66,7 @@ class Store:
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        return fsspec.core.url_to_fs(self.url)[0]
+        return fsspec.core.url_to_fs(self.url, **(_GCS if self.url.startswith(("gs://", "gcs://")) else {}))[0]
 
     @property
     def is_local(self) -> bool:
@@ -101,13 +104,13 @@ class Store:
 
         retry(put)
 
-    def find(self, folder: str) -> list[str]:
-        """The names of all files under a folder, sorted; none where the folder is absent."""
+    def find(self, folder: str, *, maxdepth: int | None = None) -> list[str]:
+        """The names of all files under a folder, down to `maxdepth`, sorted; none where the folder is absent."""
         fs, root = self.fs, self.path()
 
         def listing() -> list[str]:
             fs.invalidate_cache()
-            return list(fs.find(self.path(folder)))
+            return list(fs.find(self.path(folder), maxdepth=maxdepth))
 
         try:
             return sorted(str(path)[len(root) + 1 :] for path in retry(listing))

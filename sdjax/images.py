@@ -2,6 +2,7 @@
 
 import io
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # hosts that share a disk share process ids
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -162,10 +162,13 @@ def test_only_new_prompts_are_made_and_what_a_killed_run_left_goes(made, tmp_pat
     lost = sorted((output / "manifest").iterdir())[0]
     lost.unlink()  # its shard was written, and then the run was killed
     (output / "summary.json").write_text('{"finished": false}')
-    (output / "shards" / ".x.tar.123").write_bytes(b"half a shard")
+    for name in ("shards/.x.tar.123", ".summary.json.123", ".index.html.123"):
+        (output / name).write_bytes(b"half a file")
+    (output / ".notes").write_text("mine")
     prompts = write_csv(tmp_path / "more.csv", table(ROWS + 20))
     assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32) == 0
-    assert "deleted 2 files that a killed run left" in capsys.readouterr().err
+    assert "deleted 4 files that a killed run left" in capsys.readouterr().err
+    assert (output / ".notes").read_text() == "mine"
     assert_same(images(output), direct(table(ROWS + 20)))
     assert account(output)[1] < 60
     assert verify.verify(str(output)).orphans == []
@@ -346,6 +349,9 @@ def test_storage_faults_lose_nothing(prompts, faulty):
     assert standin.run("--prompts", prompts, "--output", "faulty://out", "--unit-size", 16) == 0
     assert faulty.faults == []
     assert_same(images("faulty://out"), direct(table()))
+    store = Store("faulty://out")
+    tables = [pq.read_table(pa.BufferReader(store.read(name))) for name in store.find("manifest")]
+    assert summary("faulty://out")["bytes"] == sum(pa.concat_tables(tables)["bytes"].to_pylist())
     assert verify.main(["faulty://out"]) == 0
 
 

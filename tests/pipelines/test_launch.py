@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import fsspec
 import pyarrow.parquet
 import pytest
 import requests
@@ -36,6 +37,7 @@ def buckets():
         for name in ("dataset", "staging"):
             requests.post(f"{server.url}/storage/v1/b", json={"name": name}, timeout=10).raise_for_status()
         patch.setenv("NO_GCE_CHECK", "true")
+        patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         yield server.url
 
 
@@ -62,7 +64,48 @@ def test_plan_counts_time_and_cost(terraform, capsys):
     # A million at 0.438 a second and chip is 634.2 chip-hours; over 32 chips, 19.82 hours.
     assert plan["speed"].startswith("0.438 images/s a chip, 14.02 with all workers up (measured by others: MLPerf")
     assert plan["time"] == "19.82 h, 634.2 chip-hours for 1,000,000 images; start-up not in it"
-    assert plan["cost"] == "1,268.39 at 2 a chip-hour (given on the command line; check the current price)"
+    assert plan["cost"] == "1,268.39 USD at 2 a chip-hour (given on the command line; check the current price)"
+
+
+PLAN = {"model": "sdxl", "target": "v5e", "chips": 4, "dtype": "bfloat16", "width": 1024, "height": 1024, "steps": 20}
+PLAN |= {"batch_size": 4, "price": 1.2, "estimated_images_per_second": 2.0}
+
+
+def test_plan_takes_what_the_compiler_estimated(terraform, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    preset = tmp_path / "dataflow-own.toml"
+    text = Path(PRESET).read_text()
+    preset.write_text(text.replace("[estimate]", '[estimate]\nplan = "plan.json"'))
+    shown = []
+    for argv in (["--config", PRESET, f"--plan={tmp_path}/plan.json"], [f"--config={preset}"]):
+        assert launch.main([*argv, *PLACES, terraform, "--dry-run", "--num-images=1800000"], ask=never) == 0
+        shown.append(dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()))
+    for plan in shown:
+        # Half an image a second and chip; a million and 800,000 are a thousand chip-hours.
+        assert plan["speed"].startswith("0.5 images/s a chip, 16.00 with all workers up (compiler estimate: sdjax.plan")
+        assert plan["time"] == "31.25 h, 1,000.0 chip-hours for 1,800,000 images; start-up not in it"
+        assert plan["cost"].startswith("1,200.00 USD at 1.2 a chip-hour (list price of Cloud TPU on demand")
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (json.dumps({**PLAN, "target": "v6e"}), "is a plan for target v6e, and the job has v5e"),
+        (json.dumps({**PLAN, "width": 512}), "is a plan for width 512, and the job has 1024"),
+        (json.dumps({**PLAN, "steps": 50}), "is a plan for steps 50, and the job has 20"),
+        (json.dumps({"chips": 4}), "is not what `python -m sdjax.plan --json` writes"),
+        ("[]", "is not what `python -m sdjax.plan --json` writes"),
+        (None, "No such file"),
+    ],
+)
+def test_another_programs_plan_is_refused(terraform, tmp_path, capsys, plan, says):
+    if plan is not None:
+        (tmp_path / "plan.json").write_text(plan)
+    argv = ["--config", PRESET, *PLACES, terraform, f"--plan={tmp_path}/plan.json", "--dry-run"]
+    assert launch.main(argv, ask=never) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"refused: {tmp_path}/plan.json: ")
+    assert says in line
 
 
 def test_plan_invents_nothing(terraform, capsys):
@@ -182,7 +225,8 @@ def test_direct_job_stages_and_asks_for_what_the_docs_demand(cloud, buckets, ter
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a red circle", "a blue square"]}), rows)
     Store("gs://dataset").write("prompts.parquet", rows.getvalue())
     argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url, "--yes", "--direct"]
-    assert launch.main(argv, ask=never, generate=lambda flags: standin.run(*flags)) == 0
+    negative = "--negative-prompt=green frogs"
+    assert launch.main(argv, ask=never, generate=lambda flags: standin.run(*flags, negative)) == 0
 
     sent = cloud.sent("/v1b3/projects/test-project/locations/us-central1/jobs")
     environment = sent["environment"]
@@ -217,3 +261,4 @@ def test_direct_job_stages_and_asks_for_what_the_docs_demand(cloud, buckets, ter
     printed = capfd.readouterr()
     for text in (json.dumps(sent), caplog.text, printed.out, printed.err):
         assert "red circle" not in text
+        assert "green frogs" not in text
