@@ -116,7 +116,6 @@ def test_calls_that_no_row_needs_do_not_happen():
     both = np.full((2, ROWS), 7.5, np.float32)
     assert calls([short, long], guidance_weights(both)) == (9, 9)
     assert calls([short, short], guidance_weights(np.ones_like(both))) == (3, 0)
-    assert calls([short, short], np.ones((2, ROWS, 1), np.float32)) == (3, 0)
     interval = np.where(np.arange(ROWS) < 2, 1, both)
     assert calls([short, short], guidance_weights(interval)) == (3, 1)
     one_guided = np.stack([np.ones(ROWS, np.float32), both[0]])

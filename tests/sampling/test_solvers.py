@@ -157,6 +157,15 @@ def test_sigma_schedules_fall_between_their_ends(name):
             assert ratios[-1] == pytest.approx(0.03)
 
 
+def test_sigma_schedules_that_diffusers_has_not_are_their_formulas():
+    polyexponential = [math.exp((1 - i / 4) ** 3 * math.log(14.6 / 0.03) + math.log(0.03)) for i in range(5)]
+    np.testing.assert_allclose(grids.polyexponential(5, 0.03, 14.6, rho=3), polyexponential)
+    kl_optimal = [math.tan(i / 4 * math.atan(0.03) + (1 - i / 4) * math.atan(14.6)) for i in range(5)]
+    np.testing.assert_allclose(grids.kl_optimal(5, 0.03, 14.6), kl_optimal)
+    table = make_table(Schedule.from_config(config()), sampler="euler", num_inference_steps=4, sigmas="sgm_uniform")
+    np.testing.assert_allclose(table.t, [999, 749.25, 499.5, 249.75])
+
+
 @pytest.mark.parametrize(
     ("name", "published"), [("ays", "StableDiffusionTimesteps"), ("ays_sdxl", "StableDiffusionXLTimesteps")]
 )
