@@ -26,9 +26,6 @@ FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
-# What arrived is held against what was sent: the parts of a large object are sent again where their answers are lost.
-_GCS = {"consistency": "md5"}
-
 T = TypeVar("T")
 
 
@@ -66,7 +63,7 @@ class Store:
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        return fsspec.core.url_to_fs(self.url, **(_GCS if self.url.startswith(("gs://", "gcs://")) else {}))[0]
+        return fsspec.core.url_to_fs(self.url)[0]
 
     @property
     def is_local(self) -> bool:
@@ -92,10 +89,13 @@ class Store:
                 (ifGenerationMatch=0), a disk before it writes.
         """
         path = self.path(name)
+        # To Cloud Storage in one request, whatever the size: of an upload in parts whose answer is lost, the client
+        # cannot tell what has arrived.
+        one = {"chunksize": len(data) + 1} if self.url.startswith(("gs://", "gcs://")) else {}
 
         def put() -> None:
             if not self.is_local:
-                self.fs.pipe_file(path, data, mode="create" if create else "overwrite")
+                self.fs.pipe_file(path, data, mode="create" if create else "overwrite", **one)
                 return
             if create and os.path.exists(path):
                 raise FileExistsError(path)
