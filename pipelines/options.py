@@ -153,6 +153,11 @@ class EncodeOptions(JobOptions):
         if self.lora or self.textual_inversion:
             name = "lora" if self.lora else "textual-inversion"
             raise OptionError(f"--{name} would change the text encoder that training then starts from; leave it out")
+        if self.vae:
+            raise OptionError("--vae would give latents of another VAE than the one that training keeps; leave it out")
+        for name in ("controlnet", "refiner"):
+            if getattr(self, name):
+                raise OptionError(f"--{name} has no part in encoding; leave it out")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,5 +1,6 @@
 """What the host hands the devices for a batch: pictures, masks, sizes, guidance, and the noise that torch draws."""
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -64,7 +65,7 @@ def guidance_weights(
 
 def _guidance(request: Request, table: Table, rows: int) -> Float32[np.ndarray, " rows"]:
     """The guidance scale of each sampler row: its step's, and 1 outside of the request's guidance interval."""
-    steps = table.step[-1] + 1
+    steps = table.steps
     listed = numbers(request.guidance_scales)
     scales = np.full(steps, request.guidance_scale) if listed is None else np.array(listed[-steps:])
     done = np.arange(steps) / steps
@@ -137,18 +138,28 @@ class HostNoise:
         masked: Sequence[bool],
     ) -> None:
         self.posterior, self.start, self.unmasked = np.zeros((3, len(requests), *shape), np.float32)
-        self._rows: dict[int, np.ndarray] = {}
+        self._generators: dict[int, noise.TorchGenerator] = {}
         for i, request in enumerate(requests):
             if request.noise != "torch":
                 continue
-            generator = noise.TorchGenerator(request.seed)
+            generator = self._generators[i] = noise.TorchGenerator(request.seed)
             if encoded[i]:
                 self.posterior[i] = noise.torch_latent(generator, shape)
             self.start[i] = noise.torch_latent(generator, shape)
             if masked[i]:
                 self.unmasked[i] = noise.torch_latent(generator, shape)
-            if tables[i].uses_noise.any():
-                self._rows[i] = noise.torch_step_noise(tables[i], generator, shape)
+        self._rows = self._of_rows(tables)
+
+    def _of_rows(self, tables: Sequence[Table]) -> dict[int, np.ndarray]:
+        drawing = {i: generator for i, generator in self._generators.items() if tables[i].uses_noise.any()}
+        shape = self.start.shape[1:]
+        return {i: noise.torch_step_noise(tables[i], generator, shape) for i, generator in drawing.items()}
+
+    def then(self, tables: Sequence[Table]) -> "HostNoise":
+        """The noise of tables that go on where those end."""
+        following = copy.copy(self)
+        following._rows = self._of_rows(tables)
+        return following
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """The noise of `count` sampler rows, [batch, count, h, w, c]."""

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from sdjax import sampling
+from sdjax.family import can_be_refined
 from sdjax.request import Request
 from sdjax.spec import Spec
 from sdjax.weights.lora import CONTEXT_WIDTHS
@@ -15,7 +16,7 @@ def describe(spec: Spec) -> str:
     lines = [f"{spec.name}: {spec.checkpoint.index['_class_name'].removesuffix('Pipeline')}", "", "parts"]
     total = 0
     for name in spec.configs:
-        entries = spec.checkpoint.entries(name).values()
+        entries = spec.entries(name).values()
         count = sum(math.prod(entry.shape) for entry in entries)
         stored = ", ".join(sorted({entry.dtype.name for entry in entries if len(entry.shape) > 1}))
         total += sum(entry.end - entry.start for entry in entries)
@@ -25,13 +26,16 @@ def describe(spec: Spec) -> str:
     width = unet.cross_attention_dim
     known = f", as {CONTEXT_WIDTHS[width]} does" if width in CONTEXT_WIDTHS else ""
     tokens = " and ".join(str(spec.configs[name].hidden_size) for name in family.text_encoders)
+    controls = f"ControlNets of block_out_channels {list(unet.block_out_channels)} that attend to as many"
     needs = "an image and a mask" if family.inpaints else "an image" if family.edits or family.refines else "nothing"
     return "\n".join(
         [
             *lines,
             "",
             "goes with",
-            f"  LoRAs and ControlNets for a UNet that attends to {width} channels{known}",
+            f"  LoRAs for a UNet that attends to {width} channels{known}",
+            f"  {'no ControlNets' if family.edits else controls}",
+            f"  {'a refiner' if can_be_refined(family) else 'no refiner'}",
             f"  textual inversions of {tokens} numbers",
             f"  requests, which beside a prompt need {needs}",
         ]

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from sdjax.config import CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
-from sdjax.weights.checkpoint import Checkpoint, CheckpointError
+from sdjax.config import AutoencoderTinyConfig, CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
+from sdjax.weights.checkpoint import Checkpoint, CheckpointError, Component
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The text encoders that a checkpoint may have, in the order of their states, each with its tokenizer."""
@@ -16,6 +16,12 @@ PIPELINES = (
     *(f"LatentConsistencyModel{kind}Pipeline" for kind in ("", "Img2Img")),
 )
 """The diffusers pipelines whose checkpoints can be run."""
+
+_OF_LATENTS = {
+    "latent_channels": "latent channels",
+    "downscale": "pixels a latent",
+    "scaling_factor": "latents' scales",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Family:
     inpaints: the UNet is told the mask and the image outside of it, and so always needs them.
     edits: the UNet is told the image that the prompt is an instruction for (InstructPix2Pix).
     upcasts_vae: the VAE overflows in float16 and computes in float32 instead.
+    draws_latents: an image's latents are drawn from a distribution, as a tiny autoencoder's are not.
     """
 
     text_encoders: tuple[str, ...]
@@ -40,10 +47,18 @@ class Family:
     inpaints: bool
     edits: bool
     upcasts_vae: bool
+    draws_latents: bool
 
 
-def read(checkpoint: Checkpoint) -> tuple[Family, dict[str, Any]]:
+Described: TypeAlias = tuple[str, Family, Mapping[str, Any]]
+"""A checkpoint's name, its family and its configurations."""
+
+
+def read(checkpoint: Checkpoint, vae: Component | None = None) -> tuple[Family, dict[str, Any]]:
     """A checkpoint's family, and the configuration of each of its networks.
+
+    Args:
+        vae: what takes the place of the checkpoint's own.
 
     Raises:
         CheckpointError, ConfigError: it is of no family that can be run, or its parts are of different ones.
@@ -52,14 +67,13 @@ def read(checkpoint: Checkpoint) -> tuple[Family, dict[str, Any]]:
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(f"{source} is a {index.get('_class_name')}; supported are {', '.join(PIPELINES)}")
     encoders = tuple(name for name in TOKENIZERS if (index.get(name) or [None])[0] is not None)
-    kinds = {**dict.fromkeys(encoders, CLIPTextConfig), "unet": UNetConfig, "vae": VAEConfig}
-    configs = {}
-    for name, kind in kinds.items():
-        try:
-            configs[name] = kind.from_dict(checkpoint.json(name, "config.json"))
-        except ConfigError as error:
-            raise ConfigError(f"{name}/config.json of {source}: {error}") from None
-    unet, vae, latent = configs["unet"], configs["vae"], configs["vae"].latent_channels
+    kinds = {**dict.fromkeys(encoders, CLIPTextConfig), "unet": UNetConfig}
+    configs: dict[str, Any] = {name: read_config(kind, checkpoint, name) for name, kind in kinds.items()}
+    configs["vae"] = _vae_config(checkpoint, "vae")
+    if vae is not None:
+        own, configs["vae"] = configs["vae"], _vae_config(vae, "")
+        check_fit(f"the VAE {vae.source}", source, _sides(configs["vae"], own))
+    unet, autoencoder, latent = configs["unet"], configs["vae"], configs["vae"].latent_channels
     if not encoders:
         raise CheckpointError(f"{source} has no text_encoder; its model_index.json names none")
     if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1):
@@ -76,10 +90,61 @@ def read(checkpoint: Checkpoint) -> tuple[Family, dict[str, Any]]:
         embeds_guidance=unet.time_cond_proj_dim is not None,
         inpaints=unet.in_channels == 2 * latent + 1,
         edits=unet.in_channels == 2 * latent,
-        upcasts_vae=is_xl and vae.force_upcast,
+        upcasts_vae=is_xl and autoencoder.force_upcast,
+        draws_latents=isinstance(autoencoder, VAEConfig),
     )
     _check_text(source, family, configs)
     return family, configs
+
+
+def read_config(kind: Any, checkpoint: Checkpoint, component: str) -> Any:
+    """A component's configuration. Raises CheckpointError, ConfigError."""
+    try:
+        return kind.from_dict(checkpoint.json(component, "config.json"))
+    except ConfigError as error:
+        where = f"{component}/config.json".lstrip("/")
+        raise ConfigError(f"{where} of {checkpoint.source}: {error}") from None
+
+
+def check_fit(part: str, model: str, sides: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise CheckpointError where a part says other things of itself than the model that it is to go with."""
+    for name, (own, its) in sides.items():
+        if own != its:
+            raise CheckpointError(
+                f"{part} does not fit {model}: its {name} are {_shown(own)}, the model's {_shown(its)}"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ", ".join("x".join(map(str, part)) for part in value) if isinstance(value, list) else str(value)
+
+
+def _vae_config(checkpoint: Checkpoint, component: str) -> VAEConfig | AutoencoderTinyConfig:
+    is_tiny = checkpoint.json(component, "config.json").get("_class_name") == "AutoencoderTiny"
+    return read_config(AutoencoderTinyConfig if is_tiny else VAEConfig, checkpoint, component)
+
+
+def _sides(vae: Any, own: Any) -> dict[str, tuple[Any, Any]]:
+    """What two VAEs must agree on to have the same latents."""
+    sides = {name: (getattr(vae, key), getattr(own, key)) for key, name in _OF_LATENTS.items()}
+    if type(vae) is not type(own):
+        del sides["latents' scales"]  # a tiny autoencoder has them scaled already
+    return sides
+
+
+def can_be_refined(family: Family) -> bool:
+    """Whether it is Stable Diffusion XL's base, for images from text and from images."""
+    return family.is_xl and not (family.refines or family.inpaints or family.edits)
+
+
+def check_refiner(refiner: Described, base: Described) -> None:
+    """Raise CheckpointError where a checkpoint is no refiner, or the other none that a refiner goes with."""
+    (name, family, configs), (base_name, base_family, base_configs) = refiner, base
+    if not family.refines:
+        raise CheckpointError(f"{name} is no refiner of Stable Diffusion XL, which says requires_aesthetics_score")
+    if not can_be_refined(base_family):
+        raise CheckpointError(f"the refiner {name} goes with Stable Diffusion XL's base, which {base_name} is not")
+    check_fit(f"the refiner {name}", base_name, _sides(configs["vae"], base_configs["vae"]))
 
 
 def _check_text(source: str, family: Family, configs: Mapping[str, Any]) -> None:

@@ -15,32 +15,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
-from sdjax import postprocess, programs, sampling
-from sdjax.batch import HostNoise, Pictures, guidance_embedding, guidance_weights, time_ids
+from sdjax import postprocess, programs
+from sdjax.batch import HostNoise, Pictures
 from sdjax.canvas import Canvas
+from sdjax.denoise import Batch, Denoiser, Ticks
 from sdjax.family import TOKENIZERS
 from sdjax.networks import load
 from sdjax.parallel import Device, Devices
 from sdjax.request import Request
-from sdjax.sampling import noise, scan
-from sdjax.spec import BUNDLED, Program, Spec
-from sdjax.text import Text
+from sdjax.spec import BUNDLED, REFINER, Program, Spec
 from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file
 
-SCAN_ROWS = 5
-"""Sampler rows in one call of the compiled scan: divides the usual step counts, and is long enough to hide dispatch."""
-
 IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
 _READERS = 8  # images of a batch that are fetched at once
+
+_Pictures = TypeVar("_Pictures")
 
 
 @dataclass(frozen=True)
@@ -74,18 +71,19 @@ class StableDiffusion:
         devices: what they run on.
     """
 
-    def __init__(self, spec: Spec, networks: dict[str, nnx.Module], batch_size: int, devices: Devices) -> None:
+    def __init__(self, spec: Spec, networks: dict[str, Any], batch_size: int, devices: Devices) -> None:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
         scale = spec.configs["vae"].scaling_factor
-        self._encode = devices.pmap(functools.partial(programs.encode_text, is_xl=spec.family.is_xl))
-        self._encode_image = devices.pmap(functools.partial(programs.encode_image, scale=scale))
-        self._enlarge = devices.pmap(functools.partial(programs.enlarge, scale=scale), static_broadcasted_argnums=6)
-        self._start = devices.pmap(programs.start)
-        self._encode_mean = devices.pmap(programs.encode_mean)
-        advance = functools.partial(programs.advance, last_is_told=not spec.family.edits)
-        self._advance = devices.pmap(advance, donate_argnums=1)
-        self._decode = devices.pmap(functools.partial(programs.decode, scale=scale))
+        self._denoiser, self._refiner = Denoiser(spec, networks, devices), None
+        if spec.refiner is not None:
+            own = {name.removeprefix(REFINER): part for name, part in networks.items() if name.startswith(REFINER)}
+            self._refiner = Denoiser(spec.refiner, own, devices)
+        vae = {"scale": scale, "tiled": spec.vae_tiling}
+        self._encode_image = devices.pmap(functools.partial(programs.encode_image, **vae))
+        self._encode_mean = devices.pmap(functools.partial(programs.encode_mean, tiled=spec.vae_tiling))
+        self._enlarge = devices.pmap(functools.partial(programs.enlarge, **vae), static_broadcasted_argnums=6)
+        self._decode = devices.pmap(functools.partial(programs.decode, **vae))
 
     @classmethod
     def from_pretrained(
@@ -101,7 +99,7 @@ class StableDiffusion:
 
         Args:
             source: a folder, hub id, fsspec URL or single file, or a `Spec` that was made of one.
-            dtype, options: see `Spec`; not asked where a Spec is given.
+            dtype, options: see `Spec` (`controlnets`, `refiner`, `vae` and others); not asked where a Spec is given.
             batch_size: images that a device makes at once; default 1 on CPU, 4 elsewhere.
             devices: default all local devices.
 
@@ -115,7 +113,7 @@ class StableDiffusion:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} makes nothing; allowed is 1 or more")
         networks = load(spec, on)
-        _ = spec.tokenizers  # refused now where they cannot be read
+        _ = spec.tokenizers, spec.refiner and spec.refiner.tokenizers  # refused now where they cannot be read
         return cls(spec, networks, batch_size, on)
 
     @classmethod
@@ -141,6 +139,8 @@ class StableDiffusion:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the checkpoint in the diffusers layout, which diffusers and `from_pretrained` load.
 
+        Its ControlNets and its refiner are checkpoints of their own, and not written.
+
         Raises:
             FileExistsError: `folder` is there already.
             ValueError: textual inversions were added, which that layout keeps in files of their own.
@@ -148,11 +148,12 @@ class StableDiffusion:
         if self.spec.has_added_tokens:
             raise ValueError("a model with textual inversions cannot be saved; load it without them")
         source = self.spec.checkpoint
-        first = jax.tree.map(lambda array: array[0], self._networks)
+        own = {name: self._networks[name] for name in (*self.spec.family.text_encoders, "unet", "vae")}
+        first = jax.tree.map(lambda array: array[0], own)
         checkpoint.save(
             folder,
-            index=source.index,
-            configs={name: source.json(name, "config.json") for name in self._networks},
+            index=self.spec.index,
+            configs={name: self.spec.config_json(name) for name in first},
             weights={name: checkpoint.tensors_of(network) for name, network in first.items()},
             texts={
                 path: text
@@ -201,56 +202,32 @@ class StableDiffusion:
     def launch(self, batch: list[Request]) -> "_Flight":
         """Give the devices a batch; returns at once, with arrays that they will fill."""
         padding = self.batch_size * len(self.devices) - len(batch)
-        canvases = self._prepare(batch)
-        rows, boards = batch + batch[-1:] * padding, canvases + canvases[-1:] * padding
-        texts = [self.spec.text(request) for request in rows]
-        split, networks = self.devices.split, self._networks
-        shared = _Shared(
-            requests=rows,
-            clauses=np.stack([text.clauses for text in texts]),
-            conditions=self._conditions(rows, texts),
-            keys=split(noise.keys([request.seed for request in rows])),
-            is_given=split(np.array([request.noise == "torch" for request in rows])),
-            rescale=split(np.array([request.guidance_rescale for request in rows], np.float32)),
-        )
+        canvases = self._read(self.spec.prepare, batch, "image")
+        control_images = self._read(self.spec.control_images, batch, "control_image")
+        boards = canvases + canvases[-1:] * padding
+        shared = self._denoiser.batch(batch + batch[-1:] * padding, control_images + control_images[-1:] * padding)
         program = self.spec.program(batch[0])
-        latents, ticks = self._first_pass(rows, boards, shared, program)
+        latents, ticks = self._first_pass(boards, shared, program)
         if program.has_second_pass:
-            latents, more = self._second_pass(rows, latents, shared, program)
+            latents, more = self._second_pass(latents, shared, program)
             ticks += more
-        pixels, finite = self._decode(networks["vae"], latents)
-        return _Flight(batch, canvases, [text.truncated for text in texts], ticks, pixels, finite)
+        pixels, finite = self._decode(self._networks["vae"], latents)
+        return _Flight(batch, canvases, shared.cut, ticks, pixels, finite)
 
-    def _conditions(self, rows: list[Request], texts: list[Text]) -> programs.Conditions:
-        """What the UNet is told of each request whatever the size."""
-        split, family = self.devices.split, self.spec.family
-        ids, weights = (np.stack([getattr(text, name) for text in texts]) for name in ("ids", "weights"))
-        variants = jax.tree.map(lambda *each: np.stack(each), *(text.variants for text in texts))
-        is_negative = np.arange(ids.shape[2]) >= len(texts[0].clauses)
-        clip_skip = np.array([np.where(is_negative, 0, request.clip_skip) for request in rows], np.int32)
-        is_zero = np.array([is_negative & (request.negative_prompt is None) for request in rows])
-        encoders = tuple(self._networks[name] for name in family.text_encoders)
-        conditions = self._encode(
-            encoders, split(ids), split(weights), split(clip_skip), split(is_zero), split(variants)
-        )
-        if family.embeds_guidance:
-            channels = self.spec.configs["unet"].time_cond_proj_dim
-            conditions = conditions._replace(guidance=split(guidance_embedding(rows, channels)))
-        return conditions
-
-    def _first_pass(
-        self, rows: list[Request], boards: list[Canvas | None], shared: "_Shared", program: Program
-    ) -> tuple[jax.Array, "_Ticks"]:
+    def _first_pass(self, boards: list[Canvas | None], shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
         """Latents at the requests' width and height."""
-        split, spec = self.devices.split, self.spec
+        split, spec, rows = self.devices.split, self.spec, shared.requests
         pictures = Pictures(boards, (program.height, program.width), spec.scale)
         tables = [spec.table(request) for request in rows]
         # diffusers does not encode an image that neither the start nor the blending needs.
         encoded = [
-            board is not None and not spec.family.edits and not (spec.family.inpaints and request.strength == 1)
+            board is not None
+            and spec.family.draws_latents
+            and not spec.family.edits
+            and not (spec.family.inpaints and request.strength == 1)
             for board, request in zip(boards, rows, strict=True)
         ]
-        masked = [board is not None and board.mask is not None for board in boards]
+        masked = [board is not None and spec.family.draws_latents and board.mask is not None for board in boards]
         drawn = HostNoise(rows, tables, self._shape(program.height, program.width), encoded=encoded, masked=masked)
 
         def encode(pixels: np.ndarray, posterior: np.ndarray) -> jax.Array:
@@ -270,17 +247,24 @@ class StableDiffusion:
             told = (mask, encode(pictures.unmasked, drawn.unmasked))
         needed = pictures.there.any() and not spec.family.edits
         image = encode(pictures.image, drawn.posterior) if needed else split(np.zeros_like(drawn.start))
-        return self._sample(tables, drawn, shared, image, mask, told)
+        state, known = self._denoiser.start(shared, tables, drawn, image, mask)
+        known = None if told else known  # a UNet that is told further channels needs no blending
+        latents, ticks = self._denoiser.run(shared, tables, drawn, state, known=known, told=told)
+        if self._refiner is None or not program.refiner:
+            return latents, ticks
+        tables = [spec.refiner_table(request) for request in rows]
+        refined, drawn = self._refiner.batch(rows, [[]] * len(rows), stage=1), drawn.then(tables)
+        state, _ = self._refiner.start(refined, tables, drawn, latents, mask)
+        latents, more = self._refiner.run(refined, tables, drawn, state, known=known)
+        return latents, ticks + more
 
-    def _second_pass(
-        self, rows: list[Request], latents: jax.Array, shared: "_Shared", program: Program
-    ) -> tuple[jax.Array, "_Ticks"]:
+    def _second_pass(self, latents: jax.Array, shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
         """Latents at the size of `hires_scale`: the first pass's image or latent, enlarged, to start from."""
-        height, width = program.final_height, program.final_width
+        height, width, rows = program.final_height, program.final_width, shared.requests
         tables = [self.spec.hires_table(request) for request in rows]
         shape = self._shape(height, width)
         directly = [request.hires_upscaler == "latent" for request in rows]
-        encoded = [not each for each in directly]
+        encoded = [self.spec.family.draws_latents and not each for each in directly]
         drawn = HostNoise(rows, tables, shape, encoded=encoded, masked=[False] * len(rows))
         split = self.devices.split
         image = self._enlarge(
@@ -293,61 +277,19 @@ class StableDiffusion:
             (height, width),
         )
         everywhere = split(np.ones((len(rows), *shape[:2], 1), np.float32))
-        return self._sample(tables, drawn, shared, image, everywhere, None)
+        state, known = self._denoiser.start(shared, tables, drawn, image, everywhere)
+        return self._denoiser.run(shared, tables, drawn, state, known=known)
 
     def _shape(self, height: int, width: int) -> tuple[int, int, int]:
         return height // self.spec.scale, width // self.spec.scale, self.spec.configs["vae"].latent_channels
 
-    def _sample(
-        self,
-        tables: list[sampling.Table],
-        drawn: HostNoise,
-        shared: "_Shared",
-        image: jax.Array,
-        mask: jax.Array,
-        told: tuple[jax.Array, ...] | None,
-    ) -> tuple[jax.Array, "_Ticks"]:
-        """Run the tables, a few rows a call; `told` are further channels of the UNet, which then needs no blending."""
-        split = self.devices.split
-        levels = split(np.array([(table.start_signal, table.start_noise) for table in tables], np.float32))
-        state, known = self._start(shared.keys, shared.is_given, split(drawn.start), levels, image, mask)
-        known = known if told is None else None
-        length = max(table.calls for table in tables)
-        padded = -(-length // SCAN_ROWS) * SCAN_ROWS
-        family, (height, width) = self.spec.family, drawn.start.shape[1:3]
-        weights = guidance_weights(
-            shared.requests, tables, shared.clauses, padded, edits=family.edits, embedded=family.embeds_guidance
-        )
-        conditions = shared.conditions
-        if family.is_xl:
-            size, joined = (height * self.spec.scale, width * self.spec.scale), shared.clauses.shape[1]
-            ids = time_ids(shared.requests, size, joined, weights.shape[2], refines=family.refines)
-            conditions = conditions._replace(time_ids=split(ids))
-        stacked = sampling.stack(tables, padded), weights
-        ticks = []
-        for first in range(0, length, SCAN_ROWS):
-            part = jax.tree.map(lambda column, first=first: column[:, first : first + SCAN_ROWS], stacked)
-            given = scan.Given(split(drawn.rows(first, SCAN_ROWS)), shared.is_given)
-            state, tick = self._advance(
-                self._networks["unet"],
-                state,
-                conditions,
-                split(part),
-                shared.keys,
-                shared.rescale,
-                given,
-                known,
-                told,
-            )
-            ticks.append((min(SCAN_ROWS, length - first), tick))
-        return state.latents, ticks
-
-    def _prepare(self, batch: list[Request]) -> list[Canvas | None]:
-        """The requests' pictures, read side by side."""
-        if all(request.image is None for request in batch):
-            return [None] * len(batch)
+    @staticmethod
+    def _read(read: Callable[[Request], _Pictures], batch: list[Request], field: str) -> list[_Pictures]:
+        """What `read` makes of each request, read side by side where one has the field."""
+        if all(getattr(request, field) is None for request in batch):
+            return list(map(read, batch))
         with ThreadPoolExecutor(_READERS) as readers:
-            return list(readers.map(self.spec.prepare, batch))
+            return list(readers.map(read, batch))
 
     def _land(self, flight: "_Flight", progress: Callable[[int, int], None] | None) -> Iterator[Result]:
         """Wait for a batch and hand its images out."""
@@ -367,27 +309,12 @@ class StableDiffusion:
             yield Result(request, self.spec.id(request), made, tuple(flags))
 
 
-_Ticks = list[tuple[int, jax.Array]]
-"""For each call of the scan, its sampler rows, and an array that is ready when they are done."""
-
-
-class _Shared(NamedTuple):
-    """What both passes of a batch use; the arrays of JAX are on the devices."""
-
-    requests: list[Request]
-    clauses: np.ndarray
-    conditions: programs.Conditions
-    keys: jax.Array
-    is_given: jax.Array
-    rescale: jax.Array
-
-
 class _Flight(NamedTuple):
     """A batch that the devices are working on."""
 
     batch: list[Request]
     canvases: list[Canvas | None]
     cut: list[bool]
-    ticks: _Ticks
+    ticks: Ticks
     pixels: jax.Array
     finite: jax.Array

@@ -24,6 +24,21 @@ def add_model_options(to: Any) -> None:
         "times",
     )
     to.add_argument(
+        "--controlnet",
+        action="append",
+        metavar="PATH",
+        help="folder, hub id or URL of a ControlNet, one for each control image; may be given several times",
+    )
+    to.add_argument(
+        "--refiner", metavar="PATH", help="that of Stable Diffusion XL's refiner, which ends the runs of its base"
+    )
+    to.add_argument("--vae", metavar="PATH", help="that of another autoencoder, such as madebyollin/taesd")
+    to.add_argument(
+        "--vae-tiling",
+        action="store_true",
+        help="decode and encode images of any size in strips, in less memory; large ones always are",
+    )
+    to.add_argument(
         "--tokenizer",
         metavar="FOLDER",
         help="CLIP's vocab.json and merges.txt, which a single file does not hold "
@@ -63,6 +78,10 @@ def model_options(options: argparse.Namespace | Any) -> dict[str, Any]:
         "variant": options.variant,
         "loras": [_lora(text) for text in options.lora or ()],
         "textual_inversions": [_inversion(text) for text in options.textual_inversion or ()],
+        "controlnets": options.controlnet,
+        "refiner": options.refiner,
+        "vae": options.vae,
+        "vae_tiling": options.vae_tiling,
         "tokenizer": options.tokenizer,
         "prediction_type": options.prediction_type,
         "allow_pickle": options.allow_ckpt,

@@ -4,7 +4,10 @@ from collections.abc import Iterable
 
 from flax import nnx
 
+from sdjax.config import AutoencoderTinyConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from sdjax.models.controlnet import ControlNet
+from sdjax.models.tiny import AutoencoderTiny
 from sdjax.models.unet import UNet2DCondition
 from sdjax.models.vae import AutoencoderKL
 from sdjax.parallel import Devices
@@ -12,10 +15,11 @@ from sdjax.spec import Spec
 from sdjax.weights import checkpoint
 
 _CLASSES = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "unet": UNet2DCondition,
-    "vae": AutoencoderKL,
+    CLIPTextConfig: CLIPTextModel,
+    UNetConfig: UNet2DCondition,
+    ControlNetConfig: ControlNet,
+    VAEConfig: AutoencoderKL,
+    AutoencoderTinyConfig: AutoencoderTiny,
 }
 
 
@@ -25,7 +29,9 @@ def build(spec: Spec, names: Iterable[str] | None = None) -> dict[str, nnx.Modul
     for name in spec.configs if names is None else names:
         overflows = name == "vae" and spec.family.upcasts_vae and spec.dtype == "float16"
         dtype = "float32" if overflows else spec.dtype
-        networks[name] = _CLASSES[name](spec.configs[name], dtype=dtype, param_dtype=spec.dtype, rngs=None)
+        config = spec.configs[name]
+        kind = CLIPTextModelWithProjection if name.endswith("text_encoder_2") else _CLASSES[type(config)]
+        networks[name] = kind(config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
     return networks
 
 
@@ -37,6 +43,6 @@ def load(spec: Spec, devices: Devices, names: Iterable[str] | None = None) -> di
     """
     networks = build(spec, names)
     for name, network in networks.items():
-        tensors = spec.checkpoint.tensors(name)
-        checkpoint.fill(network, tensors, what=f"{name} of {spec.name}", place=devices.replicate, edit=spec.edit(name))
+        what, edit = f"{name} of {spec.name}", spec.edit(name)
+        checkpoint.fill(network, spec.tensors(name), what=what, place=devices.replicate, edit=edit)
     return networks

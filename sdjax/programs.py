@@ -1,5 +1,6 @@
 """What is compiled: the functions of one device's part of a batch that `sdjax.generate` runs."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from sdjax.models import tiling
 from sdjax.models.clip import CLIPTextModel
+from sdjax.models.controlnet import ControlNet
+from sdjax.models.tiling import Autoencoder
 from sdjax.models.unet import UNet2DCondition
-from sdjax.models.vae import AutoencoderKL
 from sdjax.sampling import Tables, noise, scan
 
 
@@ -25,6 +28,18 @@ class Conditions(NamedTuple):
     pooled: Float[Array, "batch prompts pooled"] | None = None
     time_ids: Float[Array, "batch prompts ids"] | None = None
     guidance: Float[Array, "batch channels"] | None = None
+
+
+class Controls(NamedTuple):
+    """ControlNets beside a UNet.
+
+    seen: for each of the networks, what it sees of the control images.
+    guess_mode: where the last prompt, the negative one, is not controlled.
+    """
+
+    networks: tuple[ControlNet, ...]
+    seen: tuple[Float[Array, "batch h w _"], ...]
+    guess_mode: Bool[Array, " batch"]
 
 
 def encode_text(
@@ -125,7 +140,7 @@ def _states(
 
 
 def encode_image(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     pixels: Float[Array, "batch height width 3"],
     there: Bool[Array, " batch"],
     keys: Array,
@@ -133,20 +148,23 @@ def encode_image(
     given: Float[Array, "batch h w c"],
     *,
     scale: float,
+    tiled: bool | None,
 ) -> Float[Array, "batch h w c"]:
     """Latents of images in -1..1, sampled from the VAE's posterior; zeros for a request that has none."""
-    mean, logvar = (moment.astype(jnp.float32) for moment in vae.encode(pixels))
+    mean, logvar = (moment.astype(jnp.float32) for moment in tiling.encode(vae, pixels, tiling=tiled))
     drawn = jnp.where(is_given[:, None, None, None], given, noise.jax_latents(keys, noise.POSTERIOR, given.shape[1:]))
     return jnp.where(there[:, None, None, None], scale * (mean + jnp.exp(0.5 * logvar) * drawn), 0)
 
 
-def encode_mean(vae: AutoencoderKL, pixels: Float[Array, "batch height width 3"]) -> Float[Array, "batch h w c"]:
+def encode_mean(
+    vae: Autoencoder, pixels: Float[Array, "batch height width 3"], *, tiled: bool | None
+) -> Float[Array, "batch h w c"]:
     """What a UNet that edits images is told of one: the posterior's mean, unscaled."""
-    return vae.encode(pixels)[0].astype(jnp.float32)
+    return tiling.encode(vae, pixels, tiling=tiled)[0].astype(jnp.float32)
 
 
 def enlarge(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     latents: Float[Array, "batch h w c"],
     directly: Bool[Array, " batch"],
     keys: Array,
@@ -155,13 +173,15 @@ def enlarge(
     size: tuple[int, int],
     *,
     scale: float,
+    tiled: bool | None,
 ) -> Float[Array, "batch new_h new_w c"]:
     """Latents of images of height and width: those of the latents' images, by Lanczos, or directly, bilinearly."""
 
     def by_image() -> Float[Array, "batch new_h new_w c"]:
-        image = jnp.clip(vae.decode(latents / scale).astype(jnp.float32), -1, 1)
+        image = jnp.clip(tiling.decode(vae, latents / scale, tiling=tiled).astype(jnp.float32), -1, 1)
         image = jax.image.resize(image, (len(image), *size, image.shape[-1]), "lanczos3")
-        return encode_image(vae, jnp.clip(image, -1, 1), jnp.ones_like(is_given), keys, is_given, given, scale=scale)
+        image, there = jnp.clip(image, -1, 1), jnp.ones_like(is_given)
+        return encode_image(vae, image, there, keys, is_given, given, scale=scale, tiled=tiled)
 
     resized = jax.image.resize(latents, given.shape, "bilinear")
     by_images = lax.cond(jnp.all(directly), lambda: resized, by_image)
@@ -183,45 +203,98 @@ def start(
     return scan.begin(signal * image + scale * fresh), scan.Known(image, fresh, mask)
 
 
+def embed_control(
+    network: ControlNet, image: Float[Array, "batch height width 3"]
+) -> Float[Array, "batch h w channels"]:
+    """What a ControlNet sees of control images in 0..1, at every step."""
+    return network.embed(image)
+
+
+def _residuals(
+    controls: Controls,
+    scales: Float[Array, "batch nets"],
+    is_last: Bool[Array, ""],
+    x: Float[Array, "batch h w c"],
+    t: Float[Array, " batch"],
+    context: Float[Array, "batch tokens hidden"],
+    added: dict[str, Array] | None,
+) -> tuple[list[Array], Array]:
+    """The sum of what the ControlNets add to a prompt's UNet; one that no request has a use for is not called."""
+    scales = jnp.where(is_last & controls.guess_mode[:, None], 0, scales)
+    total = None
+    for i, (network, seen) in enumerate(zip(controls.networks, controls.seen, strict=True)):
+        call = functools.partial(network, x, t, context, seen, scales[:, i], controls.guess_mode, added)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(call))
+        more = lax.cond(jnp.any(scales[:, i] != 0), call, lambda nothing=nothing: nothing)
+        total = more if total is None else jax.tree.map(jnp.add, total, more)
+    assert total is not None, "there are networks"
+    return total
+
+
 def advance(
     unet: UNet2DCondition,
     state: scan.State,
     conditions: Conditions,
-    rows: tuple[Tables, Float[Array, "batch rows prompts"]],
+    rows: tuple[Tables, Float[Array, "batch rows prompts"], Float[Array, "batch rows nets"] | None],
     keys: Array,
     rescale: Float[Array, " batch"],
     given: scan.Given,
     known: scan.Known | None,
     told: tuple[Array, ...] | None,
+    controls: Controls | None,
     *,
     last_is_told: bool,
 ) -> tuple[scan.State, Int[Array, ""]]:
     """The next sampler rows of a device's part of the batch, and how many have been run.
 
+    rows: sampler tables, how much each prompt's output counts, and how much each ControlNet.
     known: what is blended in.
     told: further channels, [batch, h, w, any], for a UNet that has them.
     last_is_told: whether the last prompt sees them; else it sees zeros.
     """
 
-    def network(half: Int[Array, ""], x: Array, t: Array) -> Array:
-        if told is not None:
-            hidden = jnp.logical_and(not last_is_told, half == conditions.context.shape[1] - 1)
-            x = jnp.concatenate([x, *(jnp.where(hidden, 0, part) for part in told)], axis=-1)
+    def network(half: Int[Array, ""], x: Array, t: Array, scales: Array | None) -> Array:
+        context, is_last = conditions.context[:, half], half == conditions.context.shape[1] - 1
         added = None
         if conditions.pooled is not None and conditions.time_ids is not None:
             added = {"text_embeds": conditions.pooled[:, half], "time_ids": conditions.time_ids[:, half]}
-        return unet(x, t, conditions.context[:, half], added, timestep_cond=conditions.guidance)
+        down, middle = None, None
+        if controls is not None:
+            assert scales is not None
+            down, middle = _residuals(controls, scales, is_last, x, t, context, added)
+        if told is not None:
+            hidden = jnp.logical_and(not last_is_told, is_last)
+            x = jnp.concatenate([x, *(jnp.where(hidden, 0, part) for part in told)], axis=-1)
+        return unet(
+            x,
+            t,
+            context,
+            added,
+            timestep_cond=conditions.guidance,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        )
 
-    tables, weights = rows
-    state = scan.advance(network, tables, state, keys=keys, weights=weights, rescale=rescale, given=given, known=known)
+    tables, weights, control_scales = rows
+    state = scan.advance(
+        network,
+        tables,
+        state,
+        keys=keys,
+        weights=weights,
+        rescale=rescale,
+        given=given,
+        known=known,
+        told=control_scales,
+    )
     return state, state.row
 
 
 def decode(
-    vae: AutoencoderKL, latents: Float[Array, "batch h w c"], *, scale: float
+    vae: Autoencoder, latents: Float[Array, "batch h w c"], *, scale: float, tiled: bool | None
 ) -> tuple[UInt8[Array, "batch height width 3"], Bool[Array, " batch"]]:
     """Pixels, and which images are finite; the others are black."""
-    image = vae.decode(latents / scale).astype(jnp.float32)
+    image = tiling.decode(vae, latents / scale, tiling=tiled).astype(jnp.float32)
     finite = jnp.isfinite(image).all(axis=(1, 2, 3), keepdims=True)
     pixels = jnp.round(jnp.clip(jnp.where(finite, image, -1.0) / 2 + 0.5, 0, 1) * 255)
     return pixels.astype(jnp.uint8), finite.ravel()

@@ -12,7 +12,19 @@ from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 import numpy as np
 from PIL import Image
 
-from sdjax.values import LISTS, MAX_STEPS, SIZE, RequestError, check_text, coerce, numbers, shown, size_of
+from sdjax.values import (
+    MAX_STEPS,
+    OF_CONTROLS,
+    OF_STEPS,
+    PICTURES,
+    SIZE,
+    RequestError,
+    check_text,
+    coerce,
+    numbers,
+    shown,
+    size_of,
+)
 
 MAX_SIDE = 4096
 MAX_SEED = 2**32 - 1
@@ -71,6 +83,17 @@ class Request:
         outpaint: grow the canvas of `image`: margins in pixels (`left=128,top=64`) or a size (`768x512`) around its
             middle. The image's own pixels stay exactly.
         strength: how far from `image` to go, above 0 and up to 1.
+        control_image: where ControlNets are loaded, a picture for each, in their order; fitted to width and height.
+            Without `image`, width and height the first one's size is made. Once in a Request it is text, a line for
+            each.
+        control_image_sha256: as image_sha256, with commas between several.
+        controlnet_conditioning_scale: how much each ControlNet counts, a number for all or one for each (`1,0.5`), 0
+            to 100.
+        control_guidance_start, control_guidance_end: the shares of the steps from which and until which it does, in
+            the same way.
+        guess_mode: control the conditional half of guidance alone, and the outer skips less: for empty prompts.
+        denoising_end: where a refiner is loaded, the share of the noise that the base takes off before the refiner goes
+            on, above 0; 1 leaves the refiner out. None is 0.8.
         hires_scale: above 1, make a second pass at this many times the size, from the first one's enlarged image.
         hires_upscaler: what enlarges it: `lanczos` its pixels, or `latent` its latent (bilinearly; it is softer, and
             wants a hires_strength above 0.5).
@@ -123,6 +146,13 @@ class Request:
     overlay: bool = True
     outpaint: str | None = None
     strength: float = 0.8
+    control_image: Picture | Sequence[Picture] | None = None
+    control_image_sha256: str | None = None
+    controlnet_conditioning_scale: str | float | Sequence[float] = "1"
+    control_guidance_start: str | float | Sequence[float] = "0"
+    control_guidance_end: str | float | Sequence[float] = "1"
+    guess_mode: bool = False
+    denoising_end: float | None = None
     hires_scale: float = 1.0
     hires_upscaler: str = "lanczos"
     hires_strength: float = 0.7
@@ -142,7 +172,7 @@ class Request:
         self._check_lists()
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high:
+            if name not in OF_CONTROLS and value is not None and not low <= value <= high:
                 raise RequestError(f"{name}={value} is out of range; allowed is {low} to {high}")
         for name in ("width", "height"):
             side = getattr(self, name)
@@ -150,7 +180,7 @@ class Request:
                 raise RequestError(
                     f"{name}={side} is not a multiple of 8; the nearest is {max(8, round(side / 8) * 8)}"
                 )
-        for name in ("strength", "hires_strength"):
+        for name in ("strength", "denoising_end", "hires_strength"):
             if getattr(self, name) == 0:
                 raise RequestError(f"{name}=0 leaves no step to run; allowed is above 0 and up to 1")
         if self.hires_scale > 1 and (self.mask_image is not None or self.outpaint is not None):
@@ -180,7 +210,7 @@ class Request:
             text = getattr(self, name)
             if text is not None and numbers(text) is None:
                 raise RequestError(f"{name}={shown(text)} is no list of numbers; give one such as '9,5,1'")
-        sigmas, timesteps, scales = (numbers(getattr(self, name)) for name in LISTS)
+        sigmas, timesteps, scales = (numbers(getattr(self, name)) for name in OF_STEPS)
         if sigmas and timesteps:
             raise RequestError("sigmas and timesteps are both lists; give one of them")
         if listed := timesteps or sigmas:
@@ -194,6 +224,10 @@ class Request:
         for scale in scales or ():
             if not low <= scale <= high:
                 raise RequestError(f"guidance_scales={scale:g} is out of range; allowed is {low} to {high}")
+        for name in OF_CONTROLS:
+            (low, high), text = _RANGES[name], getattr(self, name)
+            if not all(low <= number <= high for number in numbers(text) or (-1,)):
+                raise RequestError(f"{name}={shown(text)} is out of range; allowed is {low} to {high}")
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], **defaults: Any) -> tuple["Request", dict[str, Any]]:
@@ -230,7 +264,7 @@ class Request:
         whose content is known by its hash: where it lies is no part of what is asked.
         """
         values = {name: value for name, value in vars(self).items() if value != _DEFAULTS[name]}
-        for name in ("image", "mask_image"):
+        for name in PICTURES:
             if f"{name}_sha256" in values:
                 del values[name]
         return json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
@@ -256,6 +290,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "negative_aesthetic_score": (0, 10),
     "padding_mask_crop": (0, MAX_SIDE),
     "strength": (0, 1),
+    "controlnet_conditioning_scale": (0, 100),
+    "control_guidance_start": (0, 1),
+    "control_guidance_end": (0, 1),
+    "denoising_end": (0, 1),
     "hires_scale": (1, 4),
     "hires_strength": (0, 1),
     "clip_skip": (0, 11),
@@ -270,6 +308,7 @@ _NEEDS = {
     "image_sha256": "image",
     "mask_image": "image",
     "mask_image_sha256": "mask_image",
+    "control_image_sha256": "control_image",
     "padding_mask_crop": "mask_image",
     "outpaint": "image",
 }

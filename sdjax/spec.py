@@ -5,25 +5,33 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdjax import canvas, family, sampling, text
+import numpy as np
+from PIL import Image
+
+from sdjax import canvas, controls, family, sampling, tables, text
 from sdjax.canvas import Canvas
 from sdjax.family import TOKENIZERS
 from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request
 from sdjax.text import Text, Tokenizer
-from sdjax.values import RequestError, numbers
-from sdjax.weights.checkpoint import Edit
+from sdjax.values import RequestError
+from sdjax.weights.checkpoint import Checkpoint, Component, Edit
 from sdjax.weights.lora import Lora, fused
-from sdjax.weights.single_file import open_checkpoint
+from sdjax.weights.safetensors import Entry
+from sdjax.weights.single_file import is_single_file, open_checkpoint
 from sdjax.weights.textual_inversion import TextualInversion, extended
 
 BUNDLED = str(Path(__file__).parent / "bundled")
 DTYPES = ("float32", "bfloat16", "float16")
+REFINER = "refiner."
+"""How the names of a refiner's networks begin beside the base's."""
+
+_DENOISING_END = 0.8  # where a refiner takes over unless the request says it, as https://arxiv.org/abs/2307.01952 does
 
 _OF_XL = ("prompt_2", "negative_prompt_2", "original_size", "target_size")  # Request fields
 _OF_XL += tuple(f"negative_{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
@@ -39,6 +47,7 @@ class Program(NamedTuple):
     variants: int  # encodings that compel's weights take, of each chunk
     final_width: int  # after a second pass
     final_height: int
+    refiner: tuple[int, ...]  # its prompts, chunks and variants; empty where none ends the run
 
     @property
     def has_second_pass(self) -> bool:
@@ -53,6 +62,13 @@ class Spec:
         dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
         variant: see `Checkpoint`.
         loras: files that are added to the networks, each a path or URL, or one and its weight (1); see `Lora`.
+        controlnets: folders, hub ids or URLs of ControlNets in the diffusers layout, in the order of a request's
+            control images.
+        refiner: that of Stable Diffusion XL's refiner, or a single file, which ends the runs of its base; see
+            `Request.denoising_end`.
+        vae: that of another autoencoder of the same latents: AutoencoderTiny, or another AutoencoderKL.
+        vae_tiling: whether images are decoded and encoded in strips, in a fraction of the memory and more time; None
+            does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.
         textual_inversions: files of learned tokens, each a path or URL, or one and its token; see `TextualInversion`.
         allow_pickle: whether a single file or a textual inversion may be one of PyTorch's own; see `torch_zip`.
         single_file: `tokenizer` and `prediction_type` of `SingleFile`.
@@ -69,14 +85,21 @@ class Spec:
         variant: str | None = None,
         loras: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], float]] = (),
         textual_inversions: Sequence[str | os.PathLike[str] | tuple[str | os.PathLike[str], str]] = (),
+        controlnets: Sequence[str | os.PathLike[str]] = (),
+        refiner: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        vae_tiling: bool | None = None,
         allow_pickle: bool = False,
         **single_file: Any,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
-        self.dtype = dtype
+        self.dtype, self.vae_tiling = dtype, vae_tiling
         self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
-        self.family, self.configs = family.read(self.checkpoint)
+        other_vae = None if vae is None else Component(vae)
+        self.family, self.configs = family.read(self.checkpoint, other_vae)
+        # Where the networks lie that are not the checkpoint's own.
+        self._parts: dict[str, tuple[Checkpoint, str]] = {} if other_vae is None else {"vae": (other_vae, "")}
         self.schedule = sampling.Schedule.from_config(self.checkpoint.json("scheduler", "scheduler_config.json"))
 
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
@@ -88,6 +111,20 @@ class Spec:
         self._first_added: dict[str, int] = {}
         for name in [name for name in self.configs if any(each.count(name) for each in self._inversions)]:
             self._add_tokens(name)
+
+        found = controls.read(controlnets, self.configs, what=self.name)
+        self._parts |= {name: (part, "") for name, (part, _) in found.items()}
+        self.configs |= {name: config for name, (_, config) in found.items()}
+        self.controlnets = tuple(found)
+        self.refiner: Spec | None = None
+        if refiner is not None:
+            given = single_file if is_single_file(refiner) else {}
+            self.refiner = Spec(refiner, dtype=dtype, variant=variant, allow_pickle=allow_pickle, **given)
+            own, its = ((each.name, each.family, each.configs) for each in (self, self.refiner))
+            family.check_refiner(its, own)
+            for name in (*self.refiner.family.text_encoders, "unet"):
+                self._parts[REFINER + name] = self.refiner.checkpoint, name
+                self.configs[REFINER + name] = self.refiner.configs[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "tokenizers"}
@@ -101,6 +138,27 @@ class Spec:
         self.configs[encoder] = dataclasses.replace(
             config, vocab_size=max(config.vocab_size, end), eos_token_id=tokenizer.end
         )
+
+    def tensors(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
+        """The tensors of one of the networks, wherever it is from; see `Checkpoint.tensors`."""
+        part, component = self._parts.get(name, (self.checkpoint, name))
+        return part.tensors(component)
+
+    def entries(self, name: str) -> dict[str, Entry]:
+        """Where they lie, their shapes and dtypes; see `Checkpoint.entries`."""
+        part, component = self._parts.get(name, (self.checkpoint, name))
+        return part.entries(component)
+
+    def config_json(self, name: str) -> dict[str, Any]:
+        """The config.json of one of the networks."""
+        part, component = self._parts.get(name, (self.checkpoint, name))
+        return part.json(component, "config.json")
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """model_index.json, with the class of the VAE that is used."""
+        used = {"vae": ["diffusers", self.config_json("vae").get("_class_name")]} if "vae" in self._parts else {}
+        return self.checkpoint.index | used
 
     @property
     def has_added_tokens(self) -> bool:
@@ -124,7 +182,11 @@ class Spec:
     def fingerprint(self) -> str:
         """SHA-256 of everything about the model that pixels depend on, in hex."""
         tokenizers = [TOKENIZERS[name] for name in self.family.text_encoders]
-        parts = [self.checkpoint.fingerprint([*self.configs, *tokenizers, "scheduler"]), self.dtype]
+        own = [name for name in self.configs if name not in self._parts]
+        parts = [self.checkpoint.fingerprint([*own, *tokenizers, "scheduler"]), self.dtype]
+        added = {name: part for name, (part, _) in self._parts.items() if not name.startswith(REFINER)}
+        parts += [f"{name} {part.fingerprint([''])}" for name, part in added.items()]
+        parts += [self.refiner.fingerprint] if self.refiner else []
         parts += [f"{lora.file.digest} {lora.weight!r}" for lora in self._loras]
         parts += [f"{each.file.digest} {each.token!r}" for each in self._inversions]
         if self.family.is_xl:  # what of it model_index.json alone says
@@ -145,7 +207,7 @@ class Spec:
     @property
     def scale(self) -> int:
         """Pixels a latent, on each axis."""
-        return 2 ** (len(self.configs["vae"].block_out_channels) - 1)
+        return self.configs["vae"].downscale
 
     @property
     def multiple(self) -> int:
@@ -173,6 +235,10 @@ class Spec:
         mask_known = request.mask_image is None or request.mask_image_sha256 is not None
         if request.image is not None and (read or not (known and mask_known)):
             request = self._measured(request)
+        if request.control_image is not None:
+            controls.check(request, len(self.controlnets))
+            if read or None in (request.control_image_sha256, request.width, request.height):
+                request = controls.measured(request, self.multiple)
         size = self.configs["unet"].sample_size or 64
         height, width = size if isinstance(size, tuple) else (size, size)
         try:
@@ -182,6 +248,7 @@ class Spec:
                 "width": width * self.scale,
                 "height": height * self.scale,
                 "negative_prompt": None if self.family.zeroes_empty else "",
+                "denoising_end": None if self.refiner is None else _DENOISING_END,
                 "sigmas": "" if request.timesteps else sampling.default_sigmas(self.schedule, sampler),
             }
             missing = {name: value for name, value in defaults.items() if getattr(request, name) is None}
@@ -190,6 +257,8 @@ class Spec:
             if sampling.is_distilled(sampler) and not (self.distilled or self._loras):
                 _warn(f"sampler={sampler} is for models distilled for it, which {self.name} does not say that it is")
             self.table(request)
+            if self.refiner and request.denoising_end != 1:
+                self.refiner_table(request)
             if request.hires_scale > 1:
                 self.hires_table(request)
         except sampling.SamplingError as error:
@@ -210,16 +279,24 @@ class Spec:
             raise RequestError("this checkpoint edits images; give image, without mask_image and outpaint")
         if family.edits and request.hires_scale > 1:
             raise RequestError("hires_scale does not go with a checkpoint that edits images; leave it out")
+        if self.refiner is None and request.denoising_end is not None:
+            raise RequestError("denoising_end is for a refiner, and none is loaded; give refiner (--refiner PATH)")
+        if request.hires_scale > 1 and request.denoising_end not in (None, 1):
+            raise RequestError(
+                "hires_scale does not go with a refiner; leave it out, or the refiner by denoising_end=1"
+            )
         if family.refines and request.image is None:
             raise RequestError("this checkpoint refines images; give image")
-        if max(self.program(request)[-2:]) > MAX_SIDE:
+        program = self.program(request)
+        if max(program.final_width, program.final_height) > MAX_SIDE:
             raise RequestError(f"hires_scale={request.hires_scale:g} makes a side longer than {MAX_SIDE}")
         for name in () if family.is_xl else _OF_XL:
             if getattr(request, name) is not None:
                 raise RequestError(f"{name} is for Stable Diffusion XL, which this checkpoint is not; leave it out")
         if self.family.embeds_guidance and request.guidance_scales is not None:
             raise RequestError("this checkpoint is told one guidance_scale for all steps; leave out guidance_scales")
-        layers = min(self.configs[name].num_hidden_layers for name in family.text_encoders) - family.is_xl
+        encoders = [config for name, config in self.configs.items() if "text_encoder" in name]
+        layers = min(encoder.num_hidden_layers for encoder in encoders) - family.is_xl
         if request.clip_skip >= layers:
             raise RequestError(f"clip_skip={request.clip_skip} leaves no layer; the text encoder has {layers}")
         joined = len(self.text(request).clauses)
@@ -251,6 +328,10 @@ class Spec:
         """
         return None if resolved.image is None else canvas.fit(resolved, canvas.load(resolved, self.multiple))
 
+    def control_images(self, resolved: Request) -> list[Image.Image]:
+        """The control images of a resolved request, of any size. Raises RequestError as `prepare` does."""
+        return controls.load(resolved)[0]
+
     def id(self, resolved: Request) -> str:
         """The name of the image that a resolved request makes: 32 hex digits of a hash of it and the fingerprint."""
         return hashlib.sha256(f"{self.fingerprint} {resolved.canonical()}".encode()).hexdigest()[:32]
@@ -260,11 +341,9 @@ class Spec:
         width, height = resolved.width, resolved.height
         assert width is not None, "resolve the request first"
         assert height is not None
-        read = self.text(resolved)
-        _, prompts, chunks, _ = read.ids.shape
-        variants = 0 if read.variants is None else read.variants.ids.shape[2]
+        refiner = self.refiner.text(resolved).counts if self.refiner and resolved.denoising_end != 1 else ()
         final = [round(side * resolved.hires_scale / self.multiple) * self.multiple for side in (width, height)]
-        return Program(width, height, prompts, chunks, variants, final[0], final[1])
+        return Program(width, height, *self.text(resolved).counts, final[0], final[1], refiner)
 
     def text(self, request: Request) -> Text:
         """What the text encoders are given for a request. Raises RequestError where prompt and prompt_2 don't match."""
@@ -278,26 +357,22 @@ class Spec:
 
     def calls(self, resolved: Request) -> int:
         """Sampler rows that a resolved request takes: network calls, or pairs of them under guidance."""
-        second = self.hires_table(resolved).calls if self.program(resolved).has_second_pass else 0
-        return self.table(resolved).calls + second
+        program, calls = self.program(resolved), self.table(resolved).calls
+        calls += self.hires_table(resolved).calls if program.has_second_pass else 0
+        return calls + (self.refiner_table(resolved).calls if program.refiner else 0)
 
     def table(self, resolved: Request) -> sampling.Table:
-        """The sampler table of a resolved request."""
-        strength = None if resolved.image is None or self.family.edits else resolved.strength
-        masked = resolved.mask_image is not None or resolved.outpaint is not None
-        if masked and strength == 1:
-            strength = None  # noise alone, as in diffusers: what is known comes in by the mask
-        return self._table(resolved, strength)
+        """The sampler table of a resolved request, up to where the refiner takes over."""
+        return tables.run(self.schedule, resolved, edits=self.family.edits)
 
     def hires_table(self, resolved: Request) -> sampling.Table:
         """The sampler table of its second pass."""
-        return self._table(resolved, resolved.hires_strength)
+        return tables.second_pass(self.schedule, resolved)
 
-    def _table(self, resolved: Request, strength: float | None) -> sampling.Table:
-        return _table(self.schedule, *(getattr(resolved, name) for name in _TABLE_FIELDS), strength)
-
-
-_TABLE_FIELDS = ("sampler", "num_inference_steps", "sigmas", "timesteps", "rho", "eta", "solver_order")
+    def refiner_table(self, resolved: Request) -> sampling.Table:
+        """The sampler table of the refiner, where its program has one."""
+        assert self.refiner is not None
+        return tables.refiner(self.refiner.schedule, resolved)
 
 
 @functools.cache
@@ -309,28 +384,3 @@ def _warn(message: str) -> None:
 @functools.lru_cache(maxsize=1024)
 def _text(tokenizers: tuple[Tokenizer, ...], prompts: tuple[tuple[str, str], ...], language: str) -> Text:
     return text.encode(tokenizers, prompts, language)
-
-
-@functools.lru_cache(maxsize=1024)
-def _table(
-    schedule: sampling.Schedule,
-    sampler: str,
-    steps: int,
-    sigmas: str,
-    timesteps: str | None,
-    rho: float | None,
-    eta: float,
-    order: int | None,
-    strength: float | None,
-) -> sampling.Table:
-    return sampling.make_table(
-        schedule,
-        sampler=sampler,
-        num_inference_steps=steps,
-        sigmas=numbers(sigmas) or sigmas,
-        timesteps=numbers(timesteps),
-        rho=rho,
-        eta=eta,
-        order=order,
-        strength=strength,
-    )

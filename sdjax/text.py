@@ -53,6 +53,12 @@ class Text(NamedTuple):
     truncated: bool
     variants: Variants | None = None
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Prompts, chunks and variants, which are compiled into a program."""
+        _, prompts, chunks, _ = self.ids.shape
+        return prompts, chunks, 0 if self.variants is None else self.variants.ids.shape[2]
+
     def with_negative_twice(self) -> "Text":
         """For a network that is asked with the negative prompt once with an image and once without."""
 

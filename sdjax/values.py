@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import os
 import re
@@ -18,7 +19,11 @@ _SIZES = ("original_size", "target_size", "negative_original_size", "negative_ta
 _CORNERS = ("crops_coords_top_left", "negative_crops_coords_top_left")
 SIZE = re.compile(r"\d{1,5}x\d{1,5}")
 _CORNER = re.compile(r"\d{1,5},\d{1,5}")
-LISTS = ("sigmas", "timesteps", "guidance_scales")
+PICTURES = ("image", "mask_image", "control_image")
+OF_STEPS = ("sigmas", "timesteps", "guidance_scales")
+"""Fields that may list a number for each sampler step."""
+OF_CONTROLS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+"""Fields that hold a number for all ControlNets, or list one for each."""
 _LIST = re.compile(r"[\[(\s]*[-+.\d]")  # how a list of numbers begins, and no name
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -33,6 +38,11 @@ def corner_of(text: str) -> tuple[int, int]:
     """Top and left of `0,16`."""
     top, left = text.split(",")
     return int(top), int(left)
+
+
+def lines(text: Any) -> list[str]:
+    """The paths or URLs of a Request's control_image; none of None."""
+    return text.splitlines() if text else []
 
 
 def numbers(text: str | Sequence[float] | None) -> list[float] | None:
@@ -51,9 +61,11 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
         return None
     if isinstance(value, np.generic):
         value = value.item()
-    if name in ("image", "mask_image"):
+    if name == "control_image" and value is not None:
+        value = _pictures(name, value)
+    elif name in PICTURES:
         value = _picture(name, value)
-    if name in LISTS:
+    if name in OF_STEPS or name in OF_CONTROLS:
         value = _listed(name, value)
     if name in _SIZES or name in _CORNERS:
         value = _pair(name, value)
@@ -123,6 +135,22 @@ def _picture(name: str, value: Any) -> Any:
     if isinstance(value, str) and ("\0" in value or not value.strip()):
         raise RequestError(f"{name}={shown(value)} is no path or URL")
     return value
+
+
+def _pictures(name: str, value: Any) -> str:
+    """One picture, or several as a sequence or as JSON's list, as text with a line for each."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise RequestError(f'{name}={shown(value)} is no list; give one such as \'["a.png", "b.png"]\'') from None
+    several = value.splitlines() if isinstance(value, str) else value
+    if not isinstance(several, (list, tuple)):
+        several = [several]
+    found = [_picture(name, picture) for picture in several]
+    if not found or not all(isinstance(picture, str) and "\n" not in picture for picture in found):
+        raise RequestError(f"{name}={shown(value)} is no picture and no list of them")
+    return "\n".join(found)
 
 
 def _pair(name: str, value: Any) -> str:

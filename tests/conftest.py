@@ -18,7 +18,15 @@ import jaxtyping
 import tests.typecheck  # noqa: F401, named below
 
 # Where arrays pass, the shapes and dtypes in the signatures are checked at every call.
-ROOMS = ["sdjax.generate", "sdjax.images", "sdjax.models", "sdjax.programs", "sdjax.sampling.scan", "sdjax.text"]
+ROOMS = [
+    "sdjax.denoise",
+    "sdjax.generate",
+    "sdjax.images",
+    "sdjax.models",
+    "sdjax.programs",
+    "sdjax.sampling.scan",
+    "sdjax.text",
+]
 jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")
 
 import jax

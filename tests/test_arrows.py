@@ -28,17 +28,26 @@ MAY_IMPORT = {
     "sdjax/compel.py": {"sdjax.prompts", "sdjax.values"},
     "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.weights"},
     "sdjax/family.py": {"sdjax.config", "sdjax.weights"},
+    "sdjax/controls.py": {
+        *("sdjax.config", "sdjax.family", "sdjax.inputs", "sdjax.request", "sdjax.sampling", "sdjax.values"),
+        "sdjax.weights",
+    },
+    "sdjax/tables.py": {"sdjax.request", "sdjax.sampling", "sdjax.values"},
     "sdjax/spec.py": {
-        *("sdjax.canvas", "sdjax.family", "sdjax.prompts", "sdjax.request"),
-        *("sdjax.sampling", "sdjax.text", "sdjax.values", "sdjax.weights"),
+        *("sdjax.canvas", "sdjax.controls", "sdjax.family", "sdjax.prompts", "sdjax.request"),
+        *("sdjax.sampling", "sdjax.tables", "sdjax.text", "sdjax.values", "sdjax.weights"),
     },
     "sdjax/postprocess.py": {"sdjax.values"},
     "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling", "sdjax.values"},
     "sdjax/programs.py": {"sdjax.models", "sdjax.sampling"},
-    "sdjax/networks.py": {"sdjax.models", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
+    "sdjax/networks.py": {"sdjax.config", "sdjax.models", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
+    "sdjax/denoise.py": {
+        *("sdjax.batch", "sdjax.controls", "sdjax.parallel", "sdjax.programs", "sdjax.request", "sdjax.sampling"),
+        *("sdjax.spec", "sdjax.text"),
+    },
     "sdjax/generate.py": {
-        *("sdjax.batch", "sdjax.canvas", "sdjax.family", "sdjax.networks", "sdjax.parallel", "sdjax.postprocess"),
-        *("sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text", "sdjax.weights"),
+        *("sdjax.batch", "sdjax.canvas", "sdjax.denoise", "sdjax.family", "sdjax.networks", "sdjax.parallel"),
+        *("sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
     "sdjax/planning": {
         *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.request"),
@@ -46,7 +55,7 @@ MAY_IMPORT = {
     },
     "sdjax/benchmark": {
         *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.flops", "sdjax.generate", "sdjax.images", "sdjax.parallel"),
-        *("sdjax.networks", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
+        *("sdjax.denoise", "sdjax.networks", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
 }

@@ -77,7 +77,7 @@ def test_outputs_are_what_the_launcher_reads():
 def test_template_declares_every_option_of_the_job():
     metadata = json.loads((TERRAFORM / "flex-template-metadata.json").read_text())
     declared = {parameter["name"]: parameter for parameter in metadata["parameters"]}
-    flags = {"overwrite", "allow_ckpt"}  # which have no value to pass
+    flags = {"overwrite", "allow_ckpt", "vae_tiling"}  # which have no value to pass
     own = GenerateOptions.defaults().keys() - flags
     beams = {"disk_size_gb", "number_of_worker_harness_threads", "sdk_location", "worker_zone"}
     assert set(declared) == own | beams

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from sdjax import compile_cache, images
 from sdjax.benchmark.stopwatch import Stopwatch
+from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
-from sdjax.generate import SCAN_ROWS, StableDiffusion
+from sdjax.generate import StableDiffusion
 from sdjax.planning.record import record
 from sdjax.request import Request
 from sdjax.spec import Spec

@@ -95,7 +95,8 @@ def torch_step_noise(
     used = table.uses_noise
     if table.walk:
         if used.any():
-            noise[: table.calls - 1] = brownian_steps(generator.initial_seed, table.walk, shape)
+            steps = brownian_steps(generator.initial_seed, table.walk, shape)[: table.calls]
+            noise[: len(steps)] = steps
         return noise
     for row in range(int(np.max(np.nonzero(used)[0], initial=-1)) + 1):
         if table.draws[row]:

@@ -1,7 +1,7 @@
 """The one loop that runs every sampler."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,11 @@ from sdjax.sampling import noise
 from sdjax.sampling.table import Tables
 from sdjax.sampling.trace import HISTORY, NOISES
 
-Network = Callable[[Int[Array, ""], Float[Array, "B H W C"], Float[Array, " B"]], Float[Array, "B H W C"]]
-"""(half, x, t) -> the network's output. half 0 is the conditional one; it is traced: index stacked contexts with it."""
+Network = Callable[[Int[Array, ""], Float[Array, "B H W C"], Float[Array, " B"], Any], Float[Array, "B H W C"]]
+"""(half, x, t, told) -> the network's output.
+
+half 0 is the conditional one; it is traced: index stacked contexts with it. told: the row's part of `advance`'s.
+"""
 
 
 class Known(NamedTuple):
@@ -70,6 +73,7 @@ def advance(
     rescale: Float[Array, " B"],
     given: Given | None = None,
     known: Known | None = None,
+    told: Any = None,
 ) -> State:
     """Runs the next rows of a batch of tables; after the last, `latents` are what the VAE decodes, in float32.
 
@@ -81,17 +85,18 @@ def advance(
     an image does not depend on its company.
 
     keys: `noise.keys`, for rows that use noise.  rescale: guidance_rescale, 0 to 1 (Lin et al. 2023, section 3.4).
-    known: what to blend in after every row.
+    known: what to blend in after every row.  told: arrays [B, R, ...], or a tree of them, for the network.
     """
     shape = state.latents.shape[1:]
     step_noise = None if given is None else given.noise
-    by_row = jax.tree.map(lambda column: jnp.moveaxis(jnp.asarray(column), 1, 0), (tables, weights, step_noise))
+    by_row = jax.tree.map(lambda column: jnp.moveaxis(jnp.asarray(column), 1, 0), (tables, weights, step_noise, told))
 
     def row(state: State, inputs):
         x, outputs, noises, index = state
-        table, weight, fixed = inputs
+        table, weight, fixed, told = inputs
         weight = jnp.where(table.active[:, None], weight, 0)
-        out = _guided(network, x, table.t, weight, jnp.where(table.active, rescale, 0))
+        rescaled = jnp.where(table.active, rescale, 0)
+        out = _guided(lambda half: network(half, x, table.t, told), x, weight, rescaled)
         outputs = (_scale(table.a, x) + _scale(table.b, out), *outputs[:-1])
         fresh = lax.cond(
             jnp.any(table.uses_noise),
@@ -119,19 +124,18 @@ def _scale(factor: Float[Array, " B"], x: Float[Array, "B H W C"]) -> Float[Arra
 
 
 def _guided(
-    network: Network,
+    network: Callable[[Int[Array, ""]], Float[Array, "B H W C"]],
     x: Float[Array, "B H W C"],
-    t: Float[Array, " B"],
     weights: Float[Array, "B N"],
     rescale: Float[Array, " B"],
 ) -> Float[Array, "B H W C"]:
-    """The weighted sum of the halves, one call of the network each; zero where all weights are."""
+    """The weighted sum of the network's halves at x, a call each; zero where all weights are."""
 
     def half(carry, inputs):
         total, conditional = carry
         h, weight = inputs
         needed = (weight != 0) | ((h == 0) & (rescale > 0))
-        out = lax.cond(jnp.any(needed), lambda: network(h, x, t).astype(jnp.float32), lambda: jnp.zeros_like(x))
+        out = lax.cond(jnp.any(needed), lambda: network(h).astype(jnp.float32), lambda: jnp.zeros_like(x))
         # A half that an image has no weight for must not reach it, whatever is in there.
         total = total + jnp.where((weight != 0)[:, None, None, None], _scale(weight, out), 0)
         return (total, jnp.where(h == 0, out, conditional)), None

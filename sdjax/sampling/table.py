@@ -1,7 +1,7 @@
 """A sampler as a table of coefficients: one row per network call."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,10 +29,12 @@ class Table:
     signal, noise: [R]; the level that the latent has reached after each row, (1, 0) after the last: a known image y
         with noise n is there signal * y + noise * n (inpainting blends it in).
     step: [R] int; the sampler step, from 0, that the row is part of (two-stage methods have two rows a step).
+    steps: those of the whole run, in which a table may begin or end.
     draws: [R] bool; whether diffusers draws noise at this row, used or not.
     start_signal, start_noise: the latent to start from is start_signal * image + start_noise * noise.
     walk: [R + 1] where the rows' noises are the steps of one Brownian motion over sigma / alpha: where that begins, at
-        or (in image-to-image) above the first row, and where each row is; else empty.
+        or (in image-to-image) above the first row, and where each row is, with those of a later part of the run; else
+        empty.
     """
 
     t: Float64[np.ndarray, " R"]
@@ -45,16 +47,18 @@ class Table:
     noise: Float64[np.ndarray, " R"]
     step: Int64[np.ndarray, " R"]
     draws: Bool[np.ndarray, " R"]
+    steps: int
     start_signal: float
     start_noise: float
     walk: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         rows = len(self.t)
-        shapes = {"cm": (rows, HISTORY), "cn": (rows, NOISES), "walk": (rows + 1,) if self.walk else (0,)}
+        walk = max(len(self.walk), rows + 1) if self.walk else 0
+        shapes = {"cm": (rows, HISTORY), "cn": (rows, NOISES), "walk": (walk,)}
         for field in fields(self):
             value = np.asarray(getattr(self, field.name))
-            expected = () if field.name.startswith("start_") else shapes.get(field.name, (rows,))
+            expected = () if field.name.startswith(("start_", "steps")) else shapes.get(field.name, (rows,))
             if value.shape != expected or rows == 0:
                 raise SamplingError(f"table column {field.name} has shape {value.shape}; expected {expected}")
             if not np.all(np.isfinite(value)):
@@ -63,6 +67,16 @@ class Table:
         before = np.arange(rows)[:, None] < np.arange(HISTORY)
         if np.any(self.cm[before]) or np.any(self.cn[before[:, :NOISES]]):
             raise SamplingError("a row refers to outputs or noises from before the first row")
+
+    def part(self, first: int, stop: int) -> "Table":
+        """The rows up to step `stop` of a longer run, of which the table's first step is step `first`."""
+        if first == 0 and stop == self.steps:
+            return self
+        rows = int(np.searchsorted(self.step, stop - first))
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept = {name: column[:rows] for name, column in columns.items() if isinstance(column, np.ndarray)}
+        kept["step"] = kept["step"] + first
+        return replace(self, **kept, steps=self.steps + first)
 
     @property
     def calls(self) -> int:
@@ -102,6 +116,7 @@ class Table:
             noise=np.array([level.sigma if level else 0.0 for level in after]),
             step=np.array([row.step for row in rows], np.int64),
             draws=np.array([row.drawn for row in rows], bool),
+            steps=rows[-1].step + 1 if rows else 0,
             start_signal=float(start_signal),
             start_noise=float(start_noise),
             walk=() if walk_from is None else (walk_from, *(row.level.ratio for row in rows)),

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import fsspec
 import jax
@@ -47,17 +47,25 @@ class Checkpoint:
         CheckpointError: nothing is there, or it is not in the diffusers layout.
     """
 
+    first: ClassVar[str] = "model_index.json"
+    kind: ClassVar[str] = "a diffusers checkpoint folder"
+
     def __init__(self, source: str | os.PathLike[str], *, variant: str | None = None) -> None:
         self.source, self.variant = os.fspath(source), variant
         folder = self.source
         if "://" not in folder and not os.path.isdir(folder):
             weights = f"*.{variant}*" if variant else "*.safetensors*"
-            wanted = ["model_index.json", "scheduler/*", "tokenizer*/*"]
-            wanted += [f"{component}/{name}" for component in _WEIGHTS for name in ("config.json", weights)]
-            folder = hub.folder(folder, wanted, without=() if variant else ("*.fp16*", "*.bf16*", "*.non_ema*"))
+            without = () if variant else ("*.fp16*", "*.bf16*", "*.non_ema*")
+            folder = hub.folder(folder, self._wanted(weights), without=without)
         self._fs, self._root = fsspec.core.url_to_fs(folder)
-        if not self._fs.isfile(self._path("model_index.json")):
-            raise CheckpointError(f"{self.source} holds no model_index.json; a diffusers checkpoint folder has one")
+        if not self._fs.isfile(self._path(self.first)):
+            raise CheckpointError(f"{self.source} holds no {self.first}; {self.kind} has one")
+
+    @staticmethod
+    def _wanted(weights: str) -> list[str]:
+        """Patterns of the files to have from the hub, given that of a network's weights."""
+        networks = [f"{component}/{name}" for component in _WEIGHTS for name in ("config.json", weights)]
+        return ["model_index.json", "scheduler/*", "tokenizer*/*", *networks]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_files"}
@@ -83,7 +91,7 @@ class Checkpoint:
     def json(self, *names: str) -> dict[str, Any]:
         """A JSON file's object."""
         try:
-            value = json.loads(self._read("/".join(names)))
+            value = json.loads(self._read(posixpath.join(*names)))
         except FileNotFoundError:
             raise CheckpointError(f"{self.source} lacks {'/'.join(names)}") from None
         except ValueError:
@@ -137,24 +145,23 @@ class Checkpoint:
         return found
 
     def _has_weights(self, component: str) -> bool:
-        return any(file.startswith(f"{component}/") and file.endswith(".safetensors") for file in self._files)
+        folder = posixpath.join(component, "")
+        return any(file.startswith(folder) and file.endswith(".safetensors") for file in self._files)
 
     def _weight_files(self, component: str) -> list[str]:
         """The safetensors files that hold a component: one, or the shards that its index names."""
-        files = set(self._files)
+        files, folder = set(self._files), posixpath.join(component, "")
         for variant in _VARIANTS if self.variant is None else (self.variant,):
             dot = f".{variant}" if variant else ""
             for stem in _STEMS:
-                single = f"{component}/{stem}{dot}.safetensors"
+                single = f"{folder}{stem}{dot}.safetensors"
                 if single in files:
                     return [single]
                 for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors.index.json"):
-                    if f"{component}/{index}" in files:
+                    if f"{folder}{index}" in files:
                         return self._shards(component, index, files)
-        what = f"{self.source}/{component}"
-        pickles = [
-            file for file in files if file.startswith(f"{component}/") and file.endswith((".bin", ".ckpt", ".pt"))
-        ]
+        what = posixpath.join(self.source, component).rstrip("/")
+        pickles = [file for file in files if file.startswith(folder) and file.endswith((".bin", ".ckpt", ".pt"))]
         if pickles:
             raise CheckpointError(
                 f"{what} has its weights as a pickle ({min(pickles)}), which could run code and is never loaded; "
@@ -167,11 +174,22 @@ class Checkpoint:
         weight_map = self.json(component, index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{component}/{index} of {self.source} has no weight_map")
-        shards = sorted({f"{component}/{shard}" for shard in weight_map.values()})
+        shards = sorted({posixpath.join(component, shard) for shard in weight_map.values()})
         for shard in shards:
             if shard not in files:
                 raise CheckpointError(f"{self.source} lacks {shard}, which {component}/{index} names")
         return shards
+
+
+class Component(Checkpoint):
+    """A network in a folder of its own (a ControlNet, a VAE): a checkpoint whose one component is `""`."""
+
+    first = "config.json"
+    kind = "a network's folder in the diffusers layout"
+
+    @staticmethod
+    def _wanted(weights: str) -> list[str]:
+        return ["config.json", weights]
 
 
 def _flat(module: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable]]:

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdjax import plan
 from sdjax.config import Stage, UNetConfig
+from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
-from sdjax.generate import SCAN_ROWS, StableDiffusion
+from sdjax.generate import StableDiffusion
 from sdjax.models.unet import TransformerBlock, UNet2DCondition
 from sdjax.parallel import Devices
 from sdjax.planning.chips import CHIPS

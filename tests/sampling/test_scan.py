@@ -18,7 +18,7 @@ def network(scale, record=None):
     toy = Toy(SCHEDULE)
     log_ratios = jnp.asarray(np.log(toy.ratios), jnp.float32)
 
-    def call(half, x, t):
+    def call(half, x, t, told):
         if record is not None:
             jax.debug.callback(record, half)
         ratio = jnp.exp(jnp.interp(t, jnp.arange(len(log_ratios)), log_ratios))[:, None, None, None]
@@ -126,7 +126,7 @@ def test_an_unneeded_half_cannot_reach_an_image():
     """The unconditional half is NaN everywhere; a request at guidance 1 beside one that needs it stays as it was."""
     table = make_table(SCHEDULE, sampler="euler", num_inference_steps=3)
 
-    def broken(half, x, t):
+    def broken(half, x, t, told):
         return jnp.where(half == 1, jnp.nan, 0.1 * x)
 
     weights = guidance_weights(np.array([[1.0] * 3, [7.5] * 3], np.float32))

@@ -10,7 +10,7 @@ from sdjax.sampling.schedule import CLASSES, SPACINGS, Schedule
 from sdjax.sampling.solvers import correctors, discrete, dpmpp, kdiffusion, multistep
 from sdjax.sampling.solvers.plan import Plan
 from sdjax.sampling.table import Table
-from sdjax.sampling.trace import Trace
+from sdjax.sampling.trace import Level, Trace
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def make_table(
     eta: float = 0.0,
     order: int | None = None,
     strength: float | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
 ) -> Table:
     """The table of a run.
 
@@ -146,6 +148,9 @@ def make_table(
     eta: 0 to 1, for ddim and tcd; the others ignore it.
     order: of the methods that have one; None is the config's where the config is the sampler's own, else the name's.
     strength: None starts from noise alone; a number in (0, 1] starts from an image, strength * steps from the end.
+    denoising_end: the share of the training timesteps, from the noisiest on, that the run goes through; a number in
+        (0, 1) ends it, after a whole step, on a latent that has noise left.
+    denoising_start: the same share, gone through by a run whose latent this one starts from.
 
     Raises SamplingError, in one line, for what cannot be had.
     """
@@ -170,16 +175,31 @@ def make_table(
         sigmas = [sigma for sigma in sigmas if sigma != 0]
     n = _steps(schedule, num_inference_steps, timesteps if isinstance(sigmas, str) else sigmas)
     levels = grids.levels(schedule, spec.grid, n, sigmas=sigmas, timesteps=timesteps, rho=rho, spacing=spacing)
-    begin = 0 if strength is None else _begin(n, strength)
+    begin = first = 0 if strength is None else _begin(n, strength)
+    if denoising_start is not None:
+        if name == "plms":
+            raise SamplingError(
+                "plms takes its first step twice, so it cannot go on from another run; use another sampler"
+            )
+        begin = max(first, _reached(schedule, levels, denoising_start))
+    end = n if denoising_end is None else _reached(schedule, levels, denoising_end)
+    if begin >= end:
+        share, side = (denoising_end, "base") if denoising_start is None else (denoising_start, "refiner")
+        raise SamplingError(
+            f"denoising_end={share} leaves the {side} no step of {n - first}; give another, or more steps"
+        )
     solver_type = spec.solver_type or schedule.option("solver_type", "")
     plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type, listed=timesteps is not None)
     trace = Trace(schedule.prediction_type)
     spec.loop(trace, plan)
-    first = trace.rows[0].level
+    start = trace.rows[0].level
     scaled = spec.grid.scaled and spacing != "leading"
-    signal, noise = (0.0, first.sigma if scaled else 1.0) if strength is None else (first.alpha, first.sigma)
+    signal, noise = (0.0, start.sigma if scaled else 1.0) if strength is None else (start.alpha, start.sigma)
+    if denoising_start is not None:
+        signal, noise = 1.0, 0.0
     walk_from = levels[0].ratio if spec.walks else None
-    return Table.from_rows(trace.rows, start_signal=signal, start_noise=noise, walk_from=walk_from)
+    table = Table.from_rows(trace.rows, start_signal=signal, start_noise=noise, walk_from=walk_from)
+    return table.part(begin - first, end - first)
 
 
 def _steps(schedule: Schedule, n: int | None, listed: Sequence[float] | None) -> int:
@@ -191,6 +211,12 @@ def _steps(schedule: Schedule, n: int | None, listed: Sequence[float] | None) ->
     if n is None or not 1 <= n <= schedule.num_train_timesteps:
         raise SamplingError(f"num_inference_steps={n} is out of range; use 1 to {schedule.num_train_timesteps}")
     return n
+
+
+def _reached(schedule: Schedule, levels: Sequence[Level], share: float) -> int:
+    """The first step of which the timestep lies past a share of the training timesteps, as diffusers counts them."""
+    cutoff = round(schedule.num_train_timesteps * (1 - share))
+    return sum(level.t >= cutoff for level in levels[:-1])
 
 
 def _begin(n: int, strength: float) -> int:

@@ -1,0 +1,72 @@
+"""The sampler tables of a resolved request: its run's, its second pass's, and that of the refiner that ends it."""
+
+import functools
+
+from sdjax import sampling
+from sdjax.request import Request
+from sdjax.values import numbers
+
+_FIELDS = ("sampler", "num_inference_steps", "sigmas", "timesteps", "rho", "eta", "solver_order")
+
+
+def run(schedule: sampling.Schedule, request: Request, *, edits: bool) -> sampling.Table:
+    """The request's own run, up to where a refiner takes over."""
+    end = request.denoising_end
+    return _of(schedule, request, _strength(request, edits), end=None if end == 1 else end)
+
+
+def second_pass(schedule: sampling.Schedule, request: Request) -> sampling.Table:
+    """The run from the enlarged first image."""
+    return _of(schedule, request, request.hires_strength)
+
+
+def refiner(schedule: sampling.Schedule, request: Request) -> sampling.Table:
+    """What a refiner, of the schedule, does from there on."""
+    return _of(schedule, request, _strength(request, False), start=request.denoising_end)
+
+
+def _strength(request: Request, edits: bool) -> float | None:
+    masked = request.mask_image is not None or request.outpaint is not None
+    if request.image is None or edits or (masked and request.strength == 1):
+        return None  # noise alone, as in diffusers: what is known comes in by the mask
+    return request.strength
+
+
+def _of(
+    schedule: sampling.Schedule,
+    request: Request,
+    strength: float | None,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+) -> sampling.Table:
+    return _table(schedule, *(getattr(request, name) for name in _FIELDS), strength, start, end)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(
+    schedule: sampling.Schedule,
+    sampler: str,
+    steps: int,
+    sigmas: str,
+    timesteps: str | None,
+    rho: float | None,
+    eta: float,
+    order: int | None,
+    strength: float | None,
+    denoising_start: float | None,
+    denoising_end: float | None,
+) -> sampling.Table:
+    return sampling.make_table(
+        schedule,
+        sampler=sampler,
+        num_inference_steps=steps,
+        sigmas=numbers(sigmas) or sigmas,
+        timesteps=numbers(timesteps),
+        rho=rho,
+        eta=eta,
+        order=order,
+        strength=strength,
+        denoising_start=denoising_start,
+        denoising_end=denoising_end,
+    )

@@ -1,0 +1,138 @@
+"""Stable Diffusion XL's refiner as the second stage of its base: diffusers' images on the same weights and seed."""
+
+import dataclasses
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdjax import Request, RequestError, StableDiffusion
+from sdjax.sampling import Schedule, make_table
+from sdjax.spec import Spec
+from sdjax.weights.checkpoint import CheckpointError
+from tests import checkpoints
+from tests.sampling.toy import SHAPE, Toy, config, run_table
+from tests.test_image_guided import PHOTO, difference
+
+TEXT = Request(
+    prompt="a red circle", seed=3, num_inference_steps=6, width=48, height=32, noise="torch", denoising_end=0.6
+)
+REQUESTS = [
+    (TEXT, "EulerDiscreteScheduler"),
+    (dataclasses.replace(TEXT, sampler="euler_ancestral", negative_prompt="cat"), "EulerAncestralDiscreteScheduler"),
+    (dataclasses.replace(TEXT, sampler="dpmpp_2m", guidance_scale=1), "DPMSolverMultistepScheduler"),
+    (
+        dataclasses.replace(TEXT, sampler="ddim", image=PHOTO, strength=0.9, aesthetic_score=7),
+        "DDIMScheduler",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A base and a refiner of diffusers, and the folders that they are saved in."""
+    folders = [tmp_path_factory.mktemp("xl") / name for name in ("base", "refiner")]
+    leading = checkpoints.scheduler("EulerDiscreteScheduler", timestep_spacing="leading")  # as published
+    base = checkpoints.saved(folders[0], checkpoints.pipeline_xl, scheduler=leading)
+    refiner = checkpoints.saved(
+        folders[1],
+        checkpoints.pipeline_xl,
+        seed=5,
+        scheduler=leading,
+        kind=diffusers.StableDiffusionXLImg2ImgPipeline,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+    refiner.vae = base.vae
+    return base, refiner, folders
+
+
+def theirs(base, refiner, request, scheduler):
+    generator = torch.Generator().manual_seed(request.seed)
+    kinds = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionXLImg2ImgPipeline
+    first = {"width": request.width, "height": request.height}
+    if request.image is not None:
+        kinds = kinds[1], kinds[1]
+        image = Image.fromarray(PHOTO).resize((request.width, request.height), Image.Resampling.LANCZOS)
+        first = {"image": image, "strength": request.strength}
+    made = [kind(**part.components, add_watermarker=False) for kind, part in zip(kinds, (base, refiner), strict=True)]
+    made[1].register_to_config(requires_aesthetics_score=True, force_zeros_for_empty_prompt=False)
+    for pipeline in made:
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.set_progress_bar_config(disable=True)
+    shared = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "generator": generator,
+    }
+    latents = made[0](**shared, **first, denoising_end=request.denoising_end, output_type="latent").images
+    refined = made[1](
+        **shared, image=latents, denoising_start=request.denoising_end, aesthetic_score=request.aesthetic_score
+    )
+    return np.asarray(refined.images[0])
+
+
+@pytest.mark.slow
+def test_images_are_those_of_diffusers(both, compilations):
+    base, refiner, folders = both
+    pipe = StableDiffusion.from_pretrained(folders[0], refiner=folders[1], devices=jax.devices()[:1])
+    results = [result.pixels for result in pipe.generate([request for request, _ in REQUESTS])]
+    for pixels, (request, scheduler) in zip(results, REQUESTS, strict=True):
+        assert difference(pixels, theirs(base, refiner, request, scheduler)) <= 2, request
+    compilations()
+    unrefined, other = pipe.generate(
+        [dataclasses.replace(TEXT, denoising_end=1), dataclasses.replace(TEXT, denoising_end=0.5)]
+    )
+    assert compilations() == 0
+    alone = StableDiffusion.from_pretrained(folders[0], devices=jax.devices()[:1])
+    assert difference(unrefined.pixels, alone.generate([dataclasses.replace(TEXT, denoising_end=None)])[0].pixels) == 0
+    assert len({pixels.tobytes() for pixels in (results[0], unrefined.pixels, other.pixels)}) == 3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm_2", "lcm"])
+@pytest.mark.parametrize("strength", [None, 0.9])
+def test_the_two_tables_of_a_run_are_the_whole_one(sampler, strength):
+    """Of methods without a history, where the second stage is the same network."""
+    schedule = Schedule.from_config(config("epsilon"))
+    made = {"sampler": sampler, "num_inference_steps": 12, "strength": strength}
+    whole = make_table(schedule, **made)
+    first = make_table(schedule, **made, denoising_end=0.7)
+    second = make_table(schedule, **made, denoising_start=0.7)
+    assert (second.start_signal, second.start_noise) == (1, 0)
+    assert np.array_equal(np.concatenate([first.step, second.step]), whole.step)
+    assert first.steps == second.steps == whole.steps
+    network, generator = Toy(schedule), np.random.default_rng(0)
+    start, noise = generator.normal(size=SHAPE), generator.normal(size=(whole.calls, *SHAPE))
+    expected = run_table(whole, network, start, noise)
+    middle = run_table(first, network, start, noise)
+    assert np.abs(run_table(second, network, middle, noise[first.calls :]) - expected).max() < 1e-12
+
+
+def test_what_a_request_and_a_checkpoint_say(both, tiny):
+    _, _, (base, refiner) = both
+    spec = Spec(base, refiner=refiner)
+    request = spec.resolve(dataclasses.replace(TEXT, denoising_end=None, num_inference_steps=10))
+    assert request.denoising_end == 0.8
+    assert (spec.table(request).calls, spec.refiner_table(request).calls, spec.calls(request)) == (8, 2, 10)
+    unrefined = dataclasses.replace(request, denoising_end=1)
+    assert (spec.calls(unrefined), spec.program(unrefined).refiner) == (10, ())
+    assert spec.fingerprint != Spec(base).fingerprint
+    for changes, message in (
+        ({"denoising_end": 0.9999}, "denoising_end=0.9999 leaves the refiner no step of 10"),
+        ({"denoising_end": 0.0001}, "denoising_end=0.0001 leaves the base no step of 10"),
+        ({"sampler": "plms"}, "plms takes its first step twice"),
+        ({"hires_scale": 2}, "hires_scale does not go with a refiner"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            spec.resolve(dataclasses.replace(request, **changes))
+    with pytest.raises(RequestError, match="denoising_end is for a refiner, and none is loaded"):
+        Spec(base).resolve(TEXT)
+    with pytest.raises(CheckpointError, match="base is no refiner"):
+        Spec(base, refiner=base)
+    with pytest.raises(CheckpointError, match="the refiner refiner goes with Stable Diffusion XL's base, which tiny"):
+        Spec(tiny, refiner=refiner)
