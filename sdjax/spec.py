@@ -45,9 +45,9 @@ class Program(NamedTuple):
     prompts: int  # that the network is asked with: the joined ones and the negative one
     chunks: int  # of tokens, in each of them
     variants: int  # encodings that compel's weights take, of each chunk
+    refiner: tuple[int, ...]  # its prompts, chunks and variants; empty where none ends the run
     final_width: int  # after a second pass
     final_height: int
-    refiner: tuple[int, ...]  # its prompts, chunks and variants; empty where none ends the run
 
     @property
     def has_second_pass(self) -> bool:
@@ -343,7 +343,7 @@ class Spec:
         assert height is not None
         refiner = self.refiner.text(resolved).counts if self.refiner and resolved.denoising_end != 1 else ()
         final = [round(side * resolved.hires_scale / self.multiple) * self.multiple for side in (width, height)]
-        return Program(width, height, *self.text(resolved).counts, final[0], final[1], refiner)
+        return Program(width, height, *self.text(resolved).counts, refiner, final[0], final[1])
 
     def text(self, request: Request) -> Text:
         """What the text encoders are given for a request. Raises RequestError where prompt and prompt_2 don't match."""
