@@ -40,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--format", choices=sorted(images.FORMATS), default="png", help="default: %(default)s")
     result.add_argument("--quality", type=int, default=images.QUALITY, help="of jpg and webp; default: %(default)s")
     result.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    result.add_argument("--batch-size", type=int, help="images that a device makes at once")
+    result.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help="images that a device makes at once; `auto` compiles for more and more until its memory is full",
+    )
     result.add_argument("--verbose", action="store_true", help="say what runs where, and what it takes")
     add_request_options(result)
     return result
@@ -84,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _batch_size(text: str) -> int | str:
+    """The value of --batch-size."""
+    if text == "auto" or text.isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto")
+
+
 def _sweep(text: str) -> tuple[str, list[str]]:
     """The field and the values of a --sweep."""
     name, _, values = text.partition("=")
@@ -105,16 +117,20 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     started = time.perf_counter()
     from sdjax import compile_cache
     from sdjax.generate import StableDiffusion
-    from sdjax.spec import BUNDLED
+    from sdjax.spec import BUNDLED, Spec
 
     compile_cache.use_default()
-    pipe = StableDiffusion.from_pretrained(
-        options.model or BUNDLED, dtype=options.dtype, batch_size=options.batch_size, **model_options(options)
-    )
+    spec = Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))
+    # Every request is checked against the checkpoint before its weights are read.
+    resolved = [spec.resolve(request) for request in requests]
+    batch_size = options.batch_size
+    if batch_size == "auto":
+        from sdjax.planning.fit import largest_here
+
+        batch_size = largest_here(spec, resolved, lambda text: print(text, file=sys.stderr))
+    pipe = StableDiffusion.from_pretrained(spec, batch_size=batch_size)
     if options.verbose:
         print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)
-    # Every request is checked against the checkpoint before the first image is made.
-    resolved = [pipe.spec.resolve(request) for request in requests]
     options.output.mkdir(parents=True, exist_ok=True)
     made = []
     with _Bars(len(resolved)) as bars:

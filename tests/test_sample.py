@@ -68,6 +68,7 @@ def test_every_request_field_is_an_option():
         (["--seed", "4294967295", "--num-images", "2"], "seed=4294967296 is out of range"),
         (["--model", "/no/such/folder"], "/no/such/folder is neither a folder, nor a hub id"),
         (["--batch-size", "0"], "batch_size=0 makes nothing"),
+        (["--batch-size", "auto"], "does not say how much memory it has"),
         (["--sweep", "strenght=0.4,0.6"], "--sweep strenght=0.4,0.6 is not understood"),
         (["--sweep", "eta"], "--sweep eta is not understood; give a request's field and values"),
         (["--sweep", "eta=0,2"], "eta=2.0 is out of range"),

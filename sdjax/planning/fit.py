@@ -1,6 +1,6 @@
 """The largest batch that fits a device, by compiling the programs and reading how much memory they take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -123,6 +123,22 @@ class Fit:
     @cached_property
     def _parameters(self) -> int:
         return _bytes(build(self._spec))
+
+
+def largest_here(spec: Spec, requests: Sequence[Request], say: Callable[[str], None]) -> int:
+    """The most images that this machine's devices can each make at once, whichever of the requests they are of.
+
+    Raises:
+        ValueError: not one fits, or the devices do not say how much memory they have.
+    """
+    programs = map(spec.program, requests)
+    pixels = [program.final_width * program.final_height * program.chunks for program in programs]
+    greatest = requests[pixels.index(max(pixels))]
+    if found := Fit(spec, greatest, Local(jax.local_devices()[0]), say).largest():
+        return found
+    raise ValueError(
+        f"{spec.name} at {greatest.width}x{greatest.height} does not fit the memory of a device, even alone"
+    )
 
 
 def _bytes(tree: Any) -> int:

@@ -17,6 +17,7 @@ from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
 from sdjax.models.unet import TransformerBlock, UNet2DCondition
 from sdjax.parallel import Devices
+from sdjax.planning import fit
 from sdjax.planning.chips import CHIPS
 from sdjax.planning.estimate import Estimate
 from sdjax.planning.fit import Fit, Local
@@ -121,6 +122,27 @@ def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
     found = Fit(Spec(tiny), REQUEST, local, lambda _: None).place("decode", 2)
     assert found is not None
     assert 0 < found.memory < 2**26
+
+
+def test_the_batch_size_is_that_of_the_largest_request(tiny, monkeypatch):
+    asked = []
+
+    class FoundByArea(Fit):
+        def largest(self):
+            asked.append(self._request)
+            return 0 if self._request == wide else 5
+
+    monkeypatch.setattr(fit, "Fit", FoundByArea)
+    monkeypatch.setattr(fit, "Local", lambda device: device)
+    spec = Spec(tiny)
+    small, tall, wide = (
+        spec.resolve(Request(prompt="a", width=width, height=height))
+        for width, height in [(16, 16), (16, 32), (64, 16)]
+    )
+    assert fit.largest_here(spec, [small, tall], print) == 5
+    with pytest.raises(ValueError, match="64x16 does not fit"):
+        fit.largest_here(spec, [small, wide, tall], print)
+    assert asked == [tall, wide]
 
 
 def test_what_the_command_refuses(capsys):
