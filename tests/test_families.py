@@ -146,7 +146,7 @@ FAMILIES = {
         settings={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
     ),
 }
-FAST = [("LCM", "small"), ("SDXL refiner", "small")]  # the others' small ones are in the plain families' tests
+FAST = [("LCM", "small"), ("SDXL refiner", "small")]  # what runs without -m slow, beside the plain families' own tests
 CASES = [
     pytest.param(family, configuration, marks=[pytest.mark.slow] * ((family, configuration) not in FAST))
     for family in FAMILIES

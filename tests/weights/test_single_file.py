@@ -168,14 +168,13 @@ def test_a_single_file_makes_the_images_of_its_folder(folder, expected, tmp_path
 @pytest.mark.parametrize("name", ["1 deeper", "2", "XL"])
 def test_a_familys_single_file_makes_diffusers_images(name, tmp_path):
     """The same weights as a folder that diffusers runs and as a single file."""
-    sample, is_xl = original.SAMPLES[name], name == "XL"
+    sample = original.SAMPLES[name]
     texts = dict(zip(("text", "text_2"), (config for _, config in sample.text.values()), strict=False))
-    if is_xl:
-        make, scheduler = checkpoints.pipeline_xl, checkpoints.scheduler("EulerDiscreteScheduler")
-    else:
+    make = checkpoints.pipeline_xl
+    if name != "XL":
         make = functools.partial(checkpoints.pipeline, tokens={"pad_token": "!"} if name == "2" else {})
-        predicts = "v_prediction" if name == "2" else "epsilon"
-        scheduler = checkpoints.scheduler("EulerDiscreteScheduler", prediction_type=predicts)
+    published = {"timestep_spacing": "leading", "prediction_type": "v_prediction" if name == "2" else "epsilon"}
+    scheduler = checkpoints.scheduler("EulerDiscreteScheduler", **published)
     made = checkpoints.saved(tmp_path / "folder", make, unet=sample.unet, vae=sample.vae, scheduler=scheduler, **texts)
     components = {key: getattr(made, key).state_dict() for key in ("unet", "vae", *sample.text)}
     file = original.write(sample, components)
