@@ -17,9 +17,12 @@ import math
 import string
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sdjax.request import field_types
+
+_FIELDS = frozenset(field_types())
 
 
 class TemplateError(ValueError):
@@ -57,7 +60,7 @@ class Template:
         for name, values in lists.items():
             if not isinstance(values, list) or not values:
                 raise TemplateError(f"lists.{name} must be a list of one or more values")
-        unknown = set(request) - (set(field_types()) - {"prompt"})
+        unknown = set(request) - (_FIELDS - {"prompt"})
         if unknown:
             raise TemplateError(f"request.{min(unknown)} is not a Request field")
         images = spec.get("images_per_prompt", 1)
@@ -65,21 +68,13 @@ class Template:
             raise TemplateError(f"images_per_prompt={images!r} must be a whole number of 1 or more")
         template = cls(tuple(prompts), {k: tuple(v) for k, v in lists.items()}, request, images)
         for prompt in prompts:
-            for name in template._names(prompt):
+            for name in _names(prompt):
                 if name not in lists:
                     raise TemplateError(f"the prompt {prompt!r} uses {{{name}}}, and there is no list of that name")
         return template
 
-    def _names(self, prompt: str) -> list[str]:
-        """The lists a prompt uses, in the order of their first use."""
-        try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
-        except ValueError as error:
-            raise TemplateError(f"the prompt {prompt!r}: {error}; write {{{{ and }}}} for braces") from None
-        return list(dict.fromkeys(fields))
-
     def _size(self, prompt: str) -> int:
-        return self.images_per_prompt * math.prod(len(self.lists[name]) for name in self._names(prompt))
+        return self.images_per_prompt * math.prod(len(self.lists[name]) for name in _names(prompt))
 
     def __len__(self) -> int:
         return sum(map(self._size, self.prompts))
@@ -95,11 +90,21 @@ class Template:
             raise IndexError(index)
         index, image = divmod(index, self.images_per_prompt)
         values: dict[str, Any] = {}
-        for name in reversed(self._names(prompt)):
+        for name in reversed(_names(prompt)):
             index, place = divmod(index, len(self.lists[name]))
             values[name] = self.lists[name][place]
-        columns = {name: value for name, value in reversed(values.items()) if name.lower() not in field_types()}
+        columns = {name: value for name, value in reversed(values.items()) if name.lower() not in _FIELDS}
         seed = self.request.get("seed", 0)
         fields = {**self.request, "seed": seed + image if isinstance(seed, int) else seed}
-        fields |= {name.lower(): value for name, value in values.items() if name.lower() in field_types()}
+        fields |= {name.lower(): value for name, value in values.items() if name.lower() in _FIELDS}
         return {**columns, **fields, "prompt": prompt.format_map(values)}
+
+
+@cache
+def _names(prompt: str) -> tuple[str, ...]:
+    """The lists a prompt uses, in the order of their first use."""
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
+    except ValueError as error:
+        raise TemplateError(f"the prompt {prompt!r}: {error}; write {{{{ and }}}} for braces") from None
+    return tuple(dict.fromkeys(fields))

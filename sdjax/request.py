@@ -162,16 +162,17 @@ class Request:
     noise: str = "jax"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = coerce(field.name, getattr(self, field.name), _TYPES[field.name])
-            object.__setattr__(self, field.name, value)
+        values = vars(self)
+        for name, value in values.items():
+            if value is not _DEFAULTS[name]:  # most are, in each of millions of rows
+                object.__setattr__(self, name, coerce(name, value, _TYPES[name]))
         if not self.prompt.strip():
             raise RequestError("prompt is empty; give the text of the picture")
         for name in _PROMPTS:
             check_text(name, getattr(self, name) or "")
         self._check_lists()
         for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
+            value = values[name]
             if name not in OF_CONTROLS and value is not None and not low <= value <= high:
                 raise RequestError(f"{name}={value} is out of range; allowed is {low} to {high}")
         for name in ("width", "height"):

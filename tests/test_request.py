@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax.request import MAX_SEED, Request
-from sdjax.values import RequestError, numbers
+from sdjax.request import _DEFAULTS, _TYPES, MAX_SEED, Request
+from sdjax.values import RequestError, coerce, numbers
 
 REFUSED = [
     ({"prompt": ""}, "prompt is empty"),
@@ -170,3 +170,11 @@ def test_any_row_gives_a_request_or_a_request_error(row):
     else:
         assert len(extras) <= len(row)
         assert request.prompt.strip()
+
+
+def test_defaults_need_no_conversion():
+    """So a Request converts only what differs from them."""
+    for name, default in _DEFAULTS.items():
+        if name != "prompt":
+            converted = coerce(name, default, _TYPES[name])
+            assert (converted, type(converted)) == (default, type(default)), name
