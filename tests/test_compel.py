@@ -89,7 +89,7 @@ def test_embeddings_are_compel_s(tiny):
     ]
     for prompt, negative in pairs:
         request = pipe.spec.resolve(Request(prompt=prompt, negative_prompt=negative, prompt_language="compel"))
-        context = pipe._conditions([request], [pipe.spec.text(request)]).context
+        context = pipe._denoiser._conditions([request], [pipe.spec.text(request)]).context
         theirs = embed.pad_conditioning_tensors_to_same_length([embed(prompt), embed(negative)])
         np.testing.assert_allclose(np.asarray(context)[0, 0], torch.cat(theirs), atol=2e-5)
     assert (embed(pairs[0][0]) - embed("a red cat circle red")).abs().max() > 0.1

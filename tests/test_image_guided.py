@@ -152,7 +152,7 @@ def test_an_idle_mask_costs_nothing(pipe):
     given = scan.Given(np.zeros((1, 5, 16, 24, 4), np.float32), np.zeros(1, bool))
 
     def flops(known):
-        rows = tables, np.ones((1, 5, 2), np.float32)
+        rows = tables, np.ones((1, 5, 2), np.float32), None
         lowered = jax.jit(programs.advance, static_argnames="last_is_told").lower(
             unet,
             scan.begin(latents),
@@ -162,6 +162,7 @@ def test_an_idle_mask_costs_nothing(pipe):
             zero,
             given,
             known,
+            None,
             None,
             last_is_told=True,
         )

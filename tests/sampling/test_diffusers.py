@@ -200,7 +200,6 @@ def test_dpmpp_sde_is_diffusers_on_the_same_brownian_motion(n, prediction):
 )
 def test_dpmpp_sde_is_diffusers_with_the_seed_as_its_noise_sampler_seed(changes):
     """Its Brownian motion knows times to six digits, to which float32 sigmas round either way; hence the tolerance."""
-    pytest.importorskip("torchsde")
     module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
     schedule = Schedule.from_config({**config(**changes), "_class_name": "DPMSolverSDEScheduler"})
     network, image, sampler = Toy(schedule), np.random.RandomState(1).randn(*SHAPE), module.BrownianTreeNoiseSampler

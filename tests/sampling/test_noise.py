@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import jax
 import numpy as np
-import pytest
 import torch
+import torchsde
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,7 +41,7 @@ def test_torch_noise_is_drawn_only_where_rows_use_it():
 
 
 def test_a_brownian_motion_is_torchsdes():
-    tree = pytest.importorskip("torchsde").BrownianInterval(
+    tree = torchsde.BrownianInterval(
         t0=0.03, t1=14.6, size=(1, 4, 2, 3), entropy=7, tol=1e-6, pool_size=24, halfway_tree=True
     )
     times = [9.0, 8.999999, 2.5, 0.1, 0.03]
