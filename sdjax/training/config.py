@@ -62,6 +62,7 @@ class Reconstruction:
 
     edges: float = 0.0
     kl: float = 1e-6
+    decoder_only: bool = False  # the encoder stays, and with it every UNet that was trained on its latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,5 +175,7 @@ def check(config: Train) -> None:
     }.items():
         if not 0 <= value <= 1:
             raise TrainConfigError(f"{name} is {value}; it must lie between 0 and 1")
+    if config.reconstruction.decoder_only and config.optimizer.weight_decay:
+        raise TrainConfigError("optimizer.weight_decay does not go with reconstruction.decoder_only: the encoder stays")
     if config.optimizer.warmup_steps + config.optimizer.decay_steps > config.steps:
         raise TrainConfigError("optimizer.warmup_steps and decay_steps together are more than steps")

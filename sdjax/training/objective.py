@@ -42,13 +42,15 @@ def reconstruction(modules: Mapping[str, nnx.Module], options: Reconstruction) -
 
     Mean absolute plus mean squared error; `edges` times the mean absolute error of the differences between neighbouring
     pixels on both axes, without which small shapes come out soft; `kl` times the mean over the latent of its KL
-    divergence from a unit normal (Kingma & Welling 2013).
+    divergence from a unit normal (Kingma & Welling 2013). With `decoder_only` no gradient reaches the encoder.
     """
 
     def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
         vae = bind(modules["vae"], trained["vae"])
         x = to_unit(batch["pixels"])
         mean, logvar = (part.astype(jnp.float32) for part in vae.encode(x))
+        if options.decoder_only:
+            mean, logvar = jax.lax.stop_gradient((mean, logvar))
         noise = _normal(key, batch["place"], mean.shape[1:])
         error = vae.decode(mean + jnp.exp(0.5 * logvar) * noise).astype(jnp.float32) - x
         edges = _mean(jnp.abs(jnp.diff(error, axis=1))) + _mean(jnp.abs(jnp.diff(error, axis=2)))

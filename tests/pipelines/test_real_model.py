@@ -6,6 +6,7 @@ import io
 import tarfile
 
 import apache_beam as beam
+import jax
 import numpy as np
 import pytest
 from apache_beam.ml.inference.base import RunInference
@@ -65,6 +66,19 @@ def test_the_job_makes_the_pixels_that_the_library_makes(tiny, prompts, tmp_path
     assert told["images"] == 20
     assert 0 < told["padding"] < 1
     assert told["seconds"]["compile"] > 0
+
+
+@pytest.mark.parametrize(("rows", "padding"), [(1, 7 / 8), (8, 0.0)])
+def test_every_device_is_fed(rows, padding, tiny, tmp_path):
+    """A call makes an image on each of eight devices: one row leaves seven idle, eight leave none."""
+    assert pipe_of(str(tiny)).batch_size == 1
+    assert jax.local_device_count() == 8
+    (tmp_path / "p.txt").write_text("".join(f"a cat number {i}\n" for i in range(rows)))
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out"), "--model", str(tiny)]
+    arguments += ["--num-inference-steps", "2"]
+    assert generate_images.main(arguments, load=functools.partial(load_cached, folder=str(tiny))) == 0
+    told = Store(str(tmp_path / "out")).read_json("summary.json")
+    assert (told["images"], told["padding"]) == (rows, padding)
 
 
 def test_the_handler_serves_other_pipelines(tiny):

@@ -129,13 +129,13 @@ def test_a_loss_does_not_depend_on_its_company():
 
 
 class VAE(nnx.Module):
-    """Encodes to the picture itself; decodes what it is given, changed by w."""
+    """Encodes to the picture itself, changed by v; decodes what it is given, changed by w."""
 
     def __init__(self, logvar):
-        self.logvar, self.w = logvar, nnx.Param(jnp.ones(()))
+        self.logvar, self.v, self.w = logvar, nnx.Param(jnp.ones(())), nnx.Param(jnp.ones(()))
 
     def encode(self, x):
-        return x, jnp.full_like(x, self.logvar)
+        return x * self.v, jnp.full_like(x, self.logvar)
 
     def decode(self, z):
         return z * self.w
@@ -146,7 +146,7 @@ def test_reconstruction_adds_its_terms(edges, kl):
     pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     loss = objective.reconstruction({"vae": VAE(-60.0)}, Reconstruction(edges=edges, kl=kl))
     batch = {"pixels": pixels, "place": np.arange(4)}
-    losses, metrics = loss({"vae": {"w": jnp.asarray(0.5)}}, {}, batch, KEY)
+    losses, metrics = loss({"vae": {"v": jnp.ones(()), "w": jnp.asarray(0.5)}}, {}, batch, KEY)
     x = pixels / 127.5 - 1
     wrong = -0.5 * x
     expected = np.abs(wrong).mean((1, 2, 3)) + (wrong**2).mean((1, 2, 3))
@@ -161,5 +161,18 @@ def test_reconstruction_adds_its_terms(edges, kl):
 def test_reconstruction_draws_from_the_latents_distribution():
     pixels = np.full((8, 16, 16, 3), 128, np.uint8)
     loss = objective.reconstruction({"vae": VAE(np.log(0.25))}, Reconstruction(kl=0.0))
-    _, metrics = loss({"vae": {"w": jnp.ones(())}}, {}, {"pixels": pixels, "place": np.arange(8)}, KEY)
+    _, metrics = loss(
+        {"vae": {"v": jnp.ones(()), "w": jnp.ones(())}}, {}, {"pixels": pixels, "place": np.arange(8)}, KEY
+    )
     assert float(metrics["square"].mean()) == pytest.approx(0.25, rel=0.1)
+
+
+@pytest.mark.parametrize("decoder_only", [False, True])
+def test_the_decoder_alone_is_trained_where_asked(decoder_only):
+    pixels = np.random.default_rng(2).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    loss = objective.reconstruction({"vae": VAE(0.0)}, Reconstruction(decoder_only=decoder_only))
+    batch = {"pixels": pixels, "place": np.arange(4)}
+    params = {"vae": {"v": jnp.ones(()), "w": jnp.ones(())}}
+    gradient = jax.grad(lambda trained: loss(trained, {}, batch, KEY)[0].sum())(params)["vae"]
+    assert gradient["w"] != 0
+    assert (gradient["v"] == 0) == decoder_only
