@@ -138,7 +138,7 @@ class Run:
 
         A model card, README.md, is kept.
         """
-        if self.config.task == "vae":
+        if self.config.task == "vae" and not self.config.reconstruction.decoder_only:
             self.networks.configs["vae"]["scaling_factor"] = latents.scaling_factor(self)
         card = folder / "README.md"
         text = card.read_text(encoding="utf-8") if card.exists() else None

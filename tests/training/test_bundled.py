@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
+import pytest
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from sdjax.generate import StableDiffusion
+from sdjax.request import Request
 from sdjax.spec import BUNDLED
-from sdjax.training import config, evaluate
+from sdjax.training import checker, config, evaluate
 
 FOLDER = Path(BUNDLED)
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_it_is_small_and_float16():
@@ -40,3 +45,31 @@ def test_it_draws_what_it_is_told():
     assert min(shares[fact] for fact in ("background", "colour", "side")) > 0.97
     assert shares["pair"] >= 0.8
     assert shares["shape"] >= 0.6
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "background", "image", "guide", "edge"),
+    [
+        (
+            ("red", "circle"),
+            ("blue", "star"),
+            "white",
+            "circle.png",
+            {"mask_image": str(DOCS / "right.png"), "strength": 1.0},
+            36,
+        ),
+        (("yellow", "star"), ("red", "heart"), "blue", "star.png", {"outpaint": "right=32"}, 64),
+    ],
+)
+def test_it_repaints_and_extends_what_the_readme_shows(first, second, background, image, guide, edge):
+    """The README's two commands: right of the edge is the prompt's second thing, left of it the picture, to the bit."""
+    pipe = StableDiffusion.from_pretrained(batch_size=1, devices=jax.devices()[:1])
+    prompt = f"a {' '.join(first)} to the left of a {' '.join(second)} on a {background} background"
+    made = pipe.generate([Request(prompt=prompt, image=str(DOCS / image), guidance_scale=3, **guide)])[0].pixels
+    np.testing.assert_array_equal(made[:, :edge], np.asarray(Image.open(DOCS / image))[:, :edge])
+    square = np.pad(made, ((0, made.shape[1] - made.shape[0]), (0, 0), (0, 0)), mode="edge")
+    reading = checker.read(square)
+    assert reading.background == background
+    places = {(thing.colour, thing.shape): thing.x * made.shape[1] for thing in reading.things}
+    assert set(places) == {first, second}
+    assert places[first] < edge < places[second]

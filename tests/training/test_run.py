@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -167,6 +168,19 @@ def test_a_checkpoint_can_be_exported_and_started_from(whole, tmp_path):
     run = Run(dataclasses.replace(loaded, model=config.Model()), ONE)
     assert set(run.networks.modules) == {"vae"}
     np.testing.assert_array_equal(run.state.params["vae"]["decoder.conv_in.bias"], model["vae"]["decoder.conv_in.bias"])
+
+
+def test_a_decoder_trained_alone_still_reads_the_same_latents(whole, tmp_path):
+    loaded = config.load(_write(tmp_path, "vae"), init=str(whole / "model"), output=str(tmp_path / "other"), steps=2)
+    alone = dataclasses.replace(loaded.reconstruction, decoder_only=True)
+    run = Run(dataclasses.replace(loaded, model=config.Model(), reconstruction=alone), ONE)
+    run.train()
+    run.export(tmp_path / "model")
+    before, after = _weights(whole / "model")["vae"], _weights(tmp_path / "model")["vae"]
+    changed = {key.split(".")[0] for key, tensor in after.items() if (tensor != before[key]).any()}
+    assert changed == {"decoder", "post_quant_conv"}
+    told = [json.loads((folder / "model" / "vae" / "config.json").read_text()) for folder in (whole, tmp_path)]
+    assert told[0]["scaling_factor"] == told[1]["scaling_factor"]
 
 
 def _gradients(folder, devices=ONE, dtype="float32", remat=False, text=True, accumulate=1):
