@@ -177,7 +177,8 @@ def test_a_decoder_trained_alone_still_reads_the_same_latents(whole, tmp_path):
     run.train()
     run.export(tmp_path / "model")
     before, after = _weights(whole / "model")["vae"], _weights(tmp_path / "model")["vae"]
-    changed = {key.split(".")[0] for key, tensor in after.items() if (tensor != before[key]).any()}
+    same = {key: np.allclose(tensor, before[key], rtol=1e-6) for key, tensor in after.items()}  # averaging rounds
+    changed = {key.split(".")[0] for key in same if not same[key]}
     assert changed == {"decoder", "post_quant_conv"}
     told = [json.loads((folder / "model" / "vae" / "config.json").read_text()) for folder in (whole, tmp_path)]
     assert told[0]["scaling_factor"] == told[1]["scaling_factor"]
