@@ -37,20 +37,13 @@ def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, *
 
     Args:
         model: a checkpoint's folder, hub id or URL, or its `Spec`; None for the bundled one.
-        compilation_cache: folder or bucket in which all workers keep compiled programs.
+        compilation_cache: folder or bucket in which all workers keep compiled programs; None: the user's cache folder.
     """
+    from sdjax import compile_cache
     from sdjax.generate import BUNDLED, StableDiffusion
 
-    share_programs(compilation_cache)
+    compile_cache.use(compilation_cache)
     return StableDiffusion.from_pretrained(model or BUNDLED, **options)
-
-
-def share_programs(folder: str | None) -> None:
-    """Keep compiled programs in a folder or bucket, and take them from there; None leaves it."""
-    import jax
-
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 class _Clock:

@@ -159,10 +159,10 @@ def load_encoder(
     model: LatentSpec, *, dtype: str, batch_size: int | None = None, compilation_cache: str | None = None
 ) -> LatentPipe:
     """The pipe of a spec, with JAX imported where it is called; the spec knows its dtype."""
-    from pipelines.handler import share_programs
+    from sdjax import compile_cache
     from sdjax.encode import Encoder
 
-    share_programs(compilation_cache)
+    compile_cache.use(compilation_cache)
     return LatentPipe(model, Encoder.from_pretrained(model.spec, batch_size=batch_size))
 
 

@@ -93,7 +93,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> Any:
     job.add_argument("--unit-size", type=int, default=256, help="images a shard; default: %(default)s")
     job.add_argument("--overwrite", action="store_true", help="delete what the output holds of earlier jobs first")
     job.add_argument("--price-per-hour", type=float, default=0.0, help="of all workers together, for the summary")
-    job.add_argument("--compilation-cache", metavar="DIR", help="where workers share compiled programs")
+    job.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="folder or bucket where workers share compiled programs; default: each one's cache folder",
+    )
     return job
 
 

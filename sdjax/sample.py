@@ -119,7 +119,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     from sdjax.generate import StableDiffusion
     from sdjax.spec import BUNDLED, Spec
 
-    compile_cache.use_default()
+    compile_cache.use()
     spec = Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))
     # Every request is checked against the checkpoint before its weights are read.
     resolved = [spec.resolve(request) for request in requests]

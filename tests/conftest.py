@@ -32,6 +32,7 @@ jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")
 import jax
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests import checkpoints
 
@@ -44,6 +45,17 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     checkpoints.saved(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def own_compile_cache():
+    """Lets a module move the compilation cache, and brings it back."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 class Compilations:

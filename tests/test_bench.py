@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from sdjax import bench, compile_cache
+from sdjax import bench
 from sdjax.architectures import ARCHITECTURES
 from tests import torch_models
 
@@ -17,17 +17,15 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(own_compile_cache, tmp_path_factory):
     """A run of a small architecture with random weights, two steps and two batch sizes, on one device."""
     folder = tmp_path_factory.mktemp("bench")
     files = {name: folder / f"bench.{name}" for name in ("json", "png")}
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         patch.setitem(ARCHITECTURES, "sd15", SMALL)
         options = ["--model", "sd15", "--batch-size", "1,2", "--repeats", "1", "--num-inference-steps", "2"]
         assert bench.main([*options, "--json", str(files["json"]), "--plot", str(files["png"])]) == 0
-    compile_cache.use(before[0], least_seconds=before[1])
     return files
 
 

@@ -5,29 +5,23 @@ import pytest
 
 from sdjax import compile_cache
 
-
-@pytest.fixture(autouse=True)
-def restored():
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = [getattr(jax.config, name) for name in names]
-    yield
-    compile_cache.use(before[0], least_seconds=before[1])
+pytestmark = pytest.mark.usefixtures("own_compile_cache")
 
 
 def test_a_place_that_is_named_stays(tmp_path):
     compile_cache.use(tmp_path / "mine")
-    compile_cache.use_default()
+    compile_cache.use()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
 
 
 def test_else_programs_go_to_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", None)
-    compile_cache.use_default()
+    compile_cache.use()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sdjax" / "compiled")
 
 
 def test_programs_are_kept(tmp_path):
-    compile_cache.use(tmp_path / "kept")
+    compile_cache.use(tmp_path / "kept", least_seconds=0)
     jax.jit(lambda x: x * 3 + 41)(2.0).block_until_ready()
     assert list((tmp_path / "kept").iterdir())

@@ -7,12 +7,18 @@ from types import SimpleNamespace
 
 import fsspec
 import gcsfs.retry
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import requests
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from pipelines import storage, verify
 from pipelines.sinks import place
 from pipelines.storage import Store
+from sdjax import compile_cache
 from tests.pipelines import standin
 from tests.pipelines.conftest import free_port
 from tests.pipelines.network import STALL, Network
@@ -62,6 +68,22 @@ def test_a_network_that_fails_loses_nothing(network, tmp_path, monkeypatch):
     assert_same(images("gs://dataset/out"), direct(rows))
     found = verify.verify("gs://dataset/out")
     assert (found.orphans, found.faults) == ([], [])
+
+
+def test_workers_share_compiled_programs(network, own_compile_cache):
+    """What one process compiles and keeps in a bucket, the next one reads."""
+    used = []
+    monitoring.register_event_listener(lambda event, **_: used.append(event.rsplit("/")[-1]))
+    compile_cache.use("gs://dataset/programs", least_seconds=0)
+    call, x = jax.jit(lambda x: jnp.sin(x) * 17 + 4), np.ones(3, np.float32)
+    first = call(x)
+    assert Store("gs://dataset").find("programs")
+    jax.clear_caches()
+    compilation_cache.reset_cache()
+    used.clear()
+    np.testing.assert_array_equal(call(x), first)
+    assert "cache_hits" in used
+    assert "cache_misses" not in used
 
 
 def test_a_large_object_is_whole_or_absent(network):
