@@ -89,8 +89,8 @@ class Request:
         control_image_sha256: as image_sha256, with commas between several.
         controlnet_conditioning_scale: how much each ControlNet counts, a number for all or one for each (`1,0.5`), 0
             to 100.
-        control_guidance_start, control_guidance_end: the shares of the steps from which and until which it does, in
-            the same way.
+        control_guidance_start, control_guidance_end: the shares of the network's calls from which and until which it
+            does, in the same way.
         guess_mode: control the conditional half of guidance alone, and the outer skips less: for empty prompts.
         denoising_end: where a refiner is loaded, the share of the noise that the base takes off before the refiner goes
             on, above 0; 1 leaves the refiner out. None is 0.8.

@@ -112,6 +112,19 @@ def test_images_are_those_of_diffusers(tiny, nets, pipe):
     assert difference(results[3], alone.pixels) <= 1
 
 
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"), [("heun", "HeunDiscreteScheduler"), ("dpm_2", "KDPM2DiscreteScheduler")]
+)
+def test_the_interval_counts_calls_where_steps_have_several(sampler, scheduler, nets, pipe):
+    request = dataclasses.replace(BOTH, sampler=sampler)
+    pipeline = checkpoints.pipeline()
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(
+        pipeline.scheduler.config, timestep_spacing="leading"
+    )
+    expected = theirs(diffusers.StableDiffusionControlNetPipeline, pipeline, nets[0], request, [FIRST, SECOND])
+    assert difference(pipe.generate([request])[0].pixels, expected) <= 2
+
+
 @pytest.mark.slow
 def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path):
     pipeline = checkpoints.saved(tmp_path / "xl", checkpoints.pipeline_xl)
