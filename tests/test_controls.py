@@ -16,6 +16,7 @@ from sdjax.spec import Spec
 from sdjax.values import OF_CONTROLS, lines, numbers
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints, torch_models
+from tests.test_families import CONFIGURATIONS
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = (
@@ -126,21 +127,30 @@ def test_the_interval_counts_calls_where_steps_have_several(sampler, scheduler, 
 
 
 @pytest.mark.slow
-def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path):
-    pipeline = checkpoints.saved(tmp_path / "xl", checkpoints.pipeline_xl)
-    controlnet = network(5, pipeline.unet)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+@pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL"])
+def test_images_of_other_configurations_are_those_of_diffusers(family, configuration, tmp_path):
+    """The last one has Stable Diffusion 2's projections and what it predicts."""
+    make = checkpoints.pipeline_xl if family.endswith("XL") else checkpoints.pipeline
+    changes = CONFIGURATIONS[configuration]
+    scheduler = checkpoints.scheduler("EulerDiscreteScheduler", **changes.get("scheduler", {}))
+    pipeline = checkpoints.saved(tmp_path / "model", make, **changes | {"scheduler": scheduler})
+    halvings = len(pipeline.vae.config.block_out_channels) - 1
+    controlnet = network(5, pipeline.unet, conditioning_embedding_out_channels=[4, 8, 8, 16][: halvings + 1])
     controlnet.save_pretrained(tmp_path / "net")
-    pipe = StableDiffusion.from_pretrained(tmp_path / "xl", controlnets=[tmp_path / "net"], devices=jax.devices()[:1])
-    request = dataclasses.replace(ONE, sampler="euler", controlnet_conditioning_scale=1.3, control_guidance_end=0.8)
+    pipe = StableDiffusion.from_pretrained(
+        tmp_path / "model", controlnets=[tmp_path / "net"], devices=jax.devices()[:1]
+    )
+    request = dataclasses.replace(ONE, sampler=None, controlnet_conditioning_scale=1.3, control_guidance_end=0.8)
     requests = [
         request,
         dataclasses.replace(request, guidance_scale=1),
         dataclasses.replace(request, control_image=None),
     ]
     *controlled, free = (result.pixels for result in pipe.generate(requests))
+    kind = getattr(diffusers, f"{family}ControlNetPipeline")
     for asked, pixels in zip(requests, controlled, strict=False):
-        expected = theirs(diffusers.StableDiffusionXLControlNetPipeline, pipeline, controlnet, asked, [FIRST])
-        assert difference(pixels, expected) <= 2, asked
+        assert difference(pixels, theirs(kind, pipeline, controlnet, asked, [FIRST])) <= 2, asked
     assert difference(controlled[0], free) > 20
 
 
