@@ -84,6 +84,16 @@ def test_a_second_pass_from_the_latent_is_that_of_diffusers(tiny, pipe):
     assert np.abs(result.pixels.astype(int) - np.asarray(expected)).max() <= 2
 
 
+def test_ways_to_enlarge_mix_in_a_batch(tiny):
+    pair = StableDiffusion.from_pretrained(tiny, batch_size=2, devices=jax.devices()[:1])
+    first = dataclasses.replace(RED, width=24, height=16, hires_scale=2)
+    requests = [first, dataclasses.replace(first, hires_upscaler="latent")]
+    together = pair.generate(requests)
+    assert np.abs(together[0].pixels.astype(int) - together[1].pixels).max() > 20
+    for request, result in zip(requests, together, strict=True):
+        np.testing.assert_array_equal(pair.generate([request])[0].pixels, result.pixels)
+
+
 def test_a_second_pass_that_cannot_be_is_refused(pipe):
     with pytest.raises(RequestError, match="hires_scale=3 makes a side longer than 4096"):
         pipe.spec.resolve(dataclasses.replace(RED, width=1400, hires_scale=3))
