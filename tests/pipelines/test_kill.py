@@ -133,14 +133,14 @@ def test_twenty_kills(job, tmp_path, format):
 @pytest.mark.slow
 def test_a_killed_worker_among_several(job, tmp_path):
     several = ("--direct_num_workers=2", "--direct_running_mode=multi_processing", "--unit-size", "4")
-    survives(job, tmp_path / "out", 3, 3, *several, kill=kill_a_worker)
+    survives(job, tmp_path / "out", 20, 3, *several, kill=kill_a_worker)
 
 
 @pytest.mark.slow
 def test_a_killed_worker_of_a_pool(job, worker_pool, tmp_path):
     portable, pool = worker_pool
     kill = partial(kill_a_worker, pool=pool.pid)
-    survives(job, tmp_path / "out", 3, 4, *portable, "--unit-size", "4", kill=kill)
+    survives(job, tmp_path / "out", 20, 4, *portable, "--unit-size", "4", kill=kill)
 
 
 def test_a_job_that_is_not_killed_is_the_same_in_a_process_of_its_own(job, tmp_path):

@@ -11,10 +11,12 @@ from transformers import CLIPTokenizer
 
 from sdjax.generate import StableDiffusion
 from sdjax.request import Request
+from sdjax.sampling import SAMPLERS
 from sdjax.spec import BUNDLED
 from sdjax.training import checker, config, evaluate
 
 FOLDER = Path(BUNDLED)
+AIMS = {"background": 0.97, "colour": 0.97, "shape": 0.92, "side": 0.92, "pair": 0.8}
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -73,3 +75,16 @@ def test_it_repaints_and_extends_what_the_readme_shows(first, second, background
     places = {(thing.colour, thing.shape): thing.x * made.shape[1] for thing in reading.things}
     assert set(places) == {first, second}
     assert places[first] < edge < places[second]
+
+
+@pytest.mark.slow
+def test_every_sampler_draws_what_it_is_told():
+    """The card's aims at 20 steps, on the first 100 captions."""
+    pipe = StableDiffusion.from_pretrained(batch_size=25, devices=jax.devices()[:1])
+    asked, missed = evaluate.held_out(100), {}
+    for sampler in SAMPLERS:
+        counts, _ = evaluate.measure(pipe, asked, sampler=sampler, num_inference_steps=20, guidance_scale=3)
+        shares = {fact: right / total for fact, (right, total) in counts.items()}
+        print(sampler, {fact: round(share, 3) for fact, share in shares.items()}, flush=True)
+        missed[sampler] = {fact: shares[fact] for fact, aim in AIMS.items() if shares[fact] < aim}
+    assert not any(missed.values()), missed
