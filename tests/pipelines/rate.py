@@ -4,6 +4,7 @@ Each round takes both, in turns, with one model and its compiled programs; the r
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -13,6 +14,18 @@ from pipelines.storage import Store
 from sdjax.generate import StableDiffusion
 from sdjax.request import Request
 from sdjax.spec import BUNDLED
+
+
+@functools.cache
+def pipe_of(model: str, batch_size: int) -> StableDiffusion:
+    """One model, and its compiled programs, for both."""
+    return StableDiffusion.from_pretrained(model, batch_size=batch_size)
+
+
+def load(*_: object, model: str, batch_size: int, **__: object) -> StableDiffusion:
+    from tests.pipelines import rate  # Beam copies what is in __main__
+
+    return rate.pipe_of(model, batch_size)
 
 
 def main() -> None:
@@ -29,7 +42,7 @@ def main() -> None:
             prompts = [line.strip() for line in file if line.strip()][: options.images]
     else:
         prompts = [f"a red circle above a blue square number {i}" for i in range(options.images)]
-    pipe = StableDiffusion.from_pretrained(options.model, batch_size=options.batch_size)
+    pipe = load(model=options.model, batch_size=options.batch_size)
     requests = [Request(prompt=prompt, num_inference_steps=options.steps) for prompt in prompts]
     pipe.generate(requests[: options.batch_size])
     ratios = []
@@ -37,20 +50,21 @@ def main() -> None:
         began = time.perf_counter()
         made = sum(1 for _ in pipe.stream(requests))
         alone = made / (time.perf_counter() - began)
-        job = of_the_job(prompts, options, pipe)
+        job = of_the_job(prompts, options)
         ratios.append(job / alone)
         print(f"round {number}: generate {alone:.2f} images/s, the job {job:.2f}, {ratios[-1]:.3f}", flush=True)
     print(f"{len(prompts)} images; the median of the ratios is {statistics.median(ratios):.3f}")
 
 
-def of_the_job(prompts: list[str], options: argparse.Namespace, pipe: StableDiffusion) -> float:
+def of_the_job(prompts: list[str], options: argparse.Namespace) -> float:
     """Images a second from the first unit's beginning to the last one's manifest."""
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/prompts.txt", "w", encoding="utf-8") as file:
             file.writelines(f"{prompt}\n" for prompt in prompts)
         arguments = ["--prompts", file.name, "--output", f"{folder}/out", "--model", options.model]
         arguments += ["--batch-size", str(options.batch_size), "--num-inference-steps", str(options.steps)]
-        if generate_images.main(arguments, load=lambda *_, **__: pipe) != 0:
+        loads = functools.partial(load, model=options.model, batch_size=options.batch_size)
+        if generate_images.main(arguments, load=loads) != 0:
             raise SystemExit("the job failed")
         return Store(f"{folder}/out").read_json("summary.json")["images_per_second"]
 
