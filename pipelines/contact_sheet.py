@@ -64,7 +64,7 @@ def thumbnail(data: bytes) -> str:
         small = image.convert("RGB")
         small.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=70)
+    small.save(buffer, "JPEG", quality=75, subsampling=0)  # colour at full size: flat shapes would bleed
     return base64.b64encode(buffer.getvalue()).decode()
 
 
