@@ -54,7 +54,7 @@ def test_it_draws_what_it_is_told():
     [
         (
             ("red", "circle"),
-            ("blue", "star"),
+            ("blue", "triangle"),
             "white",
             "circle.png",
             {"mask_image": str(DOCS / "right.png"), "strength": 1.0},
