@@ -1,4 +1,4 @@
-"""The job's images/s beside those of `generate` on the same prompts: python -m tests.pipelines.rate [--prompts FILE]
+"""The job's images/s beside those of `generate` on the same prompts: python -m tests.pipelines.rate
 
 Each round takes both, in turns, with one model and its compiled programs; the ratio to quote is the rounds' median.
 """
@@ -30,18 +30,13 @@ def load(*_: object, model: str, batch_size: int, **__: object) -> StableDiffusi
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.pipelines.rate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--prompts", help="text, a prompt a line; default: drawn scenes' words")
     parser.add_argument("--model", default=BUNDLED)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    if options.prompts:
-        with open(options.prompts, encoding="utf-8") as file:
-            prompts = [line.strip() for line in file if line.strip()][: options.images]
-    else:
-        prompts = [f"a red circle above a blue square number {i}" for i in range(options.images)]
+    prompts = [f"a red circle above a blue square number {i}" for i in range(options.images)]
     pipe = load(model=options.model, batch_size=options.batch_size)
     requests = [Request(prompt=prompt, num_inference_steps=options.steps) for prompt in prompts]
     pipe.generate(requests[: options.batch_size])

@@ -52,6 +52,10 @@ def test_defaults_and_overrides(tmp_path):
         ({"data": {"folder": "a", "sise": 3}}, "data.sise is no option"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate is 'fast'; it must be of type float"),
         ({"optimizer": {"warmup_steps": 8, "decay_steps": 8}}, "together are more than steps"),
+        (
+            {"optimizer": {"weight_decay": 0.1}, "reconstruction": {"decoder_only": True}},
+            "weight_decay does not go with reconstruction.decoder_only",
+        ),
         ({"optimizer": {"ema_decay": 1.5}}, "optimizer.ema_decay is 1.5; it must lie between 0 and 1"),
         ({"diffusion": 3}, "diffusion is a table, not 3"),
         ({"sheet_prompts": ["a", 3]}, "sheet_prompts is 3"),
