@@ -87,6 +87,16 @@ FAMILIES = {
         ],
         tokens={"pad_token": "!"},
     ),
+    "SD from an image": Family(
+        "StableDiffusionImg2Img",
+        "DDIMScheduler",
+        [Asked({**IMAGE, "strength": 0.8}), Asked({**IMAGE, **CAT, "strength": 0.5})],
+    ),
+    "SD inside a mask": Family(
+        "StableDiffusionInpaint",
+        "DDIMScheduler",
+        [Asked({**INSIDE, "strength": 1.0}), Asked({**INSIDE, **CAT, "strength": 0.6})],
+    ),
     "SD inpainting": Family(
         "StableDiffusionInpaint",
         "PNDMScheduler",
