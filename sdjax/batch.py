@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from sdjax.canvas import Canvas
 from sdjax.request import Request
@@ -72,6 +72,21 @@ def _guidance(request: Request, table: Table, rows: int) -> Float32[np.ndarray, 
     inside = (request.guidance_start <= done) & (done < request.guidance_end)
     by_step = np.where(inside, np.maximum(scales, 1), 1).astype(np.float32)
     return np.pad(by_step[table.step], (0, rows - table.calls), constant_values=1)
+
+
+def fresh_rows(
+    requests: Sequence[Request], tables: Sequence[Table], weights: Float32[np.ndarray, "batch rows prompts"]
+) -> Bool[np.ndarray, "batch rows prompts"]:
+    """Where each prompt's deep features are made anew: every cache_interval calls, and after a row that asked for none.
+
+    weights: `guidance_weights`.
+    """
+    call = np.arange(weights.shape[1])
+    intervals = np.array([request.cache_interval for request in requests])
+    calls = np.array([table.calls for table in tables])
+    needed = (weights != 0) & (call < calls[:, None])[..., None]
+    idle = np.pad(~needed[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=True)
+    return needed & (idle | (call % intervals[:, None] == 0)[..., None])
 
 
 def guidance_embedding(requests: Sequence[Request], channels: int) -> Float32[np.ndarray, "batch channels"]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sdjax import controls, programs, sampling
-from sdjax.batch import HostNoise, guidance_embedding, guidance_weights, time_ids
+from sdjax.batch import HostNoise, fresh_rows, guidance_embedding, guidance_weights, time_ids
 from sdjax.parallel import Devices
 from sdjax.request import Request
 from sdjax.sampling import noise, scan
@@ -37,6 +37,11 @@ class Batch(NamedTuple):
     is_given: jax.Array
     rescale: jax.Array
 
+    @property
+    def reuses(self) -> bool:
+        """Whether deep features are kept from call to call."""
+        return self.requests[0].cache_interval > 1
+
 
 class Denoiser:
     """A checkpoint's UNet, its text encoders and the ControlNets beside it.
@@ -51,7 +56,8 @@ class Denoiser:
         self._spec, self._networks, self._devices = spec, networks, devices
         self._encode = devices.pmap(functools.partial(programs.encode_text, is_xl=spec.family.is_xl))
         self._embed_control = devices.pmap(programs.embed_control)
-        self._start = devices.pmap(programs.start)
+        start = functools.partial(programs.start, dtype=spec.dtype)
+        self._start = devices.pmap(start, static_broadcasted_argnums=6)
         advance = functools.partial(programs.advance, last_is_told=not spec.family.edits)
         self._advance = devices.pmap(advance, donate_argnums=1)
 
@@ -97,7 +103,11 @@ class Denoiser:
         """A run's start from images' latents and noise, at the tables' first levels; and what the masks keep."""
         split = self._devices.split
         levels = split(np.array([(table.start_signal, table.start_noise) for table in tables], np.float32))
-        return self._start(batch.keys, batch.is_given, split(drawn.start), levels, image, mask)
+        kept = 0, 0, 0
+        if batch.reuses:
+            channels = self._spec.configs["unet"].block_out_channels[0]
+            kept = 2 if self._spec.controlnets else 1, batch.conditions.context.shape[2], channels
+        return self._start(batch.keys, batch.is_given, split(drawn.start), levels, image, mask, kept)
 
     def run(
         self,
@@ -127,15 +137,18 @@ class Denoiser:
             conditions = conditions._replace(time_ids=split(ids))
         control = self._controls(batch, size)
         scales = control and controls.scales(batch.requests, tables, padded, len(spec.controlnets))
-        stacked = sampling.stack(tables, padded), weights, scales
+        fresh = fresh_rows(batch.requests, tables, weights) if batch.reuses else None
+        stacked = sampling.stack(tables, padded), weights, scales, fresh
+        unet, ratio = self._networks["unet"], batch.requests[0].token_merging_ratio
+        unet = unet.merging(ratio) if ratio else unet
         ticks = []
         for first in range(0, length, SCAN_ROWS):
             rows = slice(first, first + SCAN_ROWS)
             state, tick = self._advance(
-                self._networks["unet"],
+                unet,
                 state,
                 conditions,
-                split(jax.tree.map(lambda column, rows=rows: column[:, rows], stacked)),
+                programs.Rows(*split(jax.tree.map(lambda column, rows=rows: column[:, rows], stacked))),
                 batch.keys,
                 batch.rescale,
                 scan.Given(split(drawn.rows(first, SCAN_ROWS)), batch.is_given),

@@ -1,7 +1,7 @@
 """What is compiled: the functions of one device's part of a batch that `sdjax.generate` runs."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,20 @@ class Controls(NamedTuple):
     networks: tuple[ControlNet, ...]
     seen: tuple[Float[Array, "batch h w _"], ...]
     guess_mode: Bool[Array, " batch"]
+
+
+class Rows(NamedTuple):
+    """What changes from sampler row to row.
+
+    weights: how much each prompt's output counts.
+    controls: how much each ControlNet does, where there are some.
+    fresh: whether a prompt's deep features are made anew, where they are kept from call to call.
+    """
+
+    tables: Tables
+    weights: Float[Array, "batch rows prompts"]
+    controls: Float[Array, "batch rows nets"] | None = None
+    fresh: Bool[Array, "batch rows prompts"] | None = None
 
 
 def encode_text(
@@ -195,12 +209,20 @@ def start(
     levels: Float[Array, "batch 2"],
     image: Float[Array, "batch h w c"],
     mask: Float[Array, "batch h w 1"],
+    kept: tuple[int, int, int],
+    *,
+    dtype: str,
 ) -> tuple[scan.State, scan.Known]:
-    """A run's start: each request's image and its own noise, at its sampler's levels; and what its mask keeps."""
+    """A run's start: each request's image and its own noise, at its sampler's levels; and what its mask keeps.
+
+    kept: how many arrays `advance` keeps from call to call, for how many prompts, of how many channels.
+    """
     drawn = noise.jax_latents(keys, noise.START, given.shape[1:])
     fresh = jnp.where(is_given[:, None, None, None], given, drawn)
     signal, scale = levels[:, :1, None, None], levels[:, 1:, None, None]
-    return scan.begin(signal * image + scale * fresh), scan.Known(image, fresh, mask)
+    arrays, prompts, channels = kept
+    nothing = jnp.zeros((prompts, *given.shape[:3], channels), dtype)
+    return scan.begin(signal * image + scale * fresh, (nothing,) * arrays), scan.Known(image, fresh, mask)
 
 
 def embed_control(
@@ -235,7 +257,7 @@ def advance(
     unet: UNet2DCondition,
     state: scan.State,
     conditions: Conditions,
-    rows: tuple[Tables, Float[Array, "batch rows prompts"], Float[Array, "batch rows nets"] | None],
+    rows: Rows,
     keys: Array,
     rescale: Float[Array, " batch"],
     given: scan.Given,
@@ -247,45 +269,47 @@ def advance(
 ) -> tuple[scan.State, Int[Array, ""]]:
     """The next sampler rows of a device's part of the batch, and how many have been run.
 
-    rows: sampler tables, how much each prompt's output counts, and how much each ControlNet.
     known: what is blended in.
     told: further channels, [batch, h, w, any], for a UNet that has them.
     last_is_told: whether the last prompt sees them; else it sees zeros.
     """
 
-    def network(half: Int[Array, ""], x: Array, t: Array, scales: Array | None) -> Array:
+    def network(half: Int[Array, ""], x: Array, t: Array, of_row: Any, kept: tuple[Array, ...]) -> tuple[Array, Any]:
+        scales, fresh = of_row
         context, is_last = conditions.context[:, half], half == conditions.context.shape[1] - 1
         added = None
         if conditions.pooled is not None and conditions.time_ids is not None:
             added = {"text_embeds": conditions.pooled[:, half], "time_ids": conditions.time_ids[:, half]}
-        down, middle = None, None
-        if controls is not None:
-            assert scales is not None
-            down, middle = _residuals(controls, scales, is_last, x, t, context, added)
+        temb = unet.embed_time(t, added, conditions.guidance)
+        seen = x
         if told is not None:
             hidden = jnp.logical_and(not last_is_told, is_last)
-            x = jnp.concatenate([x, *(jnp.where(hidden, 0, part) for part in told)], axis=-1)
-        return unet(
-            x,
-            t,
-            context,
-            added,
-            timestep_cond=conditions.guidance,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        )
+            seen = jnp.concatenate([x, *(jnp.where(hidden, 0, part) for part in told)], axis=-1)
+        seen = unet.embed(seen)
 
-    tables, weights, control_scales = rows
+        def deep() -> tuple[Array, ...]:
+            if controls is None:
+                return (unet.deep(seen, temb, context),)
+            (outermost, *inner), middle = _residuals(controls, scales, is_last, x, t, context, added)
+            return unet.deep(seen, temb, context, inner, middle), outermost
+
+        if fresh is None:
+            return unet.outer(seen, temb, context, *deep()), kept
+        now = fresh[:, half]
+        made = lax.cond(jnp.any(now), deep, lambda: kept)
+        made = jax.tree.map(lambda new, old: jnp.where(now[:, None, None, None], new, old), made, kept)
+        return unet.outer(seen, temb, context, *made), made
+
     state = scan.advance(
         network,
-        tables,
+        rows.tables,
         state,
         keys=keys,
-        weights=weights,
+        weights=rows.weights,
         rescale=rescale,
         given=given,
         known=known,
-        told=control_scales,
+        told=(rows.controls, rows.fresh),
     )
     return state, state.row
 

@@ -48,6 +48,8 @@ class Program(NamedTuple):
     refiner: tuple[int, ...]  # its prompts, chunks and variants; empty where none ends the run
     final_width: int  # after a second pass
     final_height: int
+    reuses: bool  # deep features, from call to call
+    token_merging_ratio: float
 
     @property
     def has_second_pass(self) -> bool:
@@ -343,7 +345,8 @@ class Spec:
         assert height is not None
         refiner = self.refiner.text(resolved).counts if self.refiner and resolved.denoising_end != 1 else ()
         final = [round(side * resolved.hires_scale / self.multiple) * self.multiple for side in (width, height)]
-        return Program(width, height, *self.text(resolved).counts, refiner, final[0], final[1])
+        shortcuts = resolved.cache_interval > 1, resolved.token_merging_ratio
+        return Program(width, height, *self.text(resolved).counts, refiner, final[0], final[1], *shortcuts)
 
     def text(self, request: Request) -> Text:
         """What the text encoders are given for a request. Raises RequestError where prompt and prompt_2 don't match."""

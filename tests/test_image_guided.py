@@ -152,7 +152,7 @@ def test_an_idle_mask_costs_nothing(pipe):
     given = scan.Given(np.zeros((1, 5, 16, 24, 4), np.float32), np.zeros(1, bool))
 
     def flops(known):
-        rows = tables, np.ones((1, 5, 2), np.float32), None
+        rows = programs.Rows(tables, np.ones((1, 5, 2), np.float32))
         lowered = jax.jit(programs.advance, static_argnames="last_is_told").lower(
             unet,
             scan.begin(latents),

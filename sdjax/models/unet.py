@@ -26,6 +26,7 @@ from sdjax.models.layers import (
     Upsample,
     timestep_embedding,
 )
+from sdjax.models.token_merging import merging
 
 
 class GEGLU(nnx.Module):
@@ -57,10 +58,15 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention (to the context too if only_cross_attention), attention to the context, feed-forward."""
+    """Self-attention (to the context too if only_cross_attention), attention to the context, feed-forward.
+
+    Attributes:
+        token_merging_ratio: share of the tokens of which self-attention makes fewer, 0 to 0.75.
+    """
 
     def __init__(self, stage: Stage, **kw: Any):
         channels = stage.channels
+        self.token_merging_ratio = 0.0
         self.only_cross_attention = stage.only_cross_attention
         self.norm1 = LayerNorm(channels, 1e-5, **kw)
         self.attn1 = Attention(
@@ -72,9 +78,14 @@ class TransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(
-        self, x: Float[Array, "batch tokens channels"], context: Float[Array, "batch keys context"]
+        self,
+        x: Float[Array, "batch tokens channels"],
+        context: Float[Array, "batch keys context"],
+        size: tuple[int, int],
     ) -> Float[Array, "batch tokens channels"]:
-        x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
+        """size: height and width, of which the tokens are the positions."""
+        merge, unmerge = merging(x, size, self.token_merging_ratio)
+        x = x + unmerge(self.attn1(merge(self.norm1(x)), context if self.only_cross_attention else None))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -97,7 +108,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "batch height width channels"]:
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, (x.shape[1], x.shape[2]))
         return x + self.proj_out(tokens.reshape(x.shape))
 
 
@@ -183,10 +194,13 @@ class UpBlock(Block):
         skips: Sequence[Float[Array, "batch height width _"]],
         temb: Float[Array, "batch time"],
         context: Float[Array, "batch keys context"],
-        size: tuple[int, int] | None,
+        size: tuple[int, int] | None = None,
+        *,
+        first: int = 0,
     ) -> Float[Array, "batch new_height new_width channels"]:
-        for i, (resnet, skip) in enumerate(zip(self.resnets, skips, strict=True)):
-            x = resnet(jnp.concatenate([x, skip], axis=-1), temb)
+        """`first` is the layer to begin from; there are as many as `skips`."""
+        for i, skip in enumerate(skips, first):
+            x = self.resnets[i](jnp.concatenate([x, skip], axis=-1), temb)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsampler in self.upsamplers:
@@ -343,17 +357,61 @@ class UNet2DCondition(DownPath):
         `timestep_cond` is LCM's guidance embedding. The residuals are a ControlNet's: one for each array of
         `skip_channels`, and one for the middle block's output. Raises ValueError for a missing or surplus condition.
         """
-        if self.config.center_input_sample:
-            x = 2 * x - 1
         temb = self.embed_time(t, added_cond, timestep_cond)
-        x, skips = self.down(self.conv_in(x), temb, context)
-        if down_block_additional_residuals is not None:
-            skips = [skip + more for skip, more in zip(skips, down_block_additional_residuals, strict=True)]
-        if mid_block_additional_residual is not None:
-            x = x + mid_block_additional_residual
+        x = self.embed(x)
+        residuals = down_block_additional_residuals or ()
+        deep = self.deep(x, temb, context, residuals[1:], mid_block_additional_residual)
+        return self.outer(x, temb, context, deep, residuals[0] if residuals else None)
+
+    def merging(self, ratio: float) -> "UNet2DCondition":
+        """The same parameters, with tokens merged at the finest resolution that attends; see `token_merging_ratio`."""
+        copy = jax.tree.map(lambda leaf: leaf, self)
+        attending = [i for i, stage in enumerate(self.config.down_stages) if stage.depths]
+        for i in attending[:1]:
+            for block in (copy.down_blocks[i], copy.up_blocks[-1 - i]):
+                for transformer in block.attentions:
+                    for layer in transformer.transformer_blocks:
+                        layer.token_merging_ratio = ratio
+        return copy
+
+    def embed(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch height width channels"]:
+        """What the blocks begin from."""
+        return self.conv_in(2 * x - 1 if self.config.center_input_sample else x)
+
+    def deep(
+        self,
+        x: Float[Array, "batch height width channels"],
+        temb: Float[Array, "batch time"],
+        context: Float[Array, "batch keys context"],
+        residuals: Sequence[Array] = (),
+        middle: Array | None = None,
+    ) -> Float[Array, "batch height width channels"]:
+        """All blocks but the outermost layer: what changes little from step to step (https://arxiv.org/abs/2312.00858).
+
+        residuals, middle: a ControlNet's, without the outermost.
+        """
+        x, (_, *skips) = self.down(x, temb, context)
+        if residuals:
+            skips = [skip + more for skip, more in zip(skips, residuals, strict=True)]
+        if middle is not None:
+            x = x + middle
         for block in self.up_blocks:
-            count = len(block.resnets)
-            taken, skips = skips[-count:][::-1], skips[:-count]
+            count = len(block.resnets) - (block is self.up_blocks[-1])
+            taken, skips = skips[len(skips) - count :][::-1], skips[: len(skips) - count]
             size = skips[-1].shape[1:3] if skips else None
             x = self.run(block, x, taken, temb, context, size=size)
+        return x
+
+    def outer(
+        self,
+        x: Float[Array, "batch height width channels"],
+        temb: Float[Array, "batch time"],
+        context: Float[Array, "batch keys context"],
+        deep: Float[Array, "batch height width channels"],
+        residual: Float[Array, "batch height width channels"] | None = None,
+    ) -> Float[Array, "batch height width out"]:
+        """The outermost layer, on `deep`, and the way out.  residual: a ControlNet's outermost."""
+        skip = x if residual is None else x + residual
+        block = self.up_blocks[-1]
+        x = self.run(block, deep, [skip], temb, context, first=len(block.resnets) - 1)
         return self.conv_out(ACTIVATIONS[self.config.act_fn](self.conv_norm_out(x)))

@@ -13,8 +13,10 @@ from sdjax.sampling import noise
 from sdjax.sampling.table import Tables
 from sdjax.sampling.trace import HISTORY, NOISES
 
-Network = Callable[[Int[Array, ""], Float[Array, "B H W C"], Float[Array, " B"], Any], Float[Array, "B H W C"]]
-"""(half, x, t, told) -> the network's output.
+Network = Callable[
+    [Int[Array, ""], Float[Array, "B H W C"], Float[Array, " B"], Any, Any], tuple[Float[Array, "B H W C"], Any]
+]
+"""(half, x, t, told, kept) -> the network's output, and what it keeps for the next call of the same half.
 
 half 0 is the conditional one; it is traced: index stacked contexts with it. told: the row's part of `advance`'s.
 """
@@ -54,13 +56,14 @@ class State(NamedTuple):
     outputs: tuple[Float[Array, "B H W C"], ...]  # the newest first
     noises: tuple[Float[Array, "B H W C"], ...]
     row: Int[Array, ""]
+    kept: Any  # what the network keeps, [N, ...]; () where that is nothing
 
 
-def begin(latents: Float[Array, "B H W C"]) -> State:
+def begin(latents: Float[Array, "B H W C"], kept: Any = ()) -> State:
     """The state before the first row, from start latents."""
     latents = latents.astype(jnp.float32)
     empty = jnp.zeros_like(latents)
-    return State(latents, (empty,) * HISTORY, (empty,) * NOISES, jnp.zeros((), jnp.int32))
+    return State(latents, (empty,) * HISTORY, (empty,) * NOISES, jnp.zeros((), jnp.int32), kept)
 
 
 def advance(
@@ -92,11 +95,11 @@ def advance(
     by_row = jax.tree.map(lambda column: jnp.moveaxis(jnp.asarray(column), 1, 0), (tables, weights, step_noise, told))
 
     def row(state: State, inputs):
-        x, outputs, noises, index = state
+        x, outputs, noises, index, kept = state
         table, weight, fixed, told = inputs
         weight = jnp.where(table.active[:, None], weight, 0)
         rescaled = jnp.where(table.active, rescale, 0)
-        out = _guided(lambda half: network(half, x, table.t, told), x, weight, rescaled)
+        out, kept = _guided(lambda half, kept: network(half, x, table.t, told, kept), x, weight, rescaled, kept)
         outputs = (_scale(table.a, x) + _scale(table.b, out), *outputs[:-1])
         fresh = lax.cond(
             jnp.any(table.uses_noise),
@@ -114,7 +117,7 @@ def advance(
         if known is not None:
             there = _scale(table.signal, known.image) + _scale(table.noise, known.noise)
             x = known.mask * x + (1 - known.mask) * there
-        return State(x, outputs, noises, index + 1), None
+        return State(x, outputs, noises, index + 1, kept), None
 
     return lax.scan(row, state, by_row)[0]
 
@@ -124,24 +127,30 @@ def _scale(factor: Float[Array, " B"], x: Float[Array, "B H W C"]) -> Float[Arra
 
 
 def _guided(
-    network: Callable[[Int[Array, ""]], Float[Array, "B H W C"]],
+    network: Callable[[Int[Array, ""], Any], tuple[Float[Array, "B H W C"], Any]],
     x: Float[Array, "B H W C"],
     weights: Float[Array, "B N"],
     rescale: Float[Array, " B"],
-) -> Float[Array, "B H W C"]:
-    """The weighted sum of the network's halves at x, a call each; zero where all weights are."""
+    kept: Any,
+) -> tuple[Float[Array, "B H W C"], Any]:
+    """The weighted sum of the network's halves at x, a call each; zero where all weights are. And what they keep."""
 
     def half(carry, inputs):
         total, conditional = carry
-        h, weight = inputs
+        h, weight, kept = inputs
+
+        def call():
+            out, new = network(h, kept)
+            return out.astype(jnp.float32), new
+
         needed = (weight != 0) | ((h == 0) & (rescale > 0))
-        out = lax.cond(jnp.any(needed), lambda: network(h).astype(jnp.float32), lambda: jnp.zeros_like(x))
+        out, kept = lax.cond(jnp.any(needed), call, lambda: (jnp.zeros_like(x), kept))
         # A half that an image has no weight for must not reach it, whatever is in there.
         total = total + jnp.where((weight != 0)[:, None, None, None], _scale(weight, out), 0)
-        return (total, jnp.where(h == 0, out, conditional)), None
+        return (total, jnp.where(h == 0, out, conditional)), kept
 
     halves = jnp.arange(weights.shape[1])
-    (total, conditional), _ = lax.scan(half, (jnp.zeros_like(x),) * 2, (halves, weights.T))
+    (total, conditional), kept = lax.scan(half, (jnp.zeros_like(x),) * 2, (halves, weights.T, kept))
     ratio = jnp.std(conditional, (1, 2, 3), ddof=1) / jnp.std(total, (1, 2, 3), ddof=1)
     factor = jnp.where(rescale > 0, rescale * ratio + 1 - rescale, 1)
-    return _scale(factor, total)
+    return _scale(factor, total), kept

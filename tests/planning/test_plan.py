@@ -171,7 +171,7 @@ def test_a_full_width_block_on_every_chip(target):
     half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": None}
     block = TransformerBlock(Stage(640, 1, (1,), 10, 2048, False), **half)
     arguments = block, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(4, 4096, 640), (4, 77, 2048)])
-    recorded = Recorded("block", lambda block, *inputs: block(*inputs), arguments, (), None, calls=1)
+    recorded = Recorded("block", lambda block, *inputs: block(*inputs, (64, 64)), arguments, (), None, calls=1)
     compiled = Compiler(CHIPS[target]).compile(recorded)
     assert compiled is not None
     found = Estimate(recorded, compiled, CHIPS[target])

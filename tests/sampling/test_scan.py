@@ -18,13 +18,13 @@ def network(scale, record=None):
     toy = Toy(SCHEDULE)
     log_ratios = jnp.asarray(np.log(toy.ratios), jnp.float32)
 
-    def call(half, x, t, told):
+    def call(half, x, t, told, kept):
         if record is not None:
             jax.debug.callback(record, half)
         ratio = jnp.exp(jnp.interp(t, jnp.arange(len(log_ratios)), log_ratios))[:, None, None, None]
         alpha = 1 / jnp.sqrt(1 + ratio**2)
         x = x + scale * jnp.asarray(half, jnp.float32)
-        return toy.image(x, alpha, ratio * alpha, jnp.tanh)
+        return toy.image(x, alpha, ratio * alpha, jnp.tanh), kept
 
     return call
 
@@ -126,8 +126,8 @@ def test_an_unneeded_half_cannot_reach_an_image():
     """The unconditional half is NaN everywhere; a request at guidance 1 beside one that needs it stays as it was."""
     table = make_table(SCHEDULE, sampler="euler", num_inference_steps=3)
 
-    def broken(half, x, t, told):
-        return jnp.where(half == 1, jnp.nan, 0.1 * x)
+    def broken(half, x, t, told, kept):
+        return jnp.where(half == 1, jnp.nan, 0.1 * x), kept
 
     weights = guidance_weights(np.array([[1.0] * 3, [7.5] * 3], np.float32))
     latents = np.ones((2, *SHAPE), np.float32)
