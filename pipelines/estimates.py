@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from pipelines.dataflow import LaunchError, Preset
 from sdjax.planning.chips import CHIPS
 
-_HELD = ("target", "dtype", "width", "height", "steps")  # what a plan must share with the job
-_TOLD = {"model", "batch_size", "chips", "estimated_images_per_second"}
+_HELD = ("target", "dtype", "width", "height", "steps", "batch_size")  # what a plan must share with the job
+_TOLD = {"model", "chips", "estimated_images_per_second"}
 
 
 class Figure(NamedTuple):

@@ -13,10 +13,11 @@ import pytest
 import requests
 
 from pipelines import launch
+from pipelines.dataflow import Preset
 from pipelines.storage import Store
 from tests.pipelines import standin
 from tests.pipelines.cloud import JOB_ID, Cloud
-from tests.pipelines.test_dataflow import DEPLOYMENT, outputs
+from tests.pipelines.test_dataflow import DEPLOYMENT, PRESETS, outputs
 
 PRESET = "configs/dataflow-v5e-sdxl.toml"
 PLACES = ["--prompts=gs://dataset/prompts.parquet", "--output=gs://dataset/out"]
@@ -54,17 +55,30 @@ def never(question: str) -> str:
     raise AssertionError(f"asked {question!r}")
 
 
-def test_plan_counts_time_and_cost(terraform, capsys):
-    argv = ["--config", PRESET, *PLACES, terraform, "--dry-run", "--num-images=1000000", "--price-per-chip-hour=2"]
+def test_plan_counts_time_and_cost(terraform, tmp_path, capsys):
+    preset = tmp_path / "dataflow-own.toml"
+    stated = 'images_per_second = 0.438\nimages_per_second_source = "measured here"'
+    preset.write_text(Path(PRESET).read_text().replace('plan = "plans/v5e-sdxl.json"', stated))
+    argv = ["--config", str(preset), *PLACES, terraform, "--dry-run", "--num-images=1000000", "--price-per-chip-hour=2"]
     assert launch.main(argv, ask=never) == 0
     plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert plan["workers"] == "up to 8 ct5lp-hightpu-4t in us-central1-a"
     assert plan["accelerator"] == "type:tpu-v5-lite-podslice;topology:2x2, 4 a worker, 32 in all"
     assert plan["quota"] == "32 of 'TPU v5 Lite PodSlice chips' in us-central1"
     # A million at 0.438 a second and chip is 634.2 chip-hours; over 32 chips, 19.82 hours.
-    assert plan["speed"].startswith("0.438 images/s a chip, 14.02 with all workers up (measured by others: MLPerf")
+    assert plan["speed"].startswith("0.438 images/s a chip, 14.02 with all workers up (measured here)")
     assert plan["time"] == "19.82 h, 634.2 chip-hours for 1,000,000 images; start-up not in it"
     assert plan["cost"] == "1,268.39 USD at 2 a chip-hour (given on the command line; check the current price)"
+
+
+@pytest.mark.parametrize(
+    "preset", [path for path in PRESETS if Preset.load(path).machine.topology], ids=lambda p: p.stem
+)
+def test_the_presets_of_tpus_have_the_compilers_estimate(preset, terraform, capsys):
+    assert launch.main([f"--config={preset}", *PLACES, terraform, "--dry-run", "--num-images=1000000"], ask=never) == 0
+    plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert "(compiler estimate: sdjax.plan of sd" in plan["speed"]
+    assert float(plan["cost"].split()[0].replace(",", "")) > 0
 
 
 PLAN = {"model": "sdxl", "target": "v5e", "chips": 4, "dtype": "bfloat16", "width": 1024, "height": 1024, "steps": 20}
@@ -75,7 +89,7 @@ def test_plan_takes_what_the_compiler_estimated(terraform, tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     preset = tmp_path / "dataflow-own.toml"
     text = Path(PRESET).read_text()
-    preset.write_text(text.replace("[estimate]", '[estimate]\nplan = "plan.json"'))
+    preset.write_text(text.replace("plans/v5e-sdxl.json", "plan.json"))
     shown = []
     for argv in (["--config", PRESET, f"--plan={tmp_path}/plan.json"], [f"--config={preset}"]):
         assert launch.main([*argv, *PLACES, terraform, "--dry-run", "--num-images=1800000"], ask=never) == 0
@@ -93,6 +107,7 @@ def test_plan_takes_what_the_compiler_estimated(terraform, tmp_path, capsys):
         (json.dumps({**PLAN, "target": "v6e"}), "is a plan for target v6e, and the job has v5e"),
         (json.dumps({**PLAN, "width": 512}), "is a plan for width 512, and the job has 1024"),
         (json.dumps({**PLAN, "steps": 50}), "is a plan for steps 50, and the job has 20"),
+        (json.dumps({**PLAN, "batch_size": 8}), "is a plan for batch_size 8, and the job has 4"),
         (json.dumps({"chips": 4}), "is not what `python -m sdjax.plan --json` writes"),
         ("[]", "is not what `python -m sdjax.plan --json` writes"),
         (None, "No such file"),
@@ -164,6 +179,7 @@ def test_template_is_launched_and_followed(cloud, terraform, capsys):
             "prompts": "gs://dataset/prompts.parquet",
             "output": "gs://dataset/out",
             "compilation_cache": "gs://staging/compilation-cache",
+            "batch_size": "4",
             "dtype": "bfloat16",
             "width": "1024",
             "height": "1024",
