@@ -65,7 +65,7 @@ class Spec:
         controlnets: folders, hub ids or URLs of ControlNets in the diffusers layout, or single files in either layout,
             in the order of a request's control images.
         refiner: that of Stable Diffusion XL's refiner, or a single file, which ends the runs of its base; see
-            `Request.denoising_end`.
+            `Request.denoising_end`. LoRAs and textual inversions are the base's alone.
         vae: that of another autoencoder of the same latents: AutoencoderTiny, or another AutoencoderKL.
         vae_tiling: whether images are decoded and encoded in strips, in a fraction of the memory and more time; None
             does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.

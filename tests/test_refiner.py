@@ -6,6 +6,7 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -155,6 +156,38 @@ def test_images_inside_a_mask_are_those_of_diffusers(both):
     ]
     for result, (request, scheduler) in zip(pipe.generate([request for request, _ in cases]), cases, strict=True):
         assert difference(result.pixels, theirs_inside(base, refiner, request, scheduler)) <= 2, request
+
+
+@pytest.mark.slow
+def test_a_lora_and_a_textual_inversion_change_the_base_alone(both, tmp_path):
+    base, refiner, folders = both
+    torch.manual_seed(0)
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    changed = diffusers.StableDiffusionXLPipeline.from_pretrained(folders[0])
+    weight = changed.unet.get_submodule(module).weight
+    up, down = torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1])
+    weight.data += up @ down
+    lora = {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
+    learned = {
+        "clip_l": torch.randn(2, changed.text_encoder.config.hidden_size),
+        "clip_g": torch.randn(2, changed.text_encoder_2.config.hidden_size),
+    }
+    for vectors, suffix in zip(learned.values(), ("", "_2"), strict=True):
+        parts = {name: getattr(changed, f"{name}{suffix}") for name in ("tokenizer", "text_encoder")}
+        changed.load_textual_inversion(vectors, token="<thing>", **parts)
+    for name, tensors in (("lora", lora), ("learned", learned)):
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    request = dataclasses.replace(TEXT, prompt="a red <thing>")
+    pipe = StableDiffusion.from_pretrained(
+        folders[0],
+        refiner=folders[1],
+        loras=[tmp_path / "lora.safetensors"],
+        textual_inversions=[(tmp_path / "learned.safetensors", "<thing>")],
+        devices=jax.devices()[:1],
+    )
+    pixels = pipe.generate([request])[0].pixels
+    assert difference(pixels, theirs(changed, refiner, request, "EulerDiscreteScheduler")) <= 2
+    assert difference(pixels, theirs(base, refiner, request, "EulerDiscreteScheduler")) > 5
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm_2", "lcm"])
