@@ -3,10 +3,13 @@
 import importlib.util
 import json
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +29,7 @@ from sdjax.planning.tpu import Compiled, Compiler, Memory
 from sdjax.request import Request
 from sdjax.spec import Spec
 from tests import torch_models
+from tests.test_controls import network
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -149,6 +153,17 @@ def test_what_the_command_refuses(capsys):
     assert plan.main(["--topology", "2by2"]) == 2
     assert "topology '2by2' is not chips by chips" in capsys.readouterr().err
     assert plan.main(["--model", "/nowhere"]) == 2
+
+
+@needs_libtpu
+def test_a_controlnet_is_part_of_the_plan(tiny, tmp_path, monkeypatch):
+    made = network(0, diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet"))
+    safetensors.torch.save_file(made.state_dict(), tmp_path / "canny.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "edges.png")
+    given = {"model": tiny, "controlnet": tmp_path / "canny.safetensors", "control-image": tmp_path / "edges.png"}
+    monkeypatch.setattr(plan, "plan", lambda fit, compiler, batch_size: fit.names)
+    names, _ = plan.make(plan.parser().parse_args([f"--{name}={value}" for name, value in given.items()]))
+    assert "embed_control" in names
 
 
 @needs_libtpu
