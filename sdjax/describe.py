@@ -26,7 +26,7 @@ def describe(spec: Spec) -> str:
     width = unet.cross_attention_dim
     known = f", as {CONTEXT_WIDTHS[width]} does" if width in CONTEXT_WIDTHS else ""
     tokens = " and ".join(str(spec.configs[name].hidden_size) for name in family.text_encoders)
-    controls = f"ControlNets of block_out_channels {list(unet.block_out_channels)} that attend to as many"
+    controls = f"ControlNets of block_out_channels {list(unet.block_out_channels)} that attend to {width}"
     needs = "an image and a mask" if family.inpaints else "an image" if family.edits or family.refines else "nothing"
     return "\n".join(
         [

@@ -27,7 +27,8 @@ def add_model_options(to: Any) -> None:
         "--controlnet",
         action="append",
         metavar="PATH",
-        help="folder, hub id or URL of a ControlNet, one for each control image; may be given several times",
+        help="folder, hub id, URL or single .safetensors file of a ControlNet, one for each control image; may be "
+        "given several times",
     )
     to.add_argument(
         "--refiner", metavar="PATH", help="that of Stable Diffusion XL's refiner, which ends the runs of its base"
@@ -52,8 +53,8 @@ def add_model_options(to: Any) -> None:
     to.add_argument(
         "--allow-ckpt",
         action="store_true",
-        help="read a .ckpt file. Such files are programs that can do anything when loaded the usual way; they are read "
-        "without being run, and off by default because a .safetensors file needs no such care",
+        help="read .ckpt and .pth files. Such files are programs that can do anything when loaded the usual way; they "
+        "are read without being run, and off by default because a .safetensors file needs no such care",
     )
 
 

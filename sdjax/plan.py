@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(architectures.ARCHITECTURES)
     result.add_argument("--model", default=BUNDLED, help=f"{names}, or a checkpoint, of which no weights are read")
+    result.add_argument(
+        "--controlnet", action="append", default=[], metavar="PATH", help="a ControlNet; may be given several times"
+    )
     result.add_argument("--target", choices=sorted(CHIPS), default="v5e", help="TPU chip (default: %(default)s)")
     result.add_argument("--topology", default="2x2", help="chips of a host, such as 2x4 (default: %(default)s)")
     result.add_argument("--batch-size", type=int, help="images that a chip makes at once (default: what fits)")
@@ -67,7 +70,7 @@ def make(options: argparse.Namespace) -> tuple[Plan | None, Request]:
         if source in architectures.ARCHITECTURES:
             source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.model
             architectures.write(options.model, source)
-        spec = Spec(source, dtype=options.dtype)
+        spec = Spec(source, dtype=options.dtype, controlnets=options.controlnet)
         resolved = spec.resolve(request)
         compiler = Compiler(CHIPS[options.target])
         fit = Fit(spec, resolved, compiler, lambda text: print(text, file=sys.stderr))

@@ -64,10 +64,10 @@ class Spec:
         dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
         variant: see `Checkpoint`.
         loras: files that are added to the networks, each a path or URL, or one and its weight (1); see `Lora`.
-        controlnets: folders, hub ids or URLs of ControlNets in the diffusers layout, in the order of a request's
-            control images.
+        controlnets: folders, hub ids or URLs of ControlNets in the diffusers layout, or single files in either layout,
+            in the order of a request's control images.
         refiner: that of Stable Diffusion XL's refiner, or a single file, which ends the runs of its base; see
-            `Request.denoising_end`.
+            `Request.denoising_end`. LoRAs and textual inversions are the base's alone.
         vae: that of another autoencoder of the same latents: AutoencoderTiny, or another AutoencoderKL.
         vae_tiling: whether images are decoded and encoded in strips, in a fraction of the memory and more time; None
             does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.
@@ -114,7 +114,7 @@ class Spec:
         for name in [name for name in self.configs if any(each.count(name) for each in self._inversions)]:
             self._add_tokens(name)
 
-        found = controls.read(controlnets, self.configs, what=self.name)
+        found = controls.read(controlnets, self.configs, what=self.name, allow_pickle=allow_pickle)
         self._parts |= {name: (part, "") for name, (part, _) in found.items()}
         self.configs |= {name: config for name, (_, config) in found.items()}
         self.controlnets = tuple(found)

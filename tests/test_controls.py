@@ -17,6 +17,7 @@ from sdjax.values import OF_CONTROLS, lines, numbers
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints, torch_models
 from tests.test_families import CONFIGURATIONS
+from tests.test_image_guided import MASK
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = (
@@ -151,6 +152,34 @@ def test_images_of_other_configurations_are_those_of_diffusers(family, configura
     kind = getattr(diffusers, f"{family}ControlNetPipeline")
     for asked, pixels in zip(requests, controlled, strict=False):
         assert difference(pixels, theirs(kind, pipeline, controlnet, asked, [FIRST])) <= 2, asked
+    assert difference(controlled[0], free) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL"])
+def test_images_inside_a_mask_are_those_of_diffusers(family, channels, tmp_path):
+    """A UNet of 9 channels is told of the mask; its ControlNet, of 4, is not."""
+    make = checkpoints.pipeline_xl if family.endswith("XL") else checkpoints.pipeline
+    scheduler = checkpoints.scheduler("EulerDiscreteScheduler")
+    pipeline = checkpoints.saved(tmp_path / "model", make, unet={"in_channels": channels}, scheduler=scheduler)
+    controlnet = network(5, pipeline.unet, in_channels=4)
+    controlnet.save_pretrained(tmp_path / "net")
+    pipe = StableDiffusion.from_pretrained(
+        tmp_path / "model", controlnets=[tmp_path / "net"], devices=jax.devices()[:1]
+    )
+    photo, mask = (Image.fromarray(array).resize((48, 32)) for array in (FIRST[::-1], MASK))
+    inside = dataclasses.replace(ONE, sampler=None, image=photo, mask_image=mask, overlay=False)
+    requests = [
+        dataclasses.replace(inside, strength=1.0),
+        dataclasses.replace(inside, strength=0.7, guess_mode=True),
+        dataclasses.replace(inside, strength=1.0, control_image=None),
+    ]
+    *controlled, free = (result.pixels for result in pipe.generate(requests))
+    kind = getattr(diffusers, f"{family}ControlNetInpaintPipeline")
+    for asked, pixels in zip(requests, controlled, strict=False):
+        options = {"image": photo, "mask_image": mask, "strength": asked.strength}
+        assert difference(pixels, theirs(kind, pipeline, controlnet, asked, [FIRST], **options)) <= 2, asked
     assert difference(controlled[0], free) > 20
 
 

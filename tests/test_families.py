@@ -85,6 +85,7 @@ FAMILIES = {
                 ("EulerDiscreteScheduler", TRAILING),
             ),
         ],
+        unet={"use_linear_projection": True},
         tokens={"pad_token": "!"},
     ),
     "SD from an image": Family(
@@ -102,6 +103,13 @@ FAMILIES = {
         "PNDMScheduler",
         [Asked({**INSIDE, "strength": 1.0}), Asked({**INSIDE, **CAT, "strength": 0.6})],
         unet={"in_channels": 9},
+    ),
+    "SD 2 inpainting": Family(
+        "StableDiffusionInpaint",
+        "PNDMScheduler",
+        [Asked({**INSIDE, "strength": 1.0}), Asked({**INSIDE, **CAT, "strength": 0.6})],
+        unet={"in_channels": 9, "use_linear_projection": True},
+        tokens={"pad_token": "!"},
     ),
     "InstructPix2Pix": Family(
         "StableDiffusionInstructPix2Pix",

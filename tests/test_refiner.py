@@ -6,6 +6,7 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -15,7 +16,7 @@ from sdjax.spec import Spec
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints
 from tests.sampling.toy import SHAPE, Toy, config, run_table
-from tests.test_image_guided import PHOTO, difference
+from tests.test_image_guided import MASK, PHOTO, difference
 
 TEXT = Request(
     prompt="a red circle", seed=3, num_inference_steps=6, width=48, height=32, noise="torch", denoising_end=0.6
@@ -92,6 +93,101 @@ def test_images_are_those_of_diffusers(both, compilations):
     alone = StableDiffusion.from_pretrained(folders[0], devices=jax.devices()[:1])
     assert difference(unrefined.pixels, alone.generate([dataclasses.replace(TEXT, denoising_end=None)])[0].pixels) == 0
     assert len({pixels.tobytes() for pixels in (results[0], unrefined.pixels, other.pixels)}) == 3
+
+
+def theirs_inside(base, refiner, request, scheduler):
+    """diffusers' image inside a mask where one run of its inpainting changes networks on the way.
+
+    Its two pipelines in a row would hand over what the mask keeps without noise, and go on with another noise than the
+    base had.
+    """
+    made = diffusers.StableDiffusionXLInpaintPipeline(**base.components, add_watermarker=False)
+    made.scheduler = getattr(diffusers, scheduler).from_config(base.scheduler.config, clip_sample=False)
+    made.set_progress_bar_config(disable=True)
+    states, negative, pooled, negative_pooled = refiner.encode_prompt(
+        request.prompt, negative_prompt=request.negative_prompt
+    )
+    size = request.height, request.width, 0, 0
+    scores = request.negative_aesthetic_score, request.aesthetic_score
+    told = {
+        "prompt_embeds": torch.cat([negative, states]),
+        "add_text_embeds": torch.cat([negative_pooled, pooled]),
+        "add_time_ids": torch.tensor([[*size, score] for score in scores]),
+    }
+    cutoff = round(1000 * (1 - request.denoising_end))
+
+    def change(pipeline, i, t, state):
+        times = pipeline.scheduler.timesteps
+        if t < cutoff or (following := times[times < t]).numel() == 0 or following[0] >= cutoff:
+            return {}
+        pipeline.unet = refiner.unet
+        return told
+
+    result = made(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        image=Image.fromarray(PHOTO),
+        mask_image=Image.fromarray(MASK),
+        width=request.width,
+        height=request.height,
+        strength=request.strength,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=[],
+    )
+    assert made.unet is refiner.unet
+    return np.asarray(result.images[0])
+
+
+@pytest.mark.slow
+def test_images_inside_a_mask_are_those_of_diffusers(both):
+    base, refiner, folders = both
+    pipe = StableDiffusion.from_pretrained(folders[0], refiner=folders[1], devices=jax.devices()[:1])
+    inside = dataclasses.replace(TEXT, image=PHOTO, mask_image=MASK, overlay=False)
+    cases = [
+        (dataclasses.replace(inside, strength=1.0), "EulerDiscreteScheduler"),
+        (dataclasses.replace(inside, strength=0.8, negative_prompt="cat", sampler="ddim"), "DDIMScheduler"),
+        (
+            dataclasses.replace(inside, strength=1.0, sampler="euler_ancestral", aesthetic_score=9),
+            "EulerAncestralDiscreteScheduler",
+        ),
+    ]
+    for result, (request, scheduler) in zip(pipe.generate([request for request, _ in cases]), cases, strict=True):
+        assert difference(result.pixels, theirs_inside(base, refiner, request, scheduler)) <= 2, request
+
+
+@pytest.mark.slow
+def test_a_lora_and_a_textual_inversion_change_the_base_alone(both, tmp_path):
+    base, refiner, folders = both
+    torch.manual_seed(0)
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+    changed = diffusers.StableDiffusionXLPipeline.from_pretrained(folders[0])
+    weight = changed.unet.get_submodule(module).weight
+    up, down = torch.randn(weight.shape[0], 2), torch.randn(2, weight.shape[1])
+    weight.data += up @ down
+    lora = {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
+    learned = {
+        "clip_l": torch.randn(2, changed.text_encoder.config.hidden_size),
+        "clip_g": torch.randn(2, changed.text_encoder_2.config.hidden_size),
+    }
+    for vectors, suffix in zip(learned.values(), ("", "_2"), strict=True):
+        parts = {name: getattr(changed, f"{name}{suffix}") for name in ("tokenizer", "text_encoder")}
+        changed.load_textual_inversion(vectors, token="<thing>", **parts)
+    for name, tensors in (("lora", lora), ("learned", learned)):
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors")
+    request = dataclasses.replace(TEXT, prompt="a red <thing>")
+    pipe = StableDiffusion.from_pretrained(
+        folders[0],
+        refiner=folders[1],
+        loras=[tmp_path / "lora.safetensors"],
+        textual_inversions=[(tmp_path / "learned.safetensors", "<thing>")],
+        devices=jax.devices()[:1],
+    )
+    pixels = pipe.generate([request])[0].pixels
+    assert difference(pixels, theirs(changed, refiner, request, "EulerDiscreteScheduler")) <= 2
+    assert difference(pixels, theirs(base, refiner, request, "EulerDiscreteScheduler")) > 5
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dpm_2", "lcm"])

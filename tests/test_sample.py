@@ -143,7 +143,7 @@ def test_describe_says_what_a_model_is_and_makes_nothing(tiny, tmp_path, capsys,
     for line in ("sampler: ddim", "size: 32x32, in multiples of 8", "prediction_type: epsilon"):
         assert f"  {line}\n" in said
     assert "LoRAs for a UNet that attends to 32 channels\n" in said
-    assert "ControlNets of block_out_channels [32, 64] that attend to as many\n  no refiner\n" in said
+    assert "ControlNets of block_out_channels [32, 64] that attend to 32\n  no refiner\n" in said
     assert not any(tmp_path.iterdir())
     assert sample.main(["--model", str(tiny)]) == 2
     assert "no PROMPT is given" in capsys.readouterr().err

@@ -176,11 +176,17 @@ def test_a_lora_and_a_textual_inversion_make_diffusers_image(tmp_path):
         devices=jax.devices()[:1],
     )
     request = dataclasses.replace(TEXT, prompt="a <thing> red circle", negative_prompt="cat")
+    few = dataclasses.replace(request, guidance_scale=1)
+    cases = [  # and as LoRAs that were distilled for a few steps are used
+        (request, None),
+        (dataclasses.replace(few, sampler="lcm"), "LCMScheduler"),
+        (dataclasses.replace(few, sampler="tcd", eta=0.3), "TCDScheduler"),
+    ]
     kind = diffusers.StableDiffusionXLPipeline
-    expected = theirs(pipeline, tmp_path / "xl", request, kind, width=48, height=32)
-    result = pipe.generate([request])[0]
-    assert difference(result.pixels, expected) <= 2
-    assert difference(result.pixels, plain) > 10
+    for result, (asked, scheduler) in zip(pipe.generate([asked for asked, _ in cases]), cases, strict=True):
+        expected = theirs(pipeline, tmp_path / "xl", asked, kind, scheduler, width=48, height=32)
+        assert difference(result.pixels, expected) <= 2, asked
+        assert difference(result.pixels, plain) > 10
 
 
 def test_requests_of_all_kinds_share_a_program_and_know_no_company(xl, compilations):

@@ -116,7 +116,8 @@ def advance(
             x = x + _scale(table.cn[:, j], noises[j])
         if known is not None:
             there = _scale(table.signal, known.image) + _scale(table.noise, known.noise)
-            x = known.mask * x + (1 - known.mask) * there
+            mask = jnp.where(table.active[:, None, None, None], known.mask, 1)
+            x = mask * x + (1 - mask) * there
         return State(x, outputs, noises, index + 1, kept), None
 
     return lax.scan(row, state, by_row)[0]

@@ -1,8 +1,8 @@
 """The original layout of Stable Diffusion checkpoints: where each module lies in a file of latent diffusion's own code.
 
 A table maps each module that has parameters, by its path here, to its path in such a file. It is made by walking the
-configuration as the networks do, so one walk serves Stable Diffusion 1, 2 and XL, and the keys of a table are also all
-that a LoRA may name.
+configuration as the networks do, so one walk serves Stable Diffusion 1, 2 and XL and their ControlNets, and the keys of
+a table are also all that a LoRA may name.
 """
 
 import re
@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
+from sdjax.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
+from sdjax.config.unet import DownConfig
 
 Table = dict[str, str]
 
@@ -40,15 +41,41 @@ _TEXT_LAYER = {
 
 def unet(config: UNetConfig) -> Table:
     """The modules of a UNet, in a file below `model.diffusion_model`."""
+    table, skips = _down(config)
+    table |= {"conv_norm_out": "out.0", "conv_out": "out.2"}
+    if config.time_cond_proj_dim is not None:
+        table["time_embedding.cond_proj"] = "time_embed.cond_proj"
+
+    channels, count, last = config.block_out_channels[-1], len(skips), len(config.block_out_channels) - 1
+    for i, stage in enumerate(config.up_stages):
+        for j in range(stage.layers):
+            there = f"output_blocks.{count - len(skips)}"
+            table |= _resnet(f"up_blocks.{i}.resnets.{j}", f"{there}.0", channels + skips.pop() != stage.channels)
+            if stage.depths:
+                table |= _same(f"up_blocks.{i}.attentions.{j}", f"{there}.1", _transformer(stage.depths[j]))
+            channels = stage.channels
+            if j == stage.layers - 1 and i < last:
+                table[f"up_blocks.{i}.upsamplers.0.conv"] = f"{there}.{2 if stage.depths else 1}.conv"
+    return table
+
+
+def controlnet(config: ControlNetConfig) -> Table:
+    """The modules of a ControlNet, in a file below `control_model` or at its root."""
+    table, skips = _down(config)
+    table |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(len(skips))}
+    table["controlnet_mid_block"] = "middle_block_out.0"
+    blocks = [f"blocks.{i}" for i in range(2 * len(config.conditioning_embedding_out_channels) - 2)]
+    hints = {name: f"{2 * i}" for i, name in enumerate(["conv_in", *blocks, "conv_out"])}  # activations between them
+    return table | _under("controlnet_cond_embedding", "input_hint_block", hints)
+
+
+def _down(config: DownConfig) -> tuple[Table, list[int]]:
+    """The modules up to the end of the middle block, and the channels of each skip."""
     table = {
         "conv_in": "input_blocks.0.0",
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
     }
-    if config.time_cond_proj_dim is not None:
-        table["time_embedding.cond_proj"] = "time_embed.cond_proj"
     if config.addition_embed_type is not None:
         table |= {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
@@ -70,18 +97,7 @@ def unet(config: UNetConfig) -> Table:
         table |= _resnet("mid_block.resnets.0", "middle_block.0", False)
         table |= _same("mid_block.attentions.0", "middle_block.1", _transformer(config.mid_stage.depths[0]))
         table |= _resnet("mid_block.resnets.1", "middle_block.2", False)
-
-    count = len(skips)
-    for i, stage in enumerate(config.up_stages):
-        for j in range(stage.layers):
-            there = f"output_blocks.{count - len(skips)}"
-            table |= _resnet(f"up_blocks.{i}.resnets.{j}", f"{there}.0", channels + skips.pop() != stage.channels)
-            if stage.depths:
-                table |= _same(f"up_blocks.{i}.attentions.{j}", f"{there}.1", _transformer(stage.depths[j]))
-            channels = stage.channels
-            if j == stage.layers - 1 and i < last:
-                table[f"up_blocks.{i}.upsamplers.0.conv"] = f"{there}.{2 if stage.depths else 1}.conv"
-    return table
+    return table, skips
 
 
 def vae(config: VAEConfig) -> Table:

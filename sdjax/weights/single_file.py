@@ -1,4 +1,4 @@
-"""Checkpoints in one file, as they were first published and as most fine-tunes are passed on."""
+"""Checkpoints and ControlNets in one file, as they were first published and as most fine-tunes are passed on."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import numpy as np
 
 from sdjax.config import ConfigError
 from sdjax.weights import families, hub, ldm, torch_zip
-from sdjax.weights.checkpoint import Checkpoint
+from sdjax.weights.checkpoint import Checkpoint, Component
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header_and_metadata, read_tensors
 
 SUFFIXES = (".safetensors", *torch_zip.SUFFIXES)
@@ -47,17 +47,96 @@ def open_checkpoint(
     return Checkpoint(source, variant=variant)
 
 
-class SingleFile(Checkpoint):
-    """A file in the original layout of latent diffusion, seen as the folder in the diffusers layout that it would be.
+def open_controlnet(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+    """The ControlNet at a source, whose one component is `""`; see `open_checkpoint`."""
+    return ControlNetFile(source, allow_pickle=allow_pickle) if is_single_file(source) else Component(source)
+
+
+class _File(Checkpoint):
+    """A file of tensors, seen as the folder in the diffusers layout that it would be.
+
+    Args:
+        source: a path, an fsspec URL, or a file's address on huggingface.co, which goes through the hub's cache.
+        allow_pickle: whether one of PyTorch's own may be read; see `torch_zip`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is nothing that is recognised.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], *, allow_pickle: bool = False) -> None:
+        self.source, self.variant = os.fspath(source), None
+        self._fs, self._root = fsspec.core.url_to_fs(hub.file(self.source))
+        if not self._fs.isfile(self._root):
+            raise CheckpointError(f"{self.source} is no file")
+        with self._fs.open(self._root, "rb") as stream:
+            metadata: Mapping[str, str] = {}
+            if not self._root.endswith(torch_zip.SUFFIXES):
+                self._entries, metadata = read_header_and_metadata(stream, self.source)
+            elif allow_pickle:
+                self._entries = torch_zip.read_header(stream, self.source)
+            else:
+                raise CheckpointError(
+                    f"{self.source} is a pickle, a format that can carry code; with allow_pickle (--allow-ckpt) it is "
+                    "read all the same, by a reader that runs none"
+                )
+        try:
+            shapes = {key: entry.shape for key, entry in self._entries.items()}
+            self._layout = self._recognise(shapes, metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.source} {error}") from None
+        except ConfigError as error:
+            raise CheckpointError(f"{self.source} has shapes that cannot be run: {error}") from None
+
+    def _recognise(self, shapes: families.Shapes, metadata: Mapping[str, str]) -> families.Layout:
+        """What it is. Raises CheckpointError."""
+        raise NotImplementedError
+
+    @cached_property
+    def name(self) -> str:
+        return posixpath.basename(self._root).rpartition(".")[0]
+
+    @cached_property
+    def _files(self) -> list[str]:
+        return sorted(self._layout.files)
+
+    def _read(self, path: str) -> bytes:
+        if path not in self._layout.files:
+            raise FileNotFoundError(path)
+        return json.dumps(self._layout.files[path]).encode()
+
+    def fingerprint(self, components: Iterable[str]) -> str:
+        """SHA-256 over the file and over what was added to it."""
+        digest = hashlib.sha256()
+        with self._fs.open(self._root, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())  # pyright: ignore[reportArgumentType]
+        for path in self._files:
+            digest.update(f"{path}\0{hashlib.sha256(self._read(path)).hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    def entries(self, component: str) -> dict[str, Entry]:
+        part = self._layout.parts.get(component)
+        if part is None:
+            raise CheckpointError(f"{self.source} has no {component}")
+        found = {k.removeprefix(part.prefix): e for k, e in self._entries.items() if k.startswith(part.prefix)}
+        return {key: entry for key, entry in found.items() if key not in part.unused and not _LEFTOVER.search(key)}
+
+    def tensors(self, component: str) -> Iterator[tuple[str, np.ndarray]]:
+        table = self._layout.parts[component].table
+        with self._fs.open(self._root, "rb", block_size=2**23) as stream:
+            tensors = read_tensors(stream, self.entries(component))
+            yield from tensors if table is None else ldm.translated(tensors, table)
+
+
+class SingleFile(_File):
+    """A file in the original layout of latent diffusion.
 
     Training leftovers (an average's copy of the weights, optimizers, schedules) are passed over.
 
     Args:
-        source: a path, an fsspec URL, or a file's address on huggingface.co, which goes through the hub's cache.
+        source, allow_pickle: see `_File`.
         tokenizer: a folder, hub id or URL with CLIP's vocab.json and merges.txt, which such a file does not hold; by
             default they are taken from openai/clip-vit-large-patch14 on the hub.
         prediction_type: `epsilon` or `v_prediction`; asked for only where neither the file nor its family says it.
-        allow_pickle: whether a `.ckpt` may be read; see `torch_zip`.
 
     Raises:
         CheckpointError: the file cannot be read, or is no Stable Diffusion.
@@ -71,36 +150,15 @@ class SingleFile(Checkpoint):
         prediction_type: str | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        self.source, self.variant = os.fspath(source), None
         self._tokenizer = CLIP if tokenizer is None else os.fspath(tokenizer)
-        self._fs, self._root = fsspec.core.url_to_fs(hub.file(self.source))
-        if not self._fs.isfile(self._root):
-            raise CheckpointError(f"{self.source} is no file")
-        with self._fs.open(self._root, "rb") as stream:
-            metadata: Mapping[str, str] = {}
-            if not self._root.endswith(torch_zip.SUFFIXES):
-                self._entries, metadata = read_header_and_metadata(stream, self.source)
-            elif allow_pickle:
-                self._entries = torch_zip.read_header(stream, self.source)
-            else:
-                raise CheckpointError(
-                    f"{self.source} is a pickle, a format that can carry code; with allow_pickle it is read all the "
-                    "same, by a reader that runs none"
-                )
-        try:
-            shapes = {key: entry.shape for key, entry in self._entries.items()}
-            self._layout = families.recognise(shapes, metadata, prediction_type)
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.source} {error}") from None
-        except ConfigError as error:
-            raise CheckpointError(f"{self.source} has shapes that cannot be run: {error}") from None
+        self._prediction_type = prediction_type
+        super().__init__(source, allow_pickle=allow_pickle)
+
+    def _recognise(self, shapes: families.Shapes, metadata: Mapping[str, str]) -> families.Layout:
+        return families.recognise(shapes, metadata, self._prediction_type)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in super().__getstate__().items() if key != "_vocabulary"}
-
-    @cached_property
-    def name(self) -> str:
-        return posixpath.basename(self._root).rpartition(".")[0]
 
     @cached_property
     def _files(self) -> list[str]:
@@ -110,7 +168,7 @@ class SingleFile(Checkpoint):
 
     @property
     def _encoders(self) -> Mapping[str, families.Encoder]:
-        return self._layout.family.encoders
+        return self._layout.encoders
 
     @staticmethod
     def _tokenizer_of(encoder: str) -> str:
@@ -118,10 +176,8 @@ class SingleFile(Checkpoint):
 
     def _read(self, path: str) -> bytes:
         folder, _, name = path.rpartition("/")
-        if path in self._layout.files:
-            return json.dumps(self._layout.files[path]).encode()
-        if path not in self._files:
-            raise FileNotFoundError(path)
+        if path in self._layout.files or path not in self._files:
+            return super()._read(path)
         if name in _VOCABULARY:
             return self._vocabulary[name]
         encoder = folder.replace("tokenizer", "text_encoder")
@@ -151,27 +207,12 @@ class SingleFile(Checkpoint):
                 return _split_tokenizer(fs.cat_file(paths[_WHOLE]), paths[_WHOLE])
         raise CheckpointError(f"{what} ({folder} has none)")
 
-    def fingerprint(self, components: Iterable[str]) -> str:
-        """SHA-256 over the file and over what was added to it."""
-        digest = hashlib.sha256()
-        with self._fs.open(self._root, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())  # pyright: ignore[reportArgumentType]
-        for path in self._files:
-            digest.update(f"{path}\0{hashlib.sha256(self._read(path)).hexdigest()}\n".encode())
-        return digest.hexdigest()
 
-    def entries(self, component: str) -> dict[str, Entry]:
-        part = self._layout.parts.get(component)
-        if part is None:
-            raise CheckpointError(f"{self.source} has no {component}")
-        found = {k.removeprefix(part.prefix): e for k, e in self._entries.items() if k.startswith(part.prefix)}
-        return {key: entry for key, entry in found.items() if key not in part.unused and not _LEFTOVER.search(key)}
+class ControlNetFile(_File):
+    """A ControlNet's file, in the original layout or in that of diffusers."""
 
-    def tensors(self, component: str) -> Iterator[tuple[str, np.ndarray]]:
-        table = self._layout.parts[component].table
-        with self._fs.open(self._root, "rb", block_size=2**23) as stream:
-            tensors = read_tensors(stream, self.entries(component))
-            yield from tensors if table is None else ldm.translated(tensors, table)
+    def _recognise(self, shapes: families.Shapes, metadata: Mapping[str, str]) -> families.Layout:
+        return families.recognise_controlnet(shapes, self.name)
 
 
 def _split_tokenizer(data: bytes, path: str) -> dict[str, bytes]:

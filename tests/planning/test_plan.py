@@ -5,10 +5,13 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +31,7 @@ from sdjax.planning.tpu import Compiled, Compiler, Memory
 from sdjax.request import Request
 from sdjax.spec import Spec
 from tests import torch_models
+from tests.test_controls import network
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -165,6 +169,17 @@ CYCLES = {  # a call's estimated cycles, of the bundled model's scan at batch 8 
 def within_5_percent(cycles: float, recorded: float) -> bool:
     """No more than was recorded; by another compiler anything."""
     return version("libtpu") != LIBTPU or cycles < 1.05 * recorded
+
+
+@needs_libtpu
+def test_a_controlnet_is_part_of_the_plan(tiny, tmp_path, monkeypatch):
+    made = network(0, diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet"))
+    safetensors.torch.save_file(made.state_dict(), tmp_path / "canny.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "edges.png")
+    given = {"model": tiny, "controlnet": tmp_path / "canny.safetensors", "control-image": tmp_path / "edges.png"}
+    monkeypatch.setattr(plan, "plan", lambda fit, compiler, batch_size: fit.names)
+    names, _ = plan.make(plan.parser().parse_args([f"--{name}={value}" for name, value in given.items()]))
+    assert "embed_control" in names
 
 
 @needs_libtpu

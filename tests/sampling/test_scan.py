@@ -161,6 +161,15 @@ def test_known_parts_of_an_image_stay_and_the_rest_is_painted_as_alone():
     np.testing.assert_allclose(kept, mask * np.asarray(free) + (1 - mask) * image, atol=2e-5)
 
 
+def test_rows_past_a_tables_end_leave_what_is_known_at_its_level():
+    """Where a refiner goes on, in whatever company."""
+    table = make_table(SCHEDULE, sampler="ddim", num_inference_steps=6, denoising_end=0.5)
+    latents, image, fixed = np.random.RandomState(0).randn(3, 1, *SHAPE).astype(np.float32)
+    known = Known(image, fixed, np.zeros((1, *SHAPE[:2], 1), np.float32))
+    kept = sample(network(0.0), stack([table], ROWS), latents, known=known, **plain(1))
+    np.testing.assert_allclose(kept, table.signal[-1] * image + table.noise[-1] * fixed, atol=1e-6)
+
+
 def test_a_run_may_be_cut_into_calls_anywhere():
     tables, guidance, keys, latents = batch()
     rescale = np.full(N, 0.3, np.float32)
