@@ -27,7 +27,7 @@ from sdjax.batch import HostNoise, Pictures
 from sdjax.canvas import Canvas
 from sdjax.denoise import Batch, Denoiser, Ticks
 from sdjax.family import TOKENIZERS
-from sdjax.networks import load
+from sdjax.networks import build, load
 from sdjax.parallel import Device, Devices
 from sdjax.request import Request
 from sdjax.spec import BUNDLED, REFINER, Program, Spec
@@ -93,6 +93,7 @@ class StableDiffusion:
         dtype: str = "float32",
         batch_size: int | None = None,
         devices: Sequence[Device] | Devices | None = None,
+        first: Request | None = None,
         **options: Any,
     ) -> "StableDiffusion":
         """Load a checkpoint onto the devices.
@@ -102,8 +103,10 @@ class StableDiffusion:
             dtype, options: see `Spec` (`controlnets`, `refiner`, `vae` and others); not asked where a Spec is given.
             batch_size: images that a device makes at once; default 1 on CPU, 4 elsewhere.
             devices: default all local devices.
+            first: what will be asked for first; what it needs is compiled while the weights are read.
 
         Raises:
+            RequestError: the checkpoint cannot make `first`.
             CheckpointError, ConfigError: the checkpoint cannot be run; the message names what is wrong.
         """
         spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, **options)
@@ -112,9 +115,17 @@ class StableDiffusion:
             batch_size = 1 if on.platform == "cpu" else 4
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} makes nothing; allowed is 1 or more")
-        networks = load(spec, on)
         _ = spec.tokenizers, spec.refiner and spec.refiner.tokenizers  # refused now where they cannot be read
-        return cls(spec, networks, batch_size, on)
+
+        def compile_for(batch: list[Request], networks: dict[str, Any]) -> None:
+            cls(spec, networks, batch_size, on).launch(batch)
+
+        with ThreadPoolExecutor(1) as background:
+            loaded = background.submit(load, spec, on)
+            if first is not None:
+                batch = [spec.resolve(first)]
+                jax.eval_shape(functools.partial(compile_for, batch), build(spec, devices=len(on)))
+            return cls(spec, loaded.result(), batch_size, on)
 
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **options: Any) -> "StableDiffusion":

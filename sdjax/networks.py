@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import jax
 from flax import nnx
 
 from sdjax.config import AutoencoderTinyConfig, CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
@@ -23,8 +24,11 @@ _CLASSES = {
 }
 
 
-def build(spec: Spec, names: Iterable[str] | None = None) -> dict[str, nnx.Module]:
-    """The networks of a checkpoint, or those of the names, with shapes in place of parameters."""
+def build(spec: Spec, names: Iterable[str] | None = None, *, devices: int | None = None) -> dict[str, nnx.Module]:
+    """The networks of a checkpoint, or those of the names, with shapes in place of parameters.
+
+    devices: on how many of them, whose axis leads the shapes; None is as a program sees them.
+    """
     networks = {}
     for name in spec.configs if names is None else names:
         overflows = name == "vae" and spec.family.upcasts_vae and spec.dtype == "float16"
@@ -32,7 +36,8 @@ def build(spec: Spec, names: Iterable[str] | None = None) -> dict[str, nnx.Modul
         config = spec.configs[name]
         kind = CLIPTextModelWithProjection if name.endswith("text_encoder_2") else _CLASSES[type(config)]
         networks[name] = kind(config, dtype=dtype, param_dtype=spec.dtype, rngs=None)
-    return networks
+    axis = () if devices is None else (devices,)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*axis, *leaf.shape), leaf.dtype), networks)
 
 
 def load(spec: Spec, devices: Devices, names: Iterable[str] | None = None) -> dict[str, nnx.Module]:

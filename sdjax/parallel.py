@@ -1,10 +1,13 @@
 """The local devices: parameters copied to each once, batches split over them by `jax.pmap`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
@@ -21,6 +24,7 @@ class Devices:
 
     def __init__(self, devices: Sequence[Device] | None = None) -> None:
         self.devices = list(devices or jax.local_devices())
+        self._compiled: dict[Any, Callable[..., Any]] = {}
         self._sharding = NamedSharding(Mesh(np.array(self.devices), ("device",)), PartitionSpec("device"))
 
     def __len__(self) -> int:
@@ -45,5 +49,35 @@ class Devices:
         return np.asarray(array).reshape(-1, *array.shape[2:])
 
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """`function` of one device's part as a function of all parts."""
-        return jax.pmap(function, devices=self.devices, **options)
+        """`function` of one device's part as a function of all parts.
+
+        Called while JAX traces, it is compiled and not run, and returns tracers. A later call with arrays of the same
+        shapes finds the program, also by another `pmap` of the function here.
+        """
+        mapped: Any = jax.pmap(function, devices=self.devices, **options)
+        is_partial = isinstance(function, functools.partial)
+        own = (function.func, *sorted(function.keywords.items())) if is_partial else (function,)
+        static = options.get("static_broadcasted_argnums")
+
+        def call(*arguments: Any) -> Any:
+            fixed, traced = self.parted(arguments, static)
+            leaves, structure = jax.tree.flatten(traced)
+            key = own, fixed, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+            if any(isinstance(leaf, Tracer) for leaf in leaves):
+                lowered = mapped.lower(*jax.tree.map(_shape, arguments))
+                self._compiled[key] = lowered.compile()
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), lowered.out_info)
+            return self._compiled[key](*traced) if key in self._compiled else mapped(*arguments)
+
+        return call
+
+    @staticmethod
+    def parted(arguments: tuple[Any, ...], static: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The argument at the place `static`, which is compiled in, and the others, which a compiled program takes."""
+        if static is None:
+            return (), arguments
+        return (arguments[static],), arguments[:static] + arguments[static + 1 :]
+
+
+def _shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf

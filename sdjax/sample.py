@@ -128,7 +128,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
         from sdjax.planning.fit import largest_here
 
         batch_size = largest_here(spec, resolved, lambda text: print(text, file=sys.stderr))
-    pipe = StableDiffusion.from_pretrained(spec, batch_size=batch_size)
+    pipe = StableDiffusion.from_pretrained(spec, batch_size=batch_size, first=resolved[0])
     if options.verbose:
         print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)
     options.output.mkdir(parents=True, exist_ok=True)

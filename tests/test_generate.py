@@ -247,3 +247,18 @@ def test_a_model_that_is_told_its_guidance_takes_no_list_and_no_warning(tmp_path
     assert not caplog.records
     with pytest.raises(RequestError, match="is told one guidance_scale for all steps"):
         spec.resolve(dataclasses.replace(RED, guidance_scales=[5, 4, 3, 2, 1]))
+
+
+def test_what_is_asked_for_first_is_compiled_while_the_weights_are_read(tiny, pipe, compilations):
+    larger = dataclasses.replace(RED, hires_scale=1.5)
+    ready = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:2], first=larger)
+    compilations()
+    (result,) = ready.generate([larger])
+    assert compilations() == 0
+    assert np.array_equal(result.pixels, pipe.generate([larger])[0].pixels)
+    assert np.array_equal(ready.generate([RED])[0].pixels, pipe.generate([RED])[0].pixels)
+
+
+def test_what_cannot_be_asked_for_first_is_refused(tiny):
+    with pytest.raises(RequestError, match="width=12"):
+        StableDiffusion.from_pretrained(tiny, first=Request(prompt="a", width=12))

@@ -39,7 +39,7 @@ class Stopwatch(Devices):
 
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         name = getattr(function, "func", function).__name__
-        mapped: Any = super().pmap(function, **options)
+        mapped: Any = jax.pmap(function, devices=self.devices, **options)
         compiled: dict[Any, Any] = {}
 
         def call(*arguments: Any) -> Any:
@@ -49,11 +49,12 @@ class Stopwatch(Devices):
                 compiled[key] = mapped.lower(*arguments).compile()
                 self.compiling[name] += time.perf_counter() - started
                 self._note(name, compiled[key].memory_analysis())
+            _, traced = self.parted(arguments, options.get("static_broadcasted_argnums"))
             if not self.blocking:
-                return compiled[key](*arguments)
-            jax.block_until_ready(arguments)
+                return compiled[key](*traced)
+            jax.block_until_ready(traced)
             started = time.perf_counter()
-            result = jax.block_until_ready(compiled[key](*arguments))
+            result = jax.block_until_ready(compiled[key](*traced))
             self.running[name].append(time.perf_counter() - started)
             return result
 
