@@ -1,7 +1,7 @@
 """What the shortcuts save, and how far their pictures are from the exact ones: python -m tests.shortcuts
 
-On the bundled model and held-out captions. Prints a table in Markdown: seconds for all pictures, the median over pictures
-of the peak signal-to-noise ratio to the exact picture, and the checker's facts as `sdjax.training.evaluate` counts them.
+On the bundled model and held-out captions. Prints a table in Markdown: seconds for all pictures, the median over them
+of the peak signal-to-noise ratio to the exact picture, and the checker's facts as `sdjax.training.evaluate` counts.
 """
 
 import argparse
