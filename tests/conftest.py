@@ -1,5 +1,6 @@
 """Test-wide set-up: eight CPU devices, no hub, shape-checked signatures."""
 
+import gc
 import os
 import tempfile
 
@@ -37,6 +38,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from tests import checkpoints
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A compiled program holds memory maps, of which a process may have 65,530: a module's programs go with it."""
+    yield
+    gc.collect()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
