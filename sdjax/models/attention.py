@@ -15,7 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
-QUERY_CHUNK = 512  # queries scored at once: on a CPU 4096 tokens took less time so than with 256 or 1024
+FEW = 512  # tokens whose scores are few
+# On a CPU a chunk's products should be large, or packing their operands costs more than they do: 1024 queries over 4096
+# keys take 0.85 of the time of 512, and all queries over a prompt's 77 keys half of it.
+QUERY_CHUNK, CHUNK_SCORES = 1024, 2**21
 # Of the kernel's steps, by the TPU compiler's schedules: all of 4096 keys in one step keep a v5e's multipliers busy 95%
 # of the time, 1024 keys a step 70%; fewer queries than fill TILE_SCORES, or than 1024, lose up to a fifth.
 KEY_TILE, QUERY_TILE, TILE_SCORES = 4096, 1024, 2**21
@@ -32,11 +35,11 @@ def attention(
 ) -> Float[Array, "batch queries heads dim"]:
     """softmax(q k^T / sqrt(dim)) v for each head, the softmax in float32, never holding all scores of a large image.
 
-    This is the one place that chooses an implementation. On a GPU half-precision heads of up to 128 go to cuDNN. Up to
-    QUERY_CHUNK queries are scored directly, as is `causal` attention (query i sees keys up to i) and that to some keys
-    only, `keep`, both for short text. More go to chunks, but on a TPU directly to few keys, and to many by
-    `flash_attention` where heads are bfloat16 and up to 256 wide. The tests, which have no GPU, have not run the cuDNN
-    path; they run the TPU's kernel by an interpreter.
+    This is the one place that chooses an implementation. On a GPU half-precision heads of up to 128 go to cuDNN. FEW
+    queries are scored directly, as is `causal` attention (query i sees keys up to i) and that to some keys only,
+    `keep`, both for short text. More go to chunks, but on a TPU directly to few keys, and to many by `flash_attention`
+    where heads are bfloat16 and up to 256 wide. The tests, which have no GPU, have not run the cuDNN path; they run the
+    TPU's kernel by an interpreter.
     """
     if keep is not None:
         return direct_attention(q, k, v, causal=causal, keep=keep)
@@ -44,13 +47,13 @@ def attention(
     half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
     if jax.default_backend() == "gpu" and half_precision and dim <= 128 and dim % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-    if causal or q.shape[1] <= QUERY_CHUNK:
+    if causal or q.shape[1] <= FEW:
         return direct_attention(q, k, v, causal=causal)
     return lax.platform_dependent(q, k, v, tpu=_on_tpu, default=chunked_attention)
 
 
 def _on_tpu(q: Array, k: Array, v: Array) -> Array:
-    if k.shape[1] <= QUERY_CHUNK:  # the text: its few scores stay in vector memory without a kernel
+    if k.shape[1] <= FEW:  # the text: its few scores stay in vector memory without a kernel
         return direct_attention(q, k, v)
     fits = q.dtype == jnp.bfloat16 and q.shape[-1] <= 2 * _LANES
     return (flash_attention if fits else chunked_attention)(q, k, v)
@@ -67,22 +70,27 @@ def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep
 
 
 def chunked_attention(q: Array, k: Array, v: Array) -> Array:
-    """The scores of QUERY_CHUNK queries of one head at a time."""
+    """The scores of some queries of one head at a time."""
     batch, queries, heads, dim = q.shape
-    chunks = -(-queries // QUERY_CHUNK)
-    q = jnp.pad(q, ((0, 0), (0, chunks * QUERY_CHUNK - queries), (0, 0), (0, 0)))
+    chunks = -(-queries // max(QUERY_CHUNK, CHUNK_SCORES // k.shape[1]))
+    size = -(-queries // chunks)
+    q = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, dim) for x in (q, k, v))
 
     @jax.checkpoint  # without it the backward pass would keep every chunk's scores
     def chunk(q: Array, k: Array, v: Array) -> Array:
-        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) / math.sqrt(dim)
-        return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
+        top = lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp((scores - top) / math.sqrt(dim))
+        values = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        # Divided last, there is far less to divide.
+        return (values / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     def head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
-        return lax.map(lambda part: chunk(part, k, v), q.reshape(chunks, QUERY_CHUNK, dim))
+        return lax.map(lambda part: chunk(part, k, v), q.reshape(chunks, size, dim))
 
-    out = lax.map(head, (q, k, v)).reshape(batch, heads, chunks * QUERY_CHUNK, dim)
+    out = lax.map(head, (q, k, v)).reshape(batch, heads, chunks * size, dim)
     return out.transpose(0, 2, 1, 3)[:, :queries]
 
 

@@ -7,6 +7,7 @@ into reading the kernel, as one product with each pixel's neighbourhood. Its rou
 result, are twice those of a plain convolution.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 _SAME: Padding = ((1, 1), (1, 1))
 _CHANNELS = 128  # on both sides, from which products pay
-_LARGE = 512  # pixels of an image from which filtering pays
+_LARGE = 512  # pixels made of an image from which unfolding does not pay
 _TILES = 4096  # 2x2 outputs filtered at once: what is between the steps stays small, and costs no time
 
 
@@ -38,21 +39,25 @@ def convolution(
 
     if kernel.shape[:2] == (1, 1) and stride == 1:
         return x @ kernel[0, 0]
-    is_usual = kernel.shape[:2] == (3, 3) and stride == 1 and padding == _SAME and x.dtype == jnp.float32
-    if not is_usual or min(kernel.shape[2:]) < _CHANNELS:
+    if kernel.shape[:2] != (3, 3) or min(kernel.shape[2:]) < _CHANNELS or x.dtype != jnp.float32:
         return plain(x, kernel)
-    products = filtered if x.shape[1] * x.shape[2] >= _LARGE else unfolded
+    if x.shape[1] * x.shape[2] < _LARGE * stride**2:
+        products = functools.partial(unfolded, stride=stride, padding=padding)
+    elif stride == 1 and padding == _SAME:
+        products = filtered
+    else:
+        products = plain
     return lax.platform_dependent(x, kernel, cpu=products, default=plain)
 
 
 def unfolded(
-    x: Float[Array, "batch height width in"], kernel: Float[Array, "3 3 in out"]
-) -> Float[Array, "batch height width out"]:
-    """A 3x3 convolution, padded to the same size, as the product of the pixels' neighbourhoods with the kernel."""
-    _, height, width, channels = x.shape
-    x = jnp.pad(x, ((0, 0), *_SAME, (0, 0)))
-    seen = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(9 * channels, -1)
+    x: Float[Array, "batch height width in"], kernel: Float[Array, "3 3 in out"], *, stride: int, padding: Padding
+) -> Float[Array, "batch out_height out_width out"]:
+    """A 3x3 convolution as the product of the pixels' neighbourhoods with the kernel."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = x.shape[1] - 2, x.shape[2] - 2
+    seen = [x[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(9 * kernel.shape[2], -1)
 
 
 def filtered(

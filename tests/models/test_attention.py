@@ -32,9 +32,10 @@ def test_attention_is_torch_attention(queries, keys):
     np.testing.assert_allclose(jax.jit(attention)(*arrays), torch_attention(*arrays), atol=1e-5)
 
 
-@pytest.mark.parametrize(("queries", "keys", "chunk"), [(5, 3, 1), (34, 9, 17), (33, 1, 17), (16, 40, 17)])
+@pytest.mark.parametrize(("queries", "keys", "chunk"), [(5, 3, 1), (34, 9, 17), (35, 1, 17), (16, 40, 17)])
 def test_chunks_change_nothing(monkeypatch, queries, keys, chunk):
-    monkeypatch.setattr(attention_room, "QUERY_CHUNK", chunk)
+    for name, value in {"FEW": 0, "QUERY_CHUNK": chunk, "CHUNK_SCORES": 1}.items():
+        monkeypatch.setattr(attention_room, name, value)
     arrays = qkv(2, queries, keys, 2, 4)
     np.testing.assert_allclose(attention(*arrays), torch_attention(*arrays), atol=1e-5)
 

@@ -27,10 +27,13 @@ def of_torch(x, kernel, stride=1, padding=SAME):
     return torch.nn.functional.conv2d(x, kernel, stride=stride).permute(0, 2, 3, 1).numpy()
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 8), (16, 16)])
-def test_unfolding_is_the_convolution(height, width):
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [SAME, ((0, 1), (0, 1)), ((2, 0), (3, 1))])
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (3, 8), (16, 16)])
+def test_unfolding_is_the_convolution(height, width, stride, padding):
     x, kernel = arrays(2, height, width, 5, 3)
-    np.testing.assert_allclose(jax.jit(unfolded)(x, kernel), of_torch(x, kernel), atol=1e-5)
+    made = jax.jit(lambda *pair: unfolded(*pair, stride=stride, padding=padding))(x, kernel)
+    np.testing.assert_allclose(made, of_torch(x, kernel, stride, padding), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,7 @@ def test_filtering_is_the_convolution(monkeypatch, height, width, tiles):
         (3, 24, 128, 1, SAME),
         (3, 8, 128, 1, SAME),
         (3, 24, 16, 1, SAME),
+        (3, 64, 128, 2, SAME),
         (3, 24, 128, 2, SAME),
         (3, 24, 128, 2, ((0, 1), (0, 1))),
         (1, 24, 128, 1, ((0, 0), (0, 0))),
