@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdjax import compile_cache, images
+from sdjax.batch import guidance_weights
 from sdjax.benchmark.stopwatch import Stopwatch
 from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
@@ -79,7 +81,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     results = [pipe.generate(batch) for _ in range(repeats)][-1]
     stages = {name: sum(taken) / repeats for name, taken in watch.running.items()}
     encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
-    rows, prompts = pipe.spec.calls(batch[0]), pipe.spec.program(batch[0]).prompts
+    rows, asked = pipe.spec.calls(batch[0]), _asked(pipe.spec, batch[0])
     watch.blocking = False
     _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
     peak = _peak_bytes(watch)
@@ -94,7 +96,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         compile_cold=dict(watch.compiling),
         compile_warm=dict(again.compiling),
         stages={**stages, "encode": sum(encoding)},
-        unet_call=stages["advance"] / (rows * prompts),
+        unet_call=stages["advance"] / (rows * asked),
         images_per_second=count * (repeats + 1) / seconds,
         flops_per_image=_flops(pipe.spec, batch[0], rows),
         peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
@@ -112,11 +114,19 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
+def _asked(spec: Spec, request: Request) -> float:
+    """Of how many prompts a sampler row calls the network, in the mean; without guidance the negative one is left out."""
+    table, family = spec.table(request), spec.family
+    alone = np.ones((1, 1), np.float32)
+    options = {"edits": family.edits, "embedded": family.embeds_guidance}
+    return np.count_nonzero(guidance_weights([request], [table], alone, table.calls, **options)) / table.calls
+
+
 def _flops(spec: Spec, request: Request, rows: int) -> float:
     """Of one image; rows that pad the last call of `advance` are not counted."""
-    total = 0.0
+    total, asked = 0.0, _asked(spec, request) / spec.program(request).prompts
     for program in record(spec, request, 1):
-        calls = rows / SCAN_ROWS if program.name == "advance" else program.calls
+        calls = asked * rows / SCAN_ROWS if program.name == "advance" else program.calls
         total += calls * flops(program.function, *program.arguments)
     return total
 

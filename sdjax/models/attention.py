@@ -94,12 +94,15 @@ def chunked_attention(q: Array, k: Array, v: Array) -> Array:
     return out.transpose(0, 2, 1, 3)[:, :queries]
 
 
-def _kernel(q_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, acc_ref, *, keys: int):
+def _kernel(q_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, acc_ref, *, keys: int, dim: int):
     """One tile of queries meets one tile of keys: powers of 2 over the greatest score so far, their sum, and values.
 
-    top_ref, sum_ref: float32 [queries, lanes], all lanes alike; they and acc_ref live through a row of the grid.
+    All are [tokens, lanes], the lanes those of one head or of several. Each head's scores are of all lanes, where the
+    others' queries are 0, which costs no more: the multipliers are as wide as the lanes. Of its values it keeps its own.
+
+    top_ref, sum_ref: float32 [heads, queries, lanes], all lanes alike; they and acc_ref live through a row of the grid.
     """
-    step, tile = pl.program_id(2), k_ref.shape[0]
+    step, tile = pl.program_id(3), k_ref.shape[0]
 
     @pl.when(step == 0)
     def _():
@@ -107,21 +110,28 @@ def _kernel(q_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, acc_ref, *, keys: in
         sum_ref[...] = jnp.zeros_like(sum_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    scores = lax.dot_general(q_ref[...], k_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if keys % tile:
-        place = step * tile + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        scores = jnp.where(place < keys, scores, -jnp.inf)
-    top = jnp.maximum(top_ref[...], scores.max(-1, keepdims=True))
-    kept = jnp.exp2(top_ref[...] - top)
-    weights = jnp.exp2(scores - top[:, :1])
-    values = jnp.dot(weights.astype(v_ref.dtype), v_ref[...], preferred_element_type=jnp.float32)
-    top_ref[...] = top
-    sum_ref[...] = kept * sum_ref[...] + weights.sum(-1, keepdims=True)
-    acc_ref[...] = kept[:, :1] * acc_ref[...] + values
+    lane = lax.broadcasted_iota(jnp.int32, q_ref.shape, 1)
+    for head in range(top_ref.shape[0]):
+        own = (head * dim <= lane) & (lane < (head + 1) * dim)
+        q = jnp.where(own, q_ref[...], 0)
+        scores = lax.dot_general(q, k_ref[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if keys % tile:
+            place = step * tile + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+            scores = jnp.where(place < keys, scores, -jnp.inf)
+        top = jnp.maximum(top_ref[head], scores.max(-1, keepdims=True))
+        kept = jnp.exp2(top_ref[head] - top)
+        weights = jnp.exp2(scores - top[:, :1])
+        values = jnp.dot(weights.astype(v_ref.dtype), v_ref[...], preferred_element_type=jnp.float32)
+        top_ref[head] = top
+        sum_ref[head] = kept * sum_ref[head] + weights.sum(-1, keepdims=True)
+        acc_ref[...] = jnp.where(own, kept[:, :1] * acc_ref[...] + values, acc_ref[...])
 
-    @pl.when(step == pl.num_programs(2) - 1)
+    @pl.when(step == pl.num_programs(3) - 1)
     def _():
-        out_ref[...] = (acc_ref[...] / sum_ref[:, :1]).astype(out_ref.dtype)
+        total = sum_ref[0][:, :1]
+        for head in range(1, sum_ref.shape[0]):
+            total = jnp.where(lane < head * dim, total, sum_ref[head][:, :1])
+        out_ref[...] = (acc_ref[...] / total).astype(out_ref.dtype)
 
 
 def _tile(length: int, most: int) -> int:
@@ -136,29 +146,36 @@ def flash_attention(q: Array, k: Array, v: Array) -> Array:
 
     Gradients are those of `chunked_attention`.
     """
-    batch, queries, heads, dim = q.shape
+    batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    wide = -(-dim // _LANES)  # the wider the heads, the fewer of their rows fit
+    scaled = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(width))).astype(q.dtype)
+    # Heads stay side by side, as the products before and after have them: to bring them apart takes long.
+    together = _LANES // width if _LANES % width == 0 else 1
+    dim = width if together > 1 else -(-width // _LANES) * _LANES
+    lanes = together * dim
+    wide = lanes // _LANES  # the wider the heads, the fewer of their rows fit
     k_tile = _tile(keys, KEY_TILE // wide)
     q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // (k_tile * wide)))
-    q = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(dim))).astype(q.dtype)
-    q, k, v = (
-        jnp.pad(x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, dim), ((0, 0), (0, -x.shape[1] % tile), (0, 0)))
-        for x, tile in ((q, q_tile), (k, k_tile), (v, k_tile))
-    )
-    of_queries = pl.BlockSpec((None, q_tile, dim), lambda head, i, j: (head, i, 0))
-    of_keys = pl.BlockSpec((None, k_tile, dim), lambda head, i, j: (head, j, 0))
+
+    def filled(x: Array, tile: int) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, -heads % together), (0, dim - x.shape[3])))
+        return x.reshape(*x.shape[:2], -1)
+
+    q, k, v = filled(scaled, q_tile), filled(k, k_tile), filled(v, k_tile)
+    of_queries = pl.BlockSpec((None, q_tile, lanes), lambda image, group, i, j: (image, i, group))
+    of_keys = pl.BlockSpec((None, k_tile, lanes), lambda image, group, i, j: (image, j, group))
+    statistics = pltpu.VMEM((together, q_tile, _LANES), jnp.float32)
     out = pl.pallas_call(
-        functools.partial(_kernel, keys=keys),
-        grid=(batch * heads, q.shape[1] // q_tile, k.shape[1] // k_tile),
+        functools.partial(_kernel, keys=keys, dim=dim),
+        grid=(batch, q.shape[2] // lanes, q.shape[1] // q_tile, k.shape[1] // k_tile),
         in_specs=[of_queries, of_keys, of_keys],
         out_specs=of_queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        scratch_shapes=[pltpu.VMEM((q_tile, lanes), jnp.float32) for lanes in (_LANES, _LANES, dim)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        name="flash_attention",
+        scratch_shapes=[statistics, statistics, pltpu.VMEM((q_tile, lanes), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        name=f"flash_attention_{dim}",
     )(q, k, v)
-    return out[:, :queries].reshape(batch, heads, queries, dim).transpose(0, 2, 1, 3)
+    return out[:, :queries].reshape(batch, queries, -1, dim)[:, :, :heads, :width]
 
 
 def _backward(inputs: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:

@@ -1,5 +1,6 @@
 """From compiled programs to how long a batch would take."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +14,13 @@ from sdjax.planning.tpu import Compiled, Compiler
 
 def kernel_cycles(name: str, operands: tuple[tuple[int, ...], ...], chip: Chip) -> float:
     """What a Pallas kernel takes, for which the compiler has no estimate: its products, by how busy they are kept."""
-    if name != "flash_attention":
+    kernel = re.fullmatch(r"flash_attention_(\d+)", name)
+    if kernel is None:
         raise HloError(f"the kernel {name} carries no estimate, and none is known here")
-    (heads, queries, dim), (_, keys, _) = operands[:2]
+    dim = int(kernel[1])
+    (batch, queries, channels), (_, keys, _) = operands[:2]
     padded = -(-dim // chip.multiplier) * chip.multiplier
-    return 4 * heads * queries * keys * padded / (chip.peak / chip.clock) / chip.busy
+    return 4 * batch * (channels // dim) * queries * keys * padded / (chip.peak / chip.clock) / chip.busy
 
 
 @dataclass(frozen=True)
