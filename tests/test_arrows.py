@@ -54,7 +54,15 @@ MAY_IMPORT = {
         "sdjax.spec",
     },
     "sdjax/benchmark": {
-        *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.flops", "sdjax.generate", "sdjax.images", "sdjax.parallel"),
+        *(
+            "sdjax.batch",
+            "sdjax.benchmark",
+            "sdjax.compile_cache",
+            "sdjax.flops",
+            "sdjax.generate",
+            "sdjax.images",
+            "sdjax.parallel",
+        ),
         *("sdjax.denoise", "sdjax.networks", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},

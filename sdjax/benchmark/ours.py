@@ -115,7 +115,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _asked(spec: Spec, request: Request) -> float:
-    """Of how many prompts a sampler row calls the network, in the mean; without guidance the negative one is left out."""
+    """Prompts that a sampler row calls the network with, in the mean: without guidance not the negative one."""
     table, family = spec.table(request), spec.family
     alone = np.ones((1, 1), np.float32)
     options = {"edits": family.edits, "embedded": family.embeds_guidance}

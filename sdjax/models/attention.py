@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 FEW = 512  # tokens whose scores are few
@@ -22,7 +23,7 @@ QUERY_CHUNK, CHUNK_SCORES = 1024, 2**21
 # Of the kernel's steps, by the TPU compiler's schedules: all of 4096 keys in one step keep a v5e's multipliers busy 95%
 # of the time, 1024 keys a step 70%; fewer queries than fill TILE_SCORES, or than 1024, lose up to a fifth.
 KEY_TILE, QUERY_TILE, TILE_SCORES = 4096, 1024, 2**21
-_LANES = 128
+_LANES, _SHARES = 128, (32, 64)
 
 
 def attention(
@@ -55,8 +56,16 @@ def attention(
 def _on_tpu(q: Array, k: Array, v: Array) -> Array:
     if k.shape[1] <= FEW:  # the text: its few scores stay in vector memory without a kernel
         return direct_attention(q, k, v)
-    fits = q.dtype == jnp.bfloat16 and q.shape[-1] <= 2 * _LANES
-    return (flash_attention if fits else chunked_attention)(q, k, v)
+    return (flash_attention if _fits(q.dtype, q.shape[-1]) else chunked_attention)(q, k, v)
+
+
+def _fits(dtype: DTypeLike, dim: int) -> bool:
+    return dtype == jnp.bfloat16 and dim <= 2 * _LANES
+
+
+def wants_wide_heads(queries: int, keys: int, dtype: DTypeLike, dim: int) -> bool:
+    """Whether `attention` on a TPU would fill heads up to the kernel's width, where the products before can do so."""
+    return min(queries, keys) > FEW and _fits(dtype, dim) and kernel_width(dim) != dim
 
 
 def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep: Array | None = None) -> Array:
@@ -69,28 +78,31 @@ def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-def chunked_attention(q: Array, k: Array, v: Array) -> Array:
-    """The scores of some queries of one head at a time."""
-    batch, queries, heads, dim = q.shape
+def chunked_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Array:
+    """The scores of some queries of one head at a time.
+
+    dim: of the heads, where zeros fill the rest of their width.
+    """
+    batch, queries, heads, width = q.shape
     chunks = -(-queries // max(QUERY_CHUNK, CHUNK_SCORES // k.shape[1]))
     size = -(-queries // chunks)
     q = jnp.pad(q, ((0, 0), (0, chunks * size - queries), (0, 0), (0, 0)))
-    q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, dim) for x in (q, k, v))
+    q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, -1, width) for x in (q, k, v))
 
     @jax.checkpoint  # without it the backward pass would keep every chunk's scores
     def chunk(q: Array, k: Array, v: Array) -> Array:
         scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32)
         top = lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.exp((scores - top) / math.sqrt(dim))
+        weights = jnp.exp((scores - top) / math.sqrt(dim or width))
         values = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         # Divided last, there is far less to divide.
         return (values / weights.sum(-1, keepdims=True)).astype(v.dtype)
 
     def head(qkv: tuple[Array, Array, Array]) -> Array:
         q, k, v = qkv
-        return lax.map(lambda part: chunk(part, k, v), q.reshape(chunks, size, dim))
+        return lax.map(lambda part: chunk(part, k, v), q.reshape(chunks, size, width))
 
-    out = lax.map(head, (q, k, v)).reshape(batch, heads, chunks * size, dim)
+    out = lax.map(head, (q, k, v)).reshape(batch, heads, chunks * size, width)
     return out.transpose(0, 2, 1, 3)[:, :queries]
 
 
@@ -98,7 +110,7 @@ def _kernel(q_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, acc_ref, *, keys: in
     """One tile of queries meets one tile of keys: powers of 2 over the greatest score so far, their sum, and values.
 
     All are [tokens, lanes], the lanes those of one head or of several. Each head's scores are of all lanes, where the
-    others' queries are 0, which costs no more: the multipliers are as wide as the lanes. Of its values it keeps its own.
+    others' queries are 0: that costs no more, as the multipliers are so wide. Of its values it keeps its own.
 
     top_ref, sum_ref: float32 [heads, queries, lanes], all lanes alike; they and acc_ref live through a row of the grid.
     """
@@ -140,25 +152,30 @@ def _tile(length: int, most: int) -> int:
     return -(-length // (count * _LANES)) * _LANES
 
 
-@jax.custom_vjp
-def flash_attention(q: Array, k: Array, v: Array) -> Array:
+def kernel_width(dim: int) -> int:
+    """The width of heads that the kernel takes as they come, from `dim` on: a share of the lanes, or all of them."""
+    return next(width for width in (*_SHARES, -(-dim // _LANES) * _LANES) if width >= dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def flash_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Array:
     """A TPU kernel (https://arxiv.org/abs/2205.14135): scores are made, weighed and used tile by tile, on the chip.
 
-    Gradients are those of `chunked_attention`.
+    Gradients are those of `chunked_attention`.  dim: of the heads, where zeros fill the rest of their width.
     """
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    scaled = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(width))).astype(q.dtype)
+    scaled = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(dim or width))).astype(q.dtype)
     # Heads stay side by side, as the products before and after have them: to bring them apart takes long.
-    together = _LANES // width if _LANES % width == 0 else 1
-    dim = width if together > 1 else -(-width // _LANES) * _LANES
-    lanes = together * dim
+    room = kernel_width(width)
+    together = max(1, _LANES // room)
+    lanes = together * room
     wide = lanes // _LANES  # the wider the heads, the fewer of their rows fit
     k_tile = _tile(keys, KEY_TILE // wide)
     q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // (k_tile * wide)))
 
     def filled(x: Array, tile: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, -heads % together), (0, dim - x.shape[3])))
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, -heads % together), (0, room - width)))
         return x.reshape(*x.shape[:2], -1)
 
     q, k, v = filled(scaled, q_tile), filled(k, k_tile), filled(v, k_tile)
@@ -166,20 +183,24 @@ def flash_attention(q: Array, k: Array, v: Array) -> Array:
     of_keys = pl.BlockSpec((None, k_tile, lanes), lambda image, group, i, j: (image, j, group))
     statistics = pltpu.VMEM((together, q_tile, _LANES), jnp.float32)
     out = pl.pallas_call(
-        functools.partial(_kernel, keys=keys, dim=dim),
+        functools.partial(_kernel, keys=keys, dim=room),
         grid=(batch, q.shape[2] // lanes, q.shape[1] // q_tile, k.shape[1] // k_tile),
         in_specs=[of_queries, of_keys, of_keys],
         out_specs=of_queries,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_shapes=[statistics, statistics, pltpu.VMEM((q_tile, lanes), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
-        name=f"flash_attention_{dim}",
+        name=f"flash_attention_{room}",
     )(q, k, v)
-    return out[:, :queries].reshape(batch, queries, -1, dim)[:, :, :heads, :width]
+    return out[:, :queries].reshape(batch, queries, -1, room)[:, :, :heads, :width]
 
 
-def _backward(inputs: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
-    return jax.vjp(chunked_attention, *inputs)[1](gradient)
+def _forward(q: Array, k: Array, v: Array, dim: int | None) -> tuple[Array, tuple[Array, Array, Array]]:
+    return flash_attention(q, k, v, dim), (q, k, v)
 
 
-flash_attention.defvjp(lambda q, k, v: (flash_attention(q, k, v), (q, k, v)), _backward)
+def _backward(dim: int | None, inputs: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    return jax.vjp(functools.partial(chunked_attention, dim=dim), *inputs)[1](gradient)
+
+
+flash_attention.defvjp(_forward, _backward)

@@ -5,6 +5,9 @@ products: those of large images by Winograd's minimal filtering, F(2x2, 3x3), wh
 convolution multiplies 36 times (Lavin & Gray, https://arxiv.org/abs/1509.09308); those of small ones, whose time goes
 into reading the kernel, as one product with each pixel's neighbourhood. Its rounding errors, about 2e-6 of the
 result, are twice those of a plain convolution.
+
+For a TPU XLA cuts the images of a small batch into pieces, and by the compiler's estimates moves data for longer than
+it multiplies. There such convolutions are sums of products, or those of strips that are cut before.
 """
 
 import functools
@@ -21,6 +24,8 @@ _SAME: Padding = ((1, 1), (1, 1))
 _CHANNELS = 128  # on both sides, from which products pay
 _LARGE = 512  # pixels made of an image from which unfolding does not pay
 _TILES = 4096  # 2x2 outputs filtered at once: what is between the steps stays small, and costs no time
+_BATCH = 8  # images, or strips of them, that the TPU compiler does not cut
+_PIXELS = 2**14  # of a batch whose sums a TPU holds in vector memory
 
 
 def convolution(
@@ -39,15 +44,17 @@ def convolution(
 
     if kernel.shape[:2] == (1, 1) and stride == 1:
         return x @ kernel[0, 0]
-    if kernel.shape[:2] != (3, 3) or min(kernel.shape[2:]) < _CHANNELS or x.dtype != jnp.float32:
+    if kernel.shape[:2] != (3, 3) or min(kernel.shape[2:]) < _CHANNELS:
         return plain(x, kernel)
-    if x.shape[1] * x.shape[2] < _LARGE * stride**2:
-        products = functools.partial(unfolded, stride=stride, padding=padding)
-    elif stride == 1 and padding == _SAME:
-        products = filtered
-    else:
-        products = plain
-    return lax.platform_dependent(x, kernel, cpu=products, default=plain)
+    is_usual = stride == 1 and padding == _SAME
+    on_cpu = on_tpu = plain
+    if x.dtype == jnp.float32 and x.shape[1] * x.shape[2] < _LARGE * stride**2:
+        on_cpu = functools.partial(unfolded, stride=stride, padding=padding)
+    elif x.dtype == jnp.float32 and is_usual:
+        on_cpu = filtered
+    if is_usual and x.shape[0] < _BATCH and x.shape[1] * x.shape[2] > _BATCH**2:
+        on_tpu = summed if x.shape[0] * x.shape[1] * x.shape[2] <= _PIXELS else in_strips
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, tpu=on_tpu, default=plain)
 
 
 def unfolded(
@@ -58,6 +65,35 @@ def unfolded(
     height, width = x.shape[1] - 2, x.shape[2] - 2
     seen = [x[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
     return jnp.concatenate(seen, axis=-1) @ kernel.reshape(9 * kernel.shape[2], -1)
+
+
+def summed(
+    x: Float[Array, "batch height width in"], kernel: Float[Array, "3 3 in out"]
+) -> Float[Array, "batch height width out"]:
+    """A 3x3 convolution, padded to the same size, as the float32 sum of a product for each place of the kernel."""
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), *_SAME, (0, 0)))
+    places = [(i, j) for i in range(3) for j in range(3)]
+    seen = (padded[:, i : i + height, j : j + width] for i, j in places)
+    factors = (kernel[place] for place in places)
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return functools.reduce(jnp.add, map(product, seen, factors)).astype(x.dtype)
+
+
+def in_strips(
+    x: Float[Array, "batch height width in"], kernel: Float[Array, "3 3 in out"]
+) -> Float[Array, "batch height width out"]:
+    """A 3x3 convolution, padded to the same size, of strips of the images as a batch of at least _BATCH."""
+    batch, height, width, channels = x.shape
+    counts = range(-(-_BATCH // batch), 2 * _BATCH + 1)
+    count = next((count for count in counts if height % count == 0), 1)
+    strips = x.reshape(batch, count, height // count, width, channels)
+    # Each with the last row of the one above and the first of the one below.
+    above = jnp.pad(strips[:, :-1, -1:], ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
+    below = jnp.pad(strips[:, 1:, :1], ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
+    strips = jnp.concatenate([above, strips, below], axis=2).reshape(batch * count, -1, width, channels)
+    y = lax.conv_general_dilated(strips, kernel, (1, 1), ((0, 0), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y.reshape(batch, height, width, -1)
 
 
 def filtered(

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from jax.experimental import pallas
 
 from sdjax.models import attention as attention_room
-from sdjax.models.attention import attention, chunked_attention, flash_attention
+from sdjax.models.attention import attention, chunked_attention, flash_attention, wants_wide_heads
+from sdjax.models.layers import Attention
 
 
 def qkv(batch, queries, keys, heads, dim, seed=0):
@@ -97,14 +99,30 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(attention_room, "KEY_TILE", 256)
 
 
-@pytest.mark.parametrize(("queries", "keys", "dim"), [(256, 256, 64), (300, 700, 40), (130, 277, 160)])
-def test_the_kernel_for_tpus_is_the_same_attention(interpreted, queries, keys, dim):
-    """Several tiles each way, and lengths that fill none."""
-    arrays = qkv(2, queries, keys, 2, dim)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "dim"), [(256, 256, 2, 64), (300, 700, 3, 40), (130, 277, 2, 160), (70, 130, 5, 32)]
+)
+def test_the_kernel_for_tpus_is_the_same_attention(interpreted, queries, keys, heads, dim):
+    """Several tiles each way, lengths that fill none, and heads that share the lanes or do not."""
+    arrays = qkv(2, queries, keys, heads, dim)
     expected = torch_attention(*arrays)
     np.testing.assert_allclose(flash_attention(*arrays), expected, atol=1e-5)
     half = flash_attention(*(x.astype(jnp.bfloat16) for x in arrays))
     np.testing.assert_allclose(half.astype(np.float32), expected, atol=0.02)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_heads_made_wide_are_the_same_attention(interpreted, bias):
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    layer = Attention(120, 120, 3, bias=bias, **half)
+    if bias:
+        layer.to_q.bias[...] = jnp.linspace(-1, 1, 120)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300, 120), np.float32))
+    plain, wide = (np.asarray(way(x, x), np.float32) for way in (layer._as_they_are, layer._with_wide_heads))
+    np.testing.assert_allclose(wide, plain, atol=0.02)
+
+    assert wants_wide_heads(600, 600, jnp.bfloat16, 40)
+    assert not any(wants_wide_heads(*case) for case in [(600, 77, jnp.bfloat16, 40), (600, 600, jnp.bfloat16, 64)])
 
 
 def test_the_kernel_keeps_large_scores_finite(interpreted):

@@ -1,4 +1,4 @@
-"""The products that stand for convolutions on a CPU."""
+"""What stands for convolutions on a CPU and on a TPU."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdjax.models import convolution as convolution_room
-from sdjax.models.convolution import convolution, filtered, unfolded
+from sdjax.models.convolution import convolution, filtered, in_strips, summed, unfolded
 
 SAME = ((1, 1), (1, 1))
 
@@ -34,6 +34,28 @@ def test_unfolding_is_the_convolution(height, width, stride, padding):
     x, kernel = arrays(2, height, width, 5, 3)
     made = jax.jit(lambda *pair: unfolded(*pair, stride=stride, padding=padding))(x, kernel)
     np.testing.assert_allclose(made, of_torch(x, kernel, stride, padding), atol=1e-5)
+
+
+@pytest.mark.parametrize("made", [summed, in_strips])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (2, 8, 5), (3, 12, 7), (1, 19, 3)])
+def test_what_is_made_for_a_tpu_is_the_convolution(made, batch, height, width):
+    """19 rows are cut into no equal strips."""
+    x, kernel = arrays(batch, height, width, 5, 3)
+    np.testing.assert_allclose(jax.jit(made)(x, kernel), of_torch(x, kernel), atol=1e-5)
+
+
+def test_the_platform_that_a_program_is_for_chooses():
+    """Lowered for a TPU on a machine without one."""
+
+    def operations(batch, side, name):
+        shapes = (batch, side, side, 128), (3, 3, 128, 128)
+        exported = jax.export.export(jax.jit(lambda *pair: convolution(*pair, padding=SAME)), platforms=["tpu"])
+        return exported(*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)).mlir_module().count(name)
+
+    assert operations(4, 64, "stablehlo.dot_general") == 9
+    assert operations(4, 128, "tensor<8x66x128x128x") > 0  # strips
+    assert operations(8, 64, "stablehlo.dot_general") == 0
+    assert operations(4, 8, "stablehlo.dot_general") == 0
 
 
 @pytest.mark.parametrize(
