@@ -161,10 +161,10 @@ def test_what_the_command_refuses(capsys):
 
 LIBTPU = "0.0.42.1"
 CYCLES = {  # a call's estimated cycles, of the bundled model's scan at batch 8 and of a block; from that libtpu
-    "v4": (6_265_164, 3_115_287),
-    "v5e": (13_667_074, 4_616_985),
-    "v5p": (18_176_040, 3_052_276),
-    "v6e": (13_160_020, 3_098_923),
+    "v4": (6_305_238, 2_524_099),
+    "v5e": (13_742_927, 3_600_383),
+    "v5p": (18_247_668, 2_049_355),
+    "v6e": (13_245_575, 2_408_186),
 }
 
 
