@@ -23,7 +23,7 @@ QUERY_CHUNK, CHUNK_SCORES = 1024, 2**21
 # Of the kernel's steps, by the TPU compiler's schedules: all of 4096 keys in one step keep a v5e's multipliers busy 95%
 # of the time, 1024 keys a step 70%; fewer queries than fill TILE_SCORES, or than 1024, lose up to a fifth.
 KEY_TILE, QUERY_TILE, TILE_SCORES = 4096, 1024, 2**21
-_LANES, _SHARES = 128, (32, 64)
+_LANES, _SHARES = 128, (32, 64)  # of a TPU's registers, and the widths of heads that share them
 
 
 def attention(
@@ -63,9 +63,9 @@ def _fits(dtype: DTypeLike, dim: int) -> bool:
     return dtype == jnp.bfloat16 and dim <= 2 * _LANES
 
 
-def wants_wide_heads(queries: int, keys: int, dtype: DTypeLike, dim: int) -> bool:
-    """Whether `attention` on a TPU would fill heads up to the kernel's width, where the products before can do so."""
-    return min(queries, keys) > FEW and _fits(dtype, dim) and kernel_width(dim) != dim
+def wants_more_heads(queries: int, keys: int, dtype: DTypeLike, heads: int, dim: int) -> bool:
+    """Whether `attention` on a TPU would add to the heads what the products before it can make at no cost."""
+    return min(queries, keys) > FEW and _fits(dtype, dim) and kernel_heads(heads, dim) != (heads, dim)
 
 
 def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep: Array | None = None) -> Array:
@@ -152,9 +152,10 @@ def _tile(length: int, most: int) -> int:
     return -(-length // (count * _LANES)) * _LANES
 
 
-def kernel_width(dim: int) -> int:
-    """The width of heads that the kernel takes as they come, from `dim` on: a share of the lanes, or all of them."""
-    return next(width for width in (*_SHARES, -(-dim // _LANES) * _LANES) if width >= dim)
+def kernel_heads(heads: int, dim: int) -> tuple[int, int]:
+    """As many heads, and as wide, as the kernel takes as they come: they fill the lanes, one by one or together."""
+    width = next(width for width in (*_SHARES, -(-dim // _LANES) * _LANES) if width >= dim)
+    return heads + -heads % max(1, _LANES // width), width
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -167,7 +168,7 @@ def flash_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Arr
     keys = k.shape[1]
     scaled = (q.astype(jnp.float32) * (math.log2(math.e) / math.sqrt(dim or width))).astype(q.dtype)
     # Heads stay side by side, as the products before and after have them: to bring them apart takes long.
-    room = kernel_width(width)
+    places, room = kernel_heads(heads, width)
     together = max(1, _LANES // room)
     lanes = together * room
     wide = lanes // _LANES  # the wider the heads, the fewer of their rows fit
@@ -175,7 +176,7 @@ def flash_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Arr
     q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // (k_tile * wide)))
 
     def filled(x: Array, tile: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, -heads % together), (0, room - width)))
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, places - heads), (0, room - width)))
         return x.reshape(*x.shape[:2], -1)
 
     q, k, v = filled(scaled, q_tile), filled(k, k_tile), filled(v, k_tile)
@@ -192,7 +193,7 @@ def flash_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Arr
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
         name=f"flash_attention_{room}",
     )(q, k, v)
-    return out[:, :queries].reshape(batch, queries, -1, room)[:, :, :heads, :width]
+    return out[:, :queries].reshape(batch, queries, places, room)[:, :, :heads, :width]
 
 
 def _forward(q: Array, k: Array, v: Array, dim: int | None) -> tuple[Array, tuple[Array, Array, Array]]:

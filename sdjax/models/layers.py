@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sdjax.models.attention import attention, flash_attention, kernel_width, wants_wide_heads
+from sdjax.models.attention import attention, flash_attention, kernel_heads, wants_more_heads
 from sdjax.models.convolution import Padding, convolution
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -190,8 +190,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "batch tokens channels"], context: Float[Array, "batch keys context"] | None = None
     ) -> Float[Array, "batch tokens channels"]:
         context = x if context is None else context
-        if wants_wide_heads(x.shape[1], context.shape[1], self.to_q.dtype, x.shape[2] // self.heads):
-            return jax.lax.platform_dependent(x, context, tpu=self._with_wide_heads, default=self._as_they_are)
+        dim = x.shape[2] // self.heads
+        if wants_more_heads(x.shape[1], context.shape[1], self.to_q.dtype, self.heads, dim):
+            return jax.lax.platform_dependent(x, context, tpu=self._with_more_heads, default=self._as_they_are)
         return self._as_they_are(x, context)
 
     def _as_they_are(self, x: Array, context: Array) -> Array:
@@ -200,20 +201,21 @@ class Attention(nnx.Module):
         )
         return self.to_out[0](attention(q, k, v).reshape(x.shape))
 
-    def _with_wide_heads(self, x: Array, context: Array) -> Array:
-        """The heads as wide as the TPU's kernel takes them: the projections' columns, and to_out's rows, are padded."""
+    def _with_more_heads(self, x: Array, context: Array) -> Array:
+        """As many and as wide as the TPU's kernel takes them: projections' columns, and to_out's rows, are padded."""
         dim = x.shape[2] // self.heads
-        room = (0, 0), (0, kernel_width(dim) - dim)
+        heads, width = kernel_heads(self.heads, dim)
+        room = (0, heads - self.heads), (0, width - dim)
 
-        def wide(linear: Linear, y: Array) -> Array:
+        def made(linear: Linear, y: Array) -> Array:
             kernel = jnp.pad(linear.kernel[...].reshape(-1, self.heads, dim), ((0, 0), *room))
             y = y.astype(linear.dtype) @ kernel.reshape(kernel.shape[0], -1).astype(linear.dtype)
-            y = y.reshape(*y.shape[:2], self.heads, -1)
+            y = y.reshape(*y.shape[:2], heads, width)
             if linear.bias is None:
                 return y
             return y + jnp.pad(linear.bias[...].reshape(self.heads, dim), room).astype(linear.dtype)
 
-        y: Any = flash_attention(wide(self.to_q, x), wide(self.to_k, context), wide(self.to_v, context), dim)
+        y: Any = flash_attention(made(self.to_q, x), made(self.to_k, context), made(self.to_v, context), dim)
         out = self.to_out[0]
         kernel = jnp.pad(out.kernel[...].reshape(self.heads, dim, -1), (*room, (0, 0)))
         y = y.reshape(*y.shape[:2], -1) @ kernel.reshape(-1, kernel.shape[-1]).astype(out.dtype)

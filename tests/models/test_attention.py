@@ -11,7 +11,7 @@ from flax import nnx
 from jax.experimental import pallas
 
 from sdjax.models import attention as attention_room
-from sdjax.models.attention import attention, chunked_attention, flash_attention, wants_wide_heads
+from sdjax.models.attention import attention, chunked_attention, flash_attention, wants_more_heads
 from sdjax.models.layers import Attention
 
 
@@ -112,17 +112,19 @@ def test_the_kernel_for_tpus_is_the_same_attention(interpreted, queries, keys, h
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_heads_made_wide_are_the_same_attention(interpreted, bias):
+@pytest.mark.parametrize(("heads", "dim"), [(3, 40), (5, 64), (2, 80)])
+def test_more_heads_are_the_same_attention(interpreted, bias, heads, dim):
     half = {"dtype": jnp.bfloat16, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
-    layer = Attention(120, 120, 3, bias=bias, **half)
+    layer = Attention(heads * dim, heads * dim, heads, bias=bias, **half)
     if bias:
-        layer.to_q.bias[...] = jnp.linspace(-1, 1, 120)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300, 120), np.float32))
-    plain, wide = (np.asarray(way(x, x), np.float32) for way in (layer._as_they_are, layer._with_wide_heads))
+        layer.to_q.bias[...] = jnp.linspace(-1, 1, heads * dim)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300, heads * dim), np.float32))
+    plain, wide = (np.asarray(way(x, x), np.float32) for way in (layer._as_they_are, layer._with_more_heads))
     np.testing.assert_allclose(wide, plain, atol=0.02)
 
-    assert wants_wide_heads(600, 600, jnp.bfloat16, 40)
-    assert not any(wants_wide_heads(*case) for case in [(600, 77, jnp.bfloat16, 40), (600, 600, jnp.bfloat16, 64)])
+    assert wants_more_heads(600, 600, jnp.bfloat16, heads, dim)
+    assert not wants_more_heads(600, 77, jnp.bfloat16, heads, dim)
+    assert not wants_more_heads(600, 600, jnp.bfloat16, 10, 64)
 
 
 def test_the_kernel_keeps_large_scores_finite(interpreted):
