@@ -23,7 +23,7 @@ QUERY_CHUNK, CHUNK_SCORES = 1024, 2**21
 # Of the kernel's steps, by the TPU compiler's schedules: all of 4096 keys in one step keep a v5e's multipliers busy 95%
 # of the time, 1024 keys a step 70%; fewer queries than fill TILE_SCORES, or than 1024, lose up to a fifth.
 KEY_TILE, QUERY_TILE, TILE_SCORES = 4096, 1024, 2**21
-_LANES, _SHARES = 128, (32, 64)  # of a TPU's registers, and the widths of heads that share them
+_LANES, _HALF = 128, 64  # of a TPU's registers, and the width of heads of which two share them
 
 
 def attention(
@@ -148,14 +148,13 @@ def _kernel(q_ref, k_ref, v_ref, out_ref, top_ref, sum_ref, acc_ref, *, keys: in
 
 def _tile(length: int, most: int) -> int:
     """The size of equal tiles of at most `most`, in whole lanes, that cover `length` with the least over."""
-    count = -(-length // most)
+    count = -(-length // (most // _LANES * _LANES))
     return -(-length // (count * _LANES)) * _LANES
 
 
 def kernel_heads(heads: int, dim: int) -> tuple[int, int]:
-    """As many heads, and as wide, as the kernel takes as they come: they fill the lanes, one by one or together."""
-    width = next(width for width in (*_SHARES, -(-dim // _LANES) * _LANES) if width >= dim)
-    return heads + -heads % max(1, _LANES // width), width
+    """As many heads, and as wide, as the kernel takes as they come: they fill the lanes, one by one or two together."""
+    return (heads + heads % 2, _HALF) if dim <= _HALF else (heads, -(-dim // _LANES) * _LANES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -173,7 +172,8 @@ def flash_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Arr
     lanes = together * room
     wide = lanes // _LANES  # the wider the heads, the fewer of their rows fit
     k_tile = _tile(keys, KEY_TILE // wide)
-    q_tile = _tile(queries, min(QUERY_TILE, TILE_SCORES // (k_tile * wide)))
+    room_for = TILE_SCORES if keys <= k_tile else TILE_SCORES // 4 * 3  # or a v4's 16 MiB of vector memory are short
+    q_tile = _tile(queries, min(QUERY_TILE, room_for // (k_tile * wide)))
 
     def filled(x: Array, tile: int) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, places - heads), (0, room - width)))
