@@ -81,7 +81,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     results = [pipe.generate(batch) for _ in range(repeats)][-1]
     stages = {name: sum(taken) / repeats for name, taken in watch.running.items()}
     encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
-    rows, asked = pipe.spec.calls(batch[0]), _asked(pipe.spec, batch[0])
+    rows, asked = pipe.spec.calls(batch[0]), prompts_asked(pipe.spec, batch[0])
     watch.blocking = False
     _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
     peak = _peak_bytes(watch)
@@ -114,7 +114,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def _asked(spec: Spec, request: Request) -> float:
+def prompts_asked(spec: Spec, request: Request) -> float:
     """Prompts that a sampler row calls the network with, in the mean: without guidance not the negative one."""
     table, family = spec.table(request), spec.family
     alone = np.ones((1, 1), np.float32)
@@ -124,7 +124,7 @@ def _asked(spec: Spec, request: Request) -> float:
 
 def _flops(spec: Spec, request: Request, rows: int) -> float:
     """Of one image; rows that pad the last call of `advance` are not counted."""
-    total, asked = 0.0, _asked(spec, request) / spec.program(request).prompts
+    total, asked = 0.0, prompts_asked(spec, request) / spec.program(request).prompts
     for program in record(spec, request, 1):
         calls = asked * rows / SCAN_ROWS if program.name == "advance" else program.calls
         total += calls * flops(program.function, *program.arguments)
