@@ -81,7 +81,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     results = [pipe.generate(batch) for _ in range(repeats)][-1]
     stages = {name: sum(taken) / repeats for name, taken in watch.running.items()}
     encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
-    rows, asked = pipe.spec.calls(batch[0]), prompts_asked(pipe.spec, batch[0])
+    calls = pipe.spec.calls(batch[0]) * prompts_asked(pipe.spec, batch[0])
     watch.blocking = False
     _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
     peak = _peak_bytes(watch)
@@ -96,9 +96,9 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         compile_cold=dict(watch.compiling),
         compile_warm=dict(again.compiling),
         stages={**stages, "encode": sum(encoding)},
-        unet_call=stages["advance"] / (rows * asked),
+        unet_call=stages["advance"] / calls,
         images_per_second=count * (repeats + 1) / seconds,
-        flops_per_image=_flops(pipe.spec, batch[0], rows),
+        flops_per_image=_flops(pipe.spec, batch[0], calls),
         peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
         peak_bytes=peak,
     )
@@ -118,16 +118,18 @@ def prompts_asked(spec: Spec, request: Request) -> float:
     """Prompts that a sampler row calls the network with, in the mean: without guidance not the negative one."""
     table, family = spec.table(request), spec.family
     alone = np.ones((1, 1), np.float32)
-    options = {"edits": family.edits, "embedded": family.embeds_guidance}
-    return np.count_nonzero(guidance_weights([request], [table], alone, table.calls, **options)) / table.calls
+    weights = guidance_weights(
+        [request], [table], alone, table.calls, edits=family.edits, embedded=family.embeds_guidance
+    )
+    return np.count_nonzero(weights) / table.calls
 
 
-def _flops(spec: Spec, request: Request, rows: int) -> float:
-    """Of one image; rows that pad the last call of `advance` are not counted."""
-    total, asked = 0.0, prompts_asked(spec, request) / spec.program(request).prompts
+def _flops(spec: Spec, request: Request, calls: float) -> float:
+    """Of one image, for which the network is called so often: of `advance` no more than that is counted."""
+    total, most = 0.0, SCAN_ROWS * spec.program(request).prompts
     for program in record(spec, request, 1):
-        calls = asked * rows / SCAN_ROWS if program.name == "advance" else program.calls
-        total += calls * flops(program.function, *program.arguments)
+        times = calls / most if program.name == "advance" else program.calls
+        total += times * flops(program.function, *program.arguments)
     return total
 
 

@@ -60,7 +60,7 @@ def _on_tpu(q: Array, k: Array, v: Array) -> Array:
 
 
 def _fits(dtype: DTypeLike, dim: int) -> bool:
-    return dtype == jnp.bfloat16 and dim <= 2 * _LANES
+    return jnp.dtype(dtype) == jnp.bfloat16 and dim <= 2 * _LANES
 
 
 def wants_more_heads(queries: int, keys: int, dtype: DTypeLike, heads: int, dim: int) -> bool:
@@ -172,8 +172,8 @@ def flash_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Arr
     lanes = together * room
     wide = lanes // _LANES  # the wider the heads, the fewer of their rows fit
     k_tile = _tile(keys, KEY_TILE // wide)
-    room_for = TILE_SCORES if keys <= k_tile else TILE_SCORES // 4 * 3  # or a v4's 16 MiB of vector memory are short
-    q_tile = _tile(queries, min(QUERY_TILE, room_for // (k_tile * wide)))
+    scores = TILE_SCORES if keys <= k_tile else TILE_SCORES // 4 * 3  # or a v4's 16 MiB of vector memory are short
+    q_tile = _tile(queries, min(QUERY_TILE, scores // (k_tile * wide)))
 
     def filled(x: Array, tile: int) -> Array:
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tile), (0, places - heads), (0, room - width)))

@@ -25,6 +25,7 @@ _CHANNELS = 128  # on both sides, from which products pay
 _LARGE = 512  # pixels made of an image from which unfolding does not pay
 _TILES = 4096  # 2x2 outputs filtered at once: what is between the steps stays small, and costs no time
 _BATCH = 8  # images, or strips of them, that the TPU compiler does not cut
+_SMALL = 64  # pixels of an image that it does not cut in any batch
 _PIXELS = 2**14  # of a batch whose sums a TPU holds in vector memory
 
 
@@ -52,7 +53,7 @@ def convolution(
         on_cpu = functools.partial(unfolded, stride=stride, padding=padding)
     elif x.dtype == jnp.float32 and is_usual:
         on_cpu = filtered
-    if is_usual and x.shape[0] < _BATCH and x.shape[1] * x.shape[2] > _BATCH**2:
+    if is_usual and x.shape[0] < _BATCH and x.shape[1] * x.shape[2] > _SMALL:
         on_tpu = summed if x.shape[0] * x.shape[1] * x.shape[2] <= _PIXELS else in_strips
     return lax.platform_dependent(x, kernel, cpu=on_cpu, tpu=on_tpu, default=plain)
 

@@ -55,6 +55,11 @@ def _param(
     return nnx.Param(jnp.full(shape, init, param_dtype))
 
 
+def _project(x: Array, kernel: Array, bias: Array | None, dtype: DTypeLike) -> Array:
+    y = x.astype(dtype) @ kernel.astype(dtype)
+    return y if bias is None else y + bias.astype(dtype)
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias over the last axis."""
 
@@ -73,8 +78,7 @@ class Linear(nnx.Module):
         self.bias = _param(0.0, (out_features,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return _project(x, self.kernel[...], None if self.bias is None else self.bias[...], self.dtype)
 
 
 class Conv(nnx.Module):
@@ -205,21 +209,21 @@ class Attention(nnx.Module):
         """As many and as wide as the TPU's kernel takes them: projections' columns, and to_out's rows, are padded."""
         dim = x.shape[2] // self.heads
         heads, width = kernel_heads(self.heads, dim)
-        room = (0, heads - self.heads), (0, width - dim)
+
+        def more(leaf: Array) -> Array:
+            apart = leaf.reshape(*leaf.shape[:-1], self.heads, dim)
+            room = [(0, 0)] * (leaf.ndim - 1) + [(0, heads - self.heads), (0, width - dim)]
+            return jnp.pad(apart, room).reshape(*leaf.shape[:-1], -1)
 
         def made(linear: Linear, y: Array) -> Array:
-            kernel = jnp.pad(linear.kernel[...].reshape(-1, self.heads, dim), ((0, 0), *room))
-            y = y.astype(linear.dtype) @ kernel.reshape(kernel.shape[0], -1).astype(linear.dtype)
-            y = y.reshape(*y.shape[:2], heads, width)
-            if linear.bias is None:
-                return y
-            return y + jnp.pad(linear.bias[...].reshape(self.heads, dim), room).astype(linear.dtype)
+            bias = None if linear.bias is None else more(linear.bias[...])
+            y = _project(y, more(linear.kernel[...]), bias, linear.dtype)
+            return y.reshape(*y.shape[:2], heads, width)
 
         y: Any = flash_attention(made(self.to_q, x), made(self.to_k, context), made(self.to_v, context), dim)
         out = self.to_out[0]
-        kernel = jnp.pad(out.kernel[...].reshape(self.heads, dim, -1), (*room, (0, 0)))
-        y = y.reshape(*y.shape[:2], -1) @ kernel.reshape(-1, kernel.shape[-1]).astype(out.dtype)
-        return y if out.bias is None else y + out.bias[...].astype(out.dtype)
+        bias = None if out.bias is None else out.bias[...]
+        return _project(y.reshape(*y.shape[:2], -1), more(out.kernel[...].T).T, bias, out.dtype)
 
 
 class ResnetBlock(nnx.Module):

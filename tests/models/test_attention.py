@@ -123,6 +123,7 @@ def test_more_heads_are_the_same_attention(interpreted, bias, heads, dim):
     np.testing.assert_allclose(wide, plain, atol=0.02)
 
     assert wants_more_heads(600, 600, jnp.bfloat16, heads, dim)
+    assert wants_more_heads(600, 600, "bfloat16", heads, dim)  # as a Spec names it
     assert not wants_more_heads(600, 77, jnp.bfloat16, heads, dim)
     assert not wants_more_heads(600, 600, jnp.bfloat16, 10, 64)
 
