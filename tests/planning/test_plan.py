@@ -21,7 +21,8 @@ from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
 from sdjax.models.attention import flash_attention
-from sdjax.models.unet import TransformerBlock, UNet2DCondition
+from sdjax.models.blocks import TransformerBlock
+from sdjax.models.unet import UNet2DCondition
 from sdjax.parallel import Devices
 from sdjax.planning import fit
 from sdjax.planning.chips import CHIPS
