@@ -133,13 +133,25 @@ class _Norm(nnx.Module):
         return (centred * scale + self.bias[...].astype(jnp.float32)).astype(self.dtype)
 
 
+def _moments(x: Array, mean_of: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """Mean and variance of x, in float32.
+
+    The variance takes a second pass over x. Of bfloat16 it does not: what the difference of two large numbers loses in
+    float32 is less than x itself has lost, and one pass is a part of the operation before it.
+    """
+    wide = x.astype(jnp.float32)
+    mean = mean_of(wide)
+    if x.dtype == jnp.bfloat16:
+        return mean, jnp.maximum(mean_of(jnp.square(wide)) - jnp.square(mean), 0)
+    return mean, mean_of(jnp.square(wide - mean))
+
+
 class LayerNorm(_Norm):
-    """Normalisation over the last axis; two-pass statistics in float32."""
+    """Normalisation over the last axis, with statistics in float32."""
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        return self._affine(centred, jnp.square(centred).mean(-1, keepdims=True))
+        mean, variance = _moments(x, lambda y: y.mean(-1, keepdims=True))
+        return self._affine(x.astype(jnp.float32) - mean, variance)
 
 
 class Statistics(NamedTuple):
@@ -150,10 +162,10 @@ class Statistics(NamedTuple):
 
 
 class GroupNorm(_Norm):
-    """Normalisation over all positions of each group of channels; two-pass statistics in float32.
+    """Normalisation over all positions of each group of channels, with statistics in float32.
 
-    `flax.nnx.GroupNorm` computes the variance as a difference of two large numbers, or in two passes over an awkward
-    layout; here each pass reduces the positions of every channel first and groups the [batch, channels] sums after.
+    `flax.nnx.GroupNorm` reduces over an awkward layout; here the positions of every channel are reduced first, and the
+    [batch, channels] sums grouped after.
     """
 
     def __init__(self, groups: int, channels: int, eps: float, **kw: Any):
@@ -167,9 +179,7 @@ class GroupNorm(_Norm):
 
     def statistics(self, x: Float[Array, "batch *positions channels"]) -> Statistics:
         """Each channel's mean and variance over its group."""
-        flat = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
-        mean = self._group_mean(flat)
-        return Statistics(mean, self._group_mean(jnp.square(flat - mean)))
+        return Statistics(*_moments(x.reshape(x.shape[0], -1, x.shape[-1]), self._group_mean))
 
     def __call__(
         self, x: Float[Array, "batch *positions channels"], given: Statistics | None = None
