@@ -51,6 +51,15 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._listens = False
+
+    def listen(self) -> None:
+        """From now on."""
+        from jax import monitoring  # here, because a launcher needs no devices
+
+        if not self._listens:
+            monitoring.register_event_duration_secs_listener(self.heard)
+        self._listens = True
 
     def heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -60,25 +69,24 @@ class _Clock:
 class LazyModel:
     """A pipe that is loaded when first asked for, once for all threads, so that a job with nothing to do loads none."""
 
-    def __init__(self, load: Callable[[], Any], heartbeat: Heartbeat | None = None):
+    def __init__(self, load: Callable[..., Any], heartbeat: Heartbeat | None = None):
         self._load, self._lock, self._pipe = load, threading.Lock(), None
         self.heartbeat = heartbeat
         self.devices = threading.Lock()  # held by the thread that feeds the devices
         self._clock = _Clock()
 
-    def get(self) -> Any:
+    def get(self, **options: Any) -> Any:
+        """The pipe; `options` go to `load`, where that is still to be done."""
         with self._lock:
             if self._pipe is None:
-                from jax import monitoring  # here, because a launcher needs no devices
-
+                self._clock.listen()
                 started = time.monotonic()
-                self._pipe = self._load()
+                self._pipe = self._load(**options)
                 self._clock.seconds["load"] = time.monotonic() - started
-                monitoring.register_event_duration_secs_listener(self._clock.heard)
             return self._pipe
 
     def take_seconds(self) -> dict[str, float]:
-        """Seconds of loading and compiling since last asked."""
+        """Seconds of loading, and of compiling, a part of it meanwhile, since last asked."""
         taken, self._clock.seconds = self._clock.seconds, {}
         return taken
 
@@ -118,8 +126,8 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
     def load_model(self) -> LazyModel:
         return LazyModel(self._load_pipe)
 
-    def _load_pipe(self) -> Any:
-        return self._load(self._model, **self._options)
+    def _load_pipe(self, **options: Any) -> Any:
+        return self._load(self._model, **self._options, **options)
 
     def run_inference(
         self, batch: Sequence[Request | str], model: LazyModel, inference_args: Mapping[str, Any] | None = None
@@ -194,7 +202,7 @@ class UnitHandler(SdjaxModelHandler):
     def _make(self, units: list[Unit], model: LazyModel) -> Iterator[dict[str, Any]]:
         heartbeat = model.heartbeat
         assert heartbeat is not None
-        pipe = model.get()
+        pipe = model.get(first=units[0].rows[0].request)
         started = time.time()
         made_by = Provenance(pipe.spec.name, pipe.spec.fingerprint, pipe.devices.devices[0].device_kind)
         threads = os.cpu_count() or 1

@@ -156,9 +156,9 @@ class LatentPipe:
 
 
 def load_encoder(
-    model: LatentSpec, *, dtype: str, batch_size: int | None = None, compilation_cache: str | None = None
+    model: LatentSpec, *, compilation_cache: str | None = None, batch_size: int | None = None, **_: Any
 ) -> LatentPipe:
-    """The pipe of a spec, with JAX imported where it is called; the spec knows its dtype."""
+    """The pipe of a spec, which knows its dtype, with JAX imported where it is called."""
     from sdjax import compile_cache
     from sdjax.encode import Encoder
 

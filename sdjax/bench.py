@@ -5,9 +5,11 @@ Weights are random unless a checkpoint is named: no time depends on them.
 
 import argparse
 import json
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,31 +63,41 @@ def _sum(seconds: dict[str, float]) -> float:
     return sum(seconds.values())
 
 
-def compare(folder: Path, request: Request, found: Sequence[Measured], **options: Any) -> dict[str, list[dict]]:
-    """diffusers' times at the same batch sizes, by way of running it; a way that fails is said, and left out."""
+def compare(folder: Path, request: Request, sizes: Sequence[int], **options: Any) -> dict[str, list[dict]]:
+    """diffusers' figures at the same batch sizes, by way of running it; a way that fails is said, and left out.
+
+    Each is taken in a process of its own, as the memory of a process that has done other things tells little.
+    """
     from sdjax.benchmark import torch_side
+
+    def measured(size: int, way: str) -> dict:
+        alone = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        with alone:
+            given = {"batch_size": size, "compiled": way == "compiled", **options}
+            return alone.submit(torch_side.measure, folder, request, **given).result()
 
     theirs: dict[str, list[dict]] = {}
     for way in ("eager", "compiled"):
         try:
-            theirs[way] = [
-                torch_side.measure(folder, request, batch_size=m.batch_size, compiled=way == "compiled", **options)
-                for m in found
-            ]
+            theirs[way] = [measured(size, way) for size in sizes]
         except Exception as error:  # torch.compile fails in many ways, for want of a C++ compiler among others
             print(f"diffusers, {way}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
     return theirs
 
 
 def ratios(found: Sequence[Measured], theirs: dict[str, list[dict]]) -> str:
-    """Our time over diffusers', as Markdown; under 1 is faster."""
-    lines = ["| diffusers | batch | batch s | ratio | UNet call s | ratio | decode s | ratio |", "| --- " * 8 + "|"]
+    """Our time and memory over diffusers', as Markdown; under 1 is faster, and smaller."""
+    names = ("batch s", "UNet call s", "decode s", "UNet GiB", "decode GiB")
+    lines = [f"| diffusers | batch | {' | ratio | '.join(names)} | ratio |", "| --- " * (2 + 2 * len(names)) + "|"]
     for way, measured in theirs.items():
         for m, their in zip(found, measured, strict=True):
             # diffusers calls the network once for both halves of guidance.
-            ours = m.batch_size / m.images_per_second, 2 * m.unet_call, m.stages["decode"]
-            pairs = zip(ours, (their["batch"], their["UNet call"], their["decode"]), strict=True)
-            cells = [f"{seconds:.4f} | {mine / seconds:.2f}" for mine, seconds in pairs]
+            seconds = m.batch_size / m.images_per_second, m.stages["advance"] / their["calls"], m.stages["decode"]
+            times = zip(seconds, (their[name] for name in ("batch", "UNet", "decode")), strict=True)
+            cells = [f"{theirs:.4f} | {ours / theirs:.2f}" for ours, theirs in times]
+            for ours, name in ((m.program_bytes["advance"], "UNet"), (m.program_bytes["decode"], "decode")):
+                held = their.get(f"{name} bytes")
+                cells.append(f"{held / 2**30:.2f} | {ours / held:.2f}" if held else " | ")
             lines.append(f"| {way} | {m.batch_size} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -123,10 +135,11 @@ def _run(options: argparse.Namespace) -> int:
             add_random(folder, options.dtype)
         request = Spec(folder, dtype=options.dtype).resolve(request)
         same = {"dtype": options.dtype, "repeats": options.repeats}
+        # Before JAX takes the memory of a GPU for itself.
+        theirs = compare(folder, request, sizes, **same) if options.compare else {}
         found = [
             measure(folder, request, batch_size=size, cache=Path(temporary) / f"cache-{size}", **same) for size in sizes
         ]
-        theirs = compare(folder, request, found, **same) if options.compare else {}
     devices = jax.local_devices()
     what = f"{folder.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
     print(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")

@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
 
+# XLA's usual schedule for CPUs begins with all that can be made of the parameters alone, and keeps it until it is used.
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+
 
 class Devices:
     """The devices of this host that share a batch.
@@ -24,7 +27,7 @@ class Devices:
 
     def __init__(self, devices: Sequence[Device] | None = None) -> None:
         self.devices = list(devices or jax.local_devices())
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._ahead: dict[Any, Any] = {}  # programs compiled before there was anything to run them on
         self._sharding = NamedSharding(Mesh(np.array(self.devices), ("device",)), PartitionSpec("device"))
 
     def __len__(self) -> int:
@@ -58,18 +61,26 @@ class Devices:
         is_partial = isinstance(function, functools.partial)
         own = (function.func, *sorted(function.keywords.items())) if is_partial else (function,)
         static = options.get("static_broadcasted_argnums")
+        compiled: dict[Any, Any] = {}
 
         def call(*arguments: Any) -> Any:
             fixed, traced = self.parted(arguments, static)
             leaves, structure = jax.tree.flatten(traced)
             key = own, fixed, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
-            if any(isinstance(leaf, Tracer) for leaf in leaves):
-                lowered = mapped.lower(*jax.tree.map(_shape, arguments))
-                self._compiled[key] = lowered.compile()
-                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), lowered.out_info)
-            return self._compiled[key](*traced) if key in self._compiled else mapped(*arguments)
+            is_tracing = any(isinstance(leaf, Tracer) for leaf in leaves)
+            program = self._ahead.get(key) or compiled.get(key)
+            if program is None:
+                program = self.compile(function, mapped.lower(*jax.tree.map(_shape, arguments)))
+                (self._ahead if is_tracing else compiled)[key] = program
+            if is_tracing:
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), program.out_info)
+            return program(*traced)
 
         return call
+
+    def compile(self, function: Callable[..., Any], lowered: Any) -> Any:
+        """The program of a mapped `function`."""
+        return lowered.compile(_COMPILER_OPTIONS.get(self.platform))
 
     @staticmethod
     def parted(arguments: tuple[Any, ...], static: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

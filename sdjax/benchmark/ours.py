@@ -45,6 +45,7 @@ class Measured:
     flops_per_image: products and convolutions.
     peak_flops: of all devices in a second: as stated for bfloat16, or by a large product where that is not known.
     peak_bytes: of the greediest device, or of the largest program where devices keep no count.
+    program_bytes: of a program's arguments, results and temporaries on a device, by program.
     """
 
     batch_size: int
@@ -57,6 +58,7 @@ class Measured:
     flops_per_image: float
     peak_flops: float
     peak_bytes: int
+    program_bytes: dict[str, int]
 
     @property
     def share_of_peak(self) -> float:
@@ -101,6 +103,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         flops_per_image=_flops(pipe.spec, batch[0], calls),
         peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
         peak_bytes=peak,
+        program_bytes=dict(watch.memory),
     )
 
 

@@ -38,29 +38,29 @@ class Stopwatch(Devices):
         return whole
 
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        name = getattr(function, "func", function).__name__
-        mapped: Any = jax.pmap(function, devices=self.devices, **options)
-        compiled: dict[Any, Any] = {}
+        mapped = super().pmap(function, **options)
 
         def call(*arguments: Any) -> Any:
-            key = tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "shape"))
-            if key not in compiled:
-                started = time.perf_counter()
-                compiled[key] = mapped.lower(*arguments).compile()
-                self.compiling[name] += time.perf_counter() - started
-                self._note(name, compiled[key].memory_analysis())
-            _, traced = self.parted(arguments, options.get("static_broadcasted_argnums"))
             if not self.blocking:
-                return compiled[key](*traced)
-            jax.block_until_ready(traced)
+                return mapped(*arguments)
+            jax.block_until_ready(arguments)
             started = time.perf_counter()
-            result = jax.block_until_ready(compiled[key](*traced))
-            self.running[name].append(time.perf_counter() - started)
+            result = jax.block_until_ready(mapped(*arguments))
+            self.running[_name(function)].append(time.perf_counter() - started)
             return result
 
         return call
 
-    def _note(self, name: str, found: Any) -> None:
+    def compile(self, function: Callable[..., Any], lowered: Any) -> Any:
+        started = time.perf_counter()
+        compiled = super().compile(function, lowered)
+        self.compiling[_name(function)] += time.perf_counter() - started
+        found = compiled.memory_analysis()
         if found is not None:
             used = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-            self.memory[name] = max(self.memory.get(name, 0), used - found.alias_size_in_bytes)
+            self.memory[_name(function)] = max(self.memory.get(_name(function), 0), used - found.alias_size_in_bytes)
+        return compiled
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "func", function).__name__

@@ -105,18 +105,20 @@ def filtered(
     tall, wide = -(-height // 2), -(-width // 2)  # in tiles
     rows = -(-tall // -(-batch * tall * wide // _TILES))  # in a strip
     strips = -(-tall // rows)
-    x = jnp.pad(x, ((0, 0), (1, 1 + 2 * rows * strips - height), (1, 1 + 2 * wide - width), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), (1, 1 + 2 * rows * strips - height), (1, 1 + 2 * wide - width), (0, 0)))
     factors = _both_ways(_of_kernel, kernel)
 
-    def strip(number: Array) -> Array:
-        part = lax.dynamic_slice_in_dim(x, 2 * rows * number, 2 * rows + 2, axis=1)
+    def strip(number: Array, made: Array) -> Array:
+        part = lax.dynamic_slice_in_dim(padded, 2 * rows * number, 2 * rows + 2, axis=1)
         seen = [[part[:, i : i + 2 * rows - 1 : 2, j : j + 2 * wide - 1 : 2] for j in range(4)] for i in range(4)]
         pairs = zip(_both_ways(_of_input, seen), factors, strict=True)
         products = [[tile @ factor for tile, factor in zip(*pair, strict=True)] for pair in pairs]
-        return jnp.stack([jnp.stack(row, axis=3) for row in _both_ways(_of_products, products)], axis=2)
+        outputs = jnp.stack([jnp.stack(row, axis=3) for row in _both_ways(_of_products, products)], axis=2)
+        outputs = outputs.reshape(batch, 2 * rows, 2 * wide, -1)
+        return lax.dynamic_update_slice_in_dim(made, outputs, 2 * rows * number, axis=1)
 
-    made = lax.map(strip, jnp.arange(strips))  # [strips, batch, rows, 2, wide, 2, out]
-    return jnp.moveaxis(made, 0, 1).reshape(batch, 2 * rows * strips, 2 * wide, -1)[:, :height, :width]
+    unmade = jnp.zeros((batch, 2 * rows * strips, 2 * wide, kernel.shape[3]), x.dtype)
+    return lax.fori_loop(0, strips, strip, unmade)[:, :height, :width]
 
 
 def _both_ways(transform: Callable[[Sequence[Array]], Sequence[Array]], grid: Any) -> list[Sequence[Array]]:

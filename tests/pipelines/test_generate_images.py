@@ -388,10 +388,12 @@ def test_a_unit_is_written_while_the_next_is_made(tmp_path, monkeypatch):
     assert account(tmp_path / "out") == (16, 16, 0, 0, 0)
 
 
-def load_after_loss(model, **options):
+def load_after_loss(model, model_folder, first=None, **options):
     """The images to start from that are called gone-* vanish between planning and making."""
-    for path in glob.glob(str(options["model_folder"] / "gone-*")):
+    for path in glob.glob(str(model_folder / "gone-*")):
         os.unlink(path)
+    if first is not None:
+        model.resolve(first)  # as from_pretrained does
     return standin.load(model)
 
 
@@ -413,17 +415,17 @@ def test_an_image_that_vanishes_after_planning_costs_its_own_row_only(tmp_path):
 LOADED = []
 
 
-def load_counting(model, **options):
-    LOADED.append(1)
+def load_counting(model, first, **options):
+    LOADED.append(first)
     return standin.load(model, delay=0.002)
 
 
-def test_threads_share_one_model(prompts, tmp_path):
+def test_threads_share_one_model_that_is_told_what_comes_first(prompts, tmp_path):
     LOADED.clear()
     threads = ("--direct_num_workers=4", "--direct_running_mode=multi_threading")
     arguments = ("--prompts", prompts, "--output", tmp_path / "out", "--unit-size", 4)
     assert standin.run(*arguments, *threads, load=load_counting) == 0
-    assert LOADED == [1]
+    assert [type(first) for first in LOADED] == [Request]
 
 
 def test_beam_counts_the_same_in_one_namespace(prompts, tmp_path):
