@@ -7,7 +7,8 @@ import pytest
 
 from sdjax import bench
 from sdjax.architectures import ARCHITECTURES
-from sdjax.benchmark.ours import prompts_asked
+from sdjax.benchmark import torch_side
+from sdjax.benchmark.ours import Measured, prompts_asked
 from sdjax.request import Request
 from sdjax.spec import Spec
 from tests import torch_models
@@ -53,6 +54,22 @@ def test_prompts_that_the_network_is_not_asked_with_are_not_counted(tiny, guidan
     spec = Spec(tiny)
     request = spec.resolve(Request(prompt="a red circle", num_inference_steps=4, **guidance))
     assert prompts_asked(spec, request) == prompts
+
+
+def test_diffusers_is_measured_alike_and_compared(tiny, measured):
+    request = Spec(tiny).resolve(Request(prompt="a red circle", num_inference_steps=2))
+    their = torch_side.measure(tiny, request, batch_size=1, dtype="float32", repeats=1, compiled=False)
+    assert their["calls"] == Spec(tiny).calls(request)  # both halves of guidance in one
+    assert 0 < their["decode"] < their["batch"] > their["UNet"] > 0
+    assert their["UNet bytes"] >= sum(tensor.nbytes for _, tensor in Spec(tiny).checkpoint.tensors("unet"))
+
+    found = json.loads(measured["json"].read_text())["sdjax"][0]
+    found.pop("share_of_peak")
+    ours = Measured(**found)
+    row = bench.ratios([ours], {"eager": [their]}).splitlines()[-1].split(" | ")
+    assert row[:2] == ["| eager", "1"]
+    assert float(row[5]) == pytest.approx(ours.stages["advance"] / their["calls"] / their["UNet"], abs=0.01)
+    assert float(row[9]) == pytest.approx(ours.program_bytes["advance"] / their["UNet bytes"], abs=0.01)
 
 
 def test_the_plot_is_a_picture(measured):

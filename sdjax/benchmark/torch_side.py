@@ -1,10 +1,12 @@
 """The same checkpoint, prompts and steps in diffusers."""
 
 import ctypes
+import functools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,6 @@ def measure(
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.unet.forward = torch.compile(pipe.unet.forward)
-    seconds: dict[str, list[float]] = defaultdict(list)
-    held: dict[str, list[int]] = defaultdict(list)
-    for network, method, name in ((pipe.unet, "forward", "UNet"), (pipe.vae, "decode", "decode")):
-        watched = _watched(getattr(network, method), seconds[name], held[name], device)
-        setattr(network, method, watched)
 
     def batch() -> None:
         pipe(
@@ -53,15 +50,16 @@ def measure(
         )
 
     batch()
-    for noted in (*seconds.values(), *held.values()):
-        noted.clear()
-    timed = _watched(batch, seconds["batch"], [], device)
-    for _ in range(repeats):
-        timed()
+    with _noting(pipe, functools.partial(_grown, device=device)) as grown:
+        batch()
+    with _noting(pipe, functools.partial(_timed, device=device)) as seconds:
+        seconds["batch"] = [_timed(batch, device)[1] for _ in range(repeats)]
     bytes_of = {"UNet": _parameters(pipe.unet), "decode": _parameters(pipe.vae.decoder)}
-    memory = {f"{name} bytes": bytes_of[name] + max(grown) for name, grown in held.items() if grown}
-    calls = len(seconds["UNet"]) / repeats
-    return {name: statistics.median(taken) for name, taken in seconds.items()} | {"calls": calls, **memory}
+    return {
+        **{name: statistics.median(taken) for name, taken in seconds.items()},
+        "calls": len(seconds["UNet"]) / repeats,
+        **{f"{name} bytes": bytes_of[name] + max(found) for name, found in grown.items() if None not in found},
+    }
 
 
 def _parameters(network: torch.nn.Module) -> int:
@@ -69,21 +67,43 @@ def _parameters(network: torch.nn.Module) -> int:
     return sum(parameter.nbytes for parameter in network.parameters())
 
 
-def _watched(function: Callable[..., Any], seconds: list[float], held: list[int], device: str) -> Callable[..., Any]:
-    """A function that notes the seconds of each of its calls, and by how many bytes what is held grew meanwhile."""
+@contextmanager
+def _noting(pipe: Any, watch: Callable[..., tuple[Any, Any]]) -> Iterator[dict[str, list[Any]]]:
+    """What `watch` finds at each call of the networks meanwhile: it returns a call's result, and what is noted."""
+    noted: dict[str, list[Any]] = defaultdict(list)
+    networks = ((pipe.unet, "forward", "UNet"), (pipe.vae, "decode", "decode"))
+    own = [getattr(network, method) for network, method, _ in networks]
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before = _held(device, since_now=True)
-        started = time.perf_counter()
-        result = function(*args, **kwargs)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        if before is not None and (peak := _held(device)) is not None:
-            held.append(peak - before)
-        return result
+    def watched(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result, found = watch(functools.partial(function, *args, **kwargs))
+            noted[name].append(found)
+            return result
 
-    return call
+        return call
+
+    for (network, method, name), function in zip(networks, own, strict=True):
+        setattr(network, method, watched(function, name))
+    yield noted
+    for (network, method, _), function in zip(networks, own, strict=True):
+        setattr(network, method, function)
+
+
+def _timed(function: Callable[[], Any], device: str) -> tuple[Any, float]:
+    """Its result, and the seconds that it took."""
+    started = time.perf_counter()
+    result = function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+def _grown(function: Callable[[], Any], device: str) -> tuple[Any, int | None]:
+    """Its result, and by how many bytes what is held grew meanwhile; None where nobody counts."""
+    before = _held(device, since_now=True)
+    result = function()
+    after = _held(device)
+    return result, None if before is None or after is None else after - before
 
 
 def _held(device: str, *, since_now: bool = False) -> int | None:
