@@ -163,10 +163,10 @@ def test_what_the_command_refuses(capsys):
 
 LIBTPU = "0.0.42.1"
 CYCLES = {  # a call's estimated cycles, of the bundled model's scan at batch 8 and of a block; from that libtpu
-    "v4": (6_305_238, 2_524_099),
-    "v5e": (13_742_927, 3_600_383),
-    "v5p": (18_247_668, 2_049_355),
-    "v6e": (13_245_575, 2_408_186),
+    "v4": (5_845_828, 2_349_633),
+    "v5e": (12_531_757, 3_225_056),
+    "v5p": (17_044_408, 1_897_231),
+    "v6e": (11_983_265, 2_172_738),
 }
 
 
