@@ -156,9 +156,12 @@ class LatentPipe:
 
 
 def load_encoder(
-    model: LatentSpec, *, compilation_cache: str | None = None, batch_size: int | None = None, **_: Any
+    model: LatentSpec, *, dtype: str, first: Any, batch_size: int | None = None, compilation_cache: str | None = None
 ) -> LatentPipe:
-    """The pipe of a spec, which knows its dtype, with JAX imported where it is called."""
+    """The pipe of a spec, with JAX imported where it is called.
+
+    dtype, first: what every pipe of a job is told; the spec knows its dtype, and nothing is compiled before it is run.
+    """
     from sdjax import compile_cache
     from sdjax.encode import Encoder
 

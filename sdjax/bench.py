@@ -71,9 +71,8 @@ def compare(folder: Path, request: Request, sizes: Sequence[int], **options: Any
     from sdjax.benchmark import torch_side
 
     def measured(size: int, way: str) -> dict:
-        alone = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        with alone:
-            given = {"batch_size": size, "compiled": way == "compiled", **options}
+        given = {"batch_size": size, "compiled": way == "compiled", **options}
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
             return alone.submit(torch_side.measure, folder, request, **given).result()
 
     theirs: dict[str, list[dict]] = {}

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
@@ -13,7 +12,10 @@ from sdjax.weights import checkpoint
 
 
 def add_random(folder: Path, dtype: str) -> None:
-    """Write random weights into a checkpoint folder: products keep their input's scale, so images are finite."""
+    """Write random weights into a checkpoint folder: products keep their input's scale, so images are finite.
+
+    No device is touched: what is measured next may want its memory.
+    """
     rng = np.random.default_rng(0)
     for name, network in build(Spec(folder, dtype=dtype)).items():
         drawn = {}
@@ -22,7 +24,7 @@ def add_random(folder: Path, dtype: str) -> None:
                 value = np.full(leaf.shape, path[-1] == "scale", np.float32)
             else:
                 value = rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
-            drawn[path] = leaf.replace(jnp.asarray(value, leaf.dtype))
+            drawn[path] = leaf.replace(value.astype(leaf.dtype))
         nnx.update(network, nnx.from_flat_state(drawn))
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
         save_file(checkpoint.tensors_of(network), folder / name / f"{stem}.safetensors", metadata={"format": "pt"})

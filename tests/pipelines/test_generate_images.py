@@ -397,18 +397,21 @@ def load_after_loss(model, model_folder, first=None, **options):
     return standin.load(model)
 
 
-def test_an_image_that_vanishes_after_planning_costs_its_own_row_only(tmp_path):
+@pytest.mark.parametrize("gone", [[13, 14], [1, 2]])  # if the first, the model is loaded for one
+def test_an_image_that_vanishes_after_planning_costs_its_own_row_only(tmp_path, gone):
     for name in ("kept.png", "gone-1.png", "gone-2.png"):
         (tmp_path / name).write_bytes(b"")
-    rows = [{"prompt": f"{i}", "image": str(tmp_path / "kept.png")} for i in range(12)]
-    rows += [{"prompt": "x", "image": str(tmp_path / name)} for name in ("gone-1.png", "gone-2.png")]
+    kept = [{"prompt": f"{i}", "image": str(tmp_path / "kept.png")} for i in range(12)]
+    rows = kept.copy()
+    for row, name in zip(gone, ("gone-1.png", "gone-2.png"), strict=True):
+        rows.insert(row - 1, {"prompt": "x", "image": str(tmp_path / name)})
     prompts = write_csv(tmp_path / "p.csv", rows)
     load = functools.partial(load_after_loss, model_folder=tmp_path)
     assert standin.run("--prompts", prompts, "--output", tmp_path / "out", "--unit-size", 5, load=load) == 0
-    assert_same(images(tmp_path / "out"), direct(rows[:12]))
+    assert_same(images(tmp_path / "out"), direct(kept))
     assert account(tmp_path / "out") == (14, 12, 2, 0, 0)
     lines = [json.loads(x) for f in (tmp_path / "out" / "rejected").iterdir() for x in f.read_text().splitlines()]
-    assert sorted((line["row"], "gone-" in line["reason"]) for line in lines) == [(13, True), (14, True)]
+    assert sorted((line["row"], "gone-" in line["reason"]) for line in lines) == [(row, True) for row in gone]
     assert verify.main([str(tmp_path / "out")]) == 0
 
 
