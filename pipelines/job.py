@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import apache_beam as beam
@@ -23,10 +24,16 @@ def refuse(command: str, error: Exception) -> int:
 def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
     """Run a job whose options are checked and whose inputs are there; returns its exit status: 0, 2 or 130."""
     store = Store(job.output)
-    try:
-        swept = leftovers.sweep(store, everything=job.overwrite)
-    except (ValueError, OSError) as error:
-        return refuse(job.command, error)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(store.held())
+            swept = leftovers.sweep(store, everything=job.overwrite)
+        except (ValueError, OSError) as error:
+            return refuse(job.command, error)
+        return _run(job, build, store, swept)
+
+
+def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], store: Store, swept: str) -> int:
     if swept:
         print(f"{job.command}: {swept}", file=sys.stderr)
     store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})

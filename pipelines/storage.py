@@ -1,12 +1,13 @@
 """One folder on a disk or in a bucket, through fsspec: whole-or-absent writes, retries, listings."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,24 @@ class Store:
         except FileNotFoundError:
             return []
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the folder, for as long as this process lives, from others that would hold it; a bucket it does not.
+
+        Raises:
+            BlockingIOError: another process holds it.
+        """
+        if not self.is_local:
+            yield
+            return
+        os.makedirs(self.path(), exist_ok=True)
+        folder = os.open(self.path(), os.O_RDONLY)
+        try:
+            _lock(folder, self.url)
+            yield
+        finally:
+            os.close(folder)
+
     def delete(self, names: list[str]) -> None:
         """Remove files; an absent one is no error."""
 
@@ -142,3 +161,12 @@ class Store:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _lock(folder: int, name: str) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"another job is writing to {name}; wait until it has ended") from None
+    except OSError:
+        pass  # some disks of networks have no locks

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sdjax.config import AutoencoderTinyConfig, CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
-from sdjax.weights.checkpoint import Checkpoint, CheckpointError, Component
+from sdjax.weights.checkpoint import Checkpoint, CheckpointError
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """The text encoders that a checkpoint may have, in the order of their states, each with its tokenizer."""
@@ -54,7 +54,7 @@ Described: TypeAlias = tuple[str, Family, Mapping[str, Any]]
 """A checkpoint's name, its family and its configurations."""
 
 
-def read(checkpoint: Checkpoint, vae: Component | None = None) -> tuple[Family, dict[str, Any]]:
+def read(checkpoint: Checkpoint, vae: Checkpoint | None = None) -> tuple[Family, dict[str, Any]]:
     """A checkpoint's family, and the configuration of each of its networks.
 
     Args:

@@ -33,7 +33,9 @@ def add_model_options(to: Any) -> None:
     to.add_argument(
         "--refiner", metavar="PATH", help="that of Stable Diffusion XL's refiner, which ends the runs of its base"
     )
-    to.add_argument("--vae", metavar="PATH", help="that of another autoencoder, such as madebyollin/taesd")
+    to.add_argument(
+        "--vae", metavar="PATH", help="that of another autoencoder, such as madebyollin/taesd, or its single file"
+    )
     to.add_argument(
         "--vae-tiling",
         action="store_true",

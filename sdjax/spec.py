@@ -20,10 +20,10 @@ from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request
 from sdjax.text import Text, Tokenizer
 from sdjax.values import RequestError
-from sdjax.weights.checkpoint import Checkpoint, Component, Edit
+from sdjax.weights.checkpoint import Checkpoint, Edit
 from sdjax.weights.lora import Lora, fused
 from sdjax.weights.safetensors import Entry
-from sdjax.weights.single_file import is_single_file, open_checkpoint
+from sdjax.weights.single_file import is_single_file, open_checkpoint, open_vae
 from sdjax.weights.textual_inversion import TextualInversion, extended
 
 BUNDLED = str(Path(__file__).parent / "bundled")
@@ -68,11 +68,12 @@ class Spec:
             in the order of a request's control images.
         refiner: that of Stable Diffusion XL's refiner, or a single file, which ends the runs of its base; see
             `Request.denoising_end`. LoRAs and textual inversions are the base's alone.
-        vae: that of another autoencoder of the same latents: AutoencoderTiny, or another AutoencoderKL.
+        vae: that of another autoencoder of the same latents: AutoencoderTiny, or another AutoencoderKL; the latter also
+            a single file in the original layout.
         vae_tiling: whether images are decoded and encoded in strips, in a fraction of the memory and more time; None
             does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.
         textual_inversions: files of learned tokens, each a path or URL, or one and its token; see `TextualInversion`.
-        allow_pickle: whether a single file or a textual inversion may be one of PyTorch's own; see `torch_zip`.
+        allow_pickle: whether single files and textual inversions may be PyTorch's own; see `torch_zip`.
         single_file: `tokenizer` and `prediction_type` of `SingleFile`.
 
     Raises:
@@ -98,7 +99,9 @@ class Spec:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         self.dtype, self.vae_tiling = dtype, vae_tiling
         self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
-        other_vae = None if vae is None else Component(vae)
+        other_vae = None
+        if vae is not None:
+            other_vae = open_vae(vae, self.checkpoint.json("vae", "config.json"), allow_pickle=allow_pickle)
         self.family, self.configs = family.read(self.checkpoint, other_vae)
         # Where the networks lie that are not the checkpoint's own.
         self._parts: dict[str, tuple[Checkpoint, str]] = {} if other_vae is None else {"vae": (other_vae, "")}

@@ -77,9 +77,12 @@ class Fit:
         self.names = [recorded.name for recorded in self._programs(1)]
 
     def largest(self) -> int:
-        """What fits of every program, 0 if not one image does; the UNet's, longest to compile, is tried last."""
+        """What fits of every program, 0 if not one image does.
+
+        Pixels are tried before text, of which far more fits, and the UNet, longest to compile, last.
+        """
         most = _MOST
-        for name in sorted(self.names, key=lambda name: name == "advance"):
+        for name in sorted(reversed(self.names), key=lambda name: name == "advance"):
             good, bad = 0, most + 1
             tried = _FIRST if most == _MOST else most
             while good < tried < bad:

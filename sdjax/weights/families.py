@@ -178,9 +178,33 @@ def recognise_controlnet(shapes: Shapes, name: str) -> Layout:
     return Layout({}, {"config.json": config}, {"": part})
 
 
+def recognise_vae(shapes: Shapes, own: Mapping[str, Any]) -> Layout:
+    """What a VAE's file with such tensors is, in the original layout, by itself or within a checkpoint.
+
+    Args:
+        own: config.json of the VAE whose place it is to take: shapes do not show how its latents are scaled.
+
+    Raises:
+        CheckpointError: it is none; the message has no subject.
+    """
+    prefix = VAE if below(shapes, VAE) else ""
+    if f"{prefix}decoder.mid.block_1.conv1.weight" not in shapes:
+        raise CheckpointError("is no VAE in the original layout; one in diffusers' is a folder with a config.json")
+    if own.get("_class_name") == "AutoencoderTiny":
+        raise CheckpointError("does not say how its latents are scaled, and nor does the model's tiny autoencoder")
+    try:
+        config = from_shapes.vae(below(shapes, prefix))
+    except KeyError as error:
+        raise CheckpointError(f"is a VAE that lacks {error.args[0]}") from None
+    config |= {key: own[key] for key in ("scaling_factor", "force_upcast", "sample_size") if key in own}
+    return Layout({}, {"config.json": config}, {"": Part(prefix, ldm.vae(VAEConfig.from_dict(config)))})
+
+
 def _what_else(shapes: Shapes) -> str:
     if any(from_shapes.is_controlnet(below(shapes, prefix)) for prefix in (CONTROLNET, "")):
         return "it is a ControlNet; give it as controlnets (--controlnet)"
+    if "decoder.mid.block_1.conv1.weight" in shapes:
+        return "it is a VAE; give it as vae (--vae)"
     if any("lora" in key for key in shapes):
         return "it is a LoRA"
     if "emb_params" in shapes or len(shapes) <= 2:

@@ -1,4 +1,4 @@
-"""Checkpoints and ControlNets in one file, as they were first published and as most fine-tunes are passed on."""
+"""Checkpoints, ControlNets and VAEs in one file, as they were first published and as most fine-tunes are passed on."""
 
 import hashlib
 import json
@@ -50,6 +50,11 @@ def open_checkpoint(
 def open_controlnet(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
     """The ControlNet at a source, whose one component is `""`; see `open_checkpoint`."""
     return ControlNetFile(source, allow_pickle=allow_pickle) if is_single_file(source) else Component(source)
+
+
+def open_vae(source: str | os.PathLike[str], own: Mapping[str, Any], *, allow_pickle: bool = False) -> Checkpoint:
+    """The VAE at a source, whose one component is `""`; see `VAEFile` and `open_checkpoint`."""
+    return VAEFile(source, own, allow_pickle=allow_pickle) if is_single_file(source) else Component(source)
 
 
 class _File(Checkpoint):
@@ -213,6 +218,22 @@ class ControlNetFile(_File):
 
     def _recognise(self, shapes: families.Shapes, metadata: Mapping[str, str]) -> families.Layout:
         return families.recognise_controlnet(shapes, self.name)
+
+
+class VAEFile(_File):
+    """A VAE's file in the original layout, or a checkpoint's of which no more is used.
+
+    Args:
+        source, allow_pickle: see `_File`.
+        own: config.json of the VAE whose place it is to take, which says how the latents are scaled.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], own: Mapping[str, Any], *, allow_pickle: bool = False) -> None:
+        self._own = own
+        super().__init__(source, allow_pickle=allow_pickle)
+
+    def _recognise(self, shapes: families.Shapes, metadata: Mapping[str, str]) -> families.Layout:
+        return families.recognise_vae(shapes, self._own)
 
 
 def _split_tokenizer(data: bytes, path: str) -> dict[str, bytes]:

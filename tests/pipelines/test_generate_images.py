@@ -296,6 +296,19 @@ def test_what_no_job_can_run_on_is_refused_in_one_line(tmp_path, monkeypatch, ca
     assert not (tmp_path / "o").exists()
 
 
+def test_a_second_job_on_a_disks_output_is_refused_while_the_first_runs(made, prompts, tmp_path, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(made, output)
+    (output / "shards" / "begun.tar").write_bytes(b"the first job's")
+    (output / "summary.json").write_text('{"finished": false}')
+    before = files(output)
+    with Store(str(output)).held():
+        assert standin.run("--prompts", prompts, "--output", output, load=no_load) == 2
+    assert f"another job is writing to {output}; wait until it has ended" in capsys.readouterr().err
+    assert files(output) == before
+    assert standin.run("--prompts", prompts, "--output", output, load=no_load) == 0
+
+
 def test_readers_open_the_dataset(made, tmp_path, monkeypatch):
     import datasets
     import webdataset

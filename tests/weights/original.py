@@ -87,17 +87,23 @@ def networks(sample: Sample) -> dict[str, torch.nn.Module]:
 
 def write(sample: Sample, states: Mapping[str, Tensors]) -> Tensors:
     """The tensors of a single file."""
-    tables = {"unet": ldm.unet(UNetConfig.from_dict(sample.unet)), "vae": ldm.vae(VAEConfig.from_dict(sample.vae))}
-    file = {}
-    for name, prefix in (("unet", "model.diffusion_model."), ("vae", "first_stage_model.")):
-        for key, tensor in states[name].items():
-            module, _, leaf = key.rpartition(".")
-            there = f"{prefix}{tables[name][module]}.{leaf}"
-            conv = name == "vae" and ".attn_1." in there and tensor.ndim == 2  # 1x1 convolutions in the original
-            file[there] = tensor[:, :, None, None] if conv else tensor
+    network = _renamed(states["unet"], ldm.unet(UNetConfig.from_dict(sample.unet)))
+    file = {f"model.diffusion_model.{key}": tensor for key, tensor in network.items()}
+    file |= {f"first_stage_model.{key}": tensor for key, tensor in vae(sample.vae, states["vae"]).items()}
     for name, (prefix, _) in sample.text.items():
         file |= {f"{prefix}{key}": t for key, t in _text(states[name], ".model." in prefix).items()}
     return {key: tensor.contiguous() for key, tensor in file.items()}
+
+
+def vae(config: dict[str, Any], state: Tensors) -> Tensors:
+    """The tensors of a VAE's file, whose attention is of 1x1 convolutions."""
+    found = _renamed(state, ldm.vae(VAEConfig.from_dict(config)))
+    return {key: t[:, :, None, None] if ".attn_1." in key and t.ndim == 2 else t for key, t in found.items()}
+
+
+def _renamed(state: Tensors, table: ldm.Table) -> Tensors:
+    parts = {key: key.rpartition(".") for key in state}
+    return {f"{table[module]}.{leaf}": state[key].contiguous() for key, (module, _, leaf) in parts.items()}
 
 
 def _text(state: Tensors, open_clip: bool) -> Tensors:
