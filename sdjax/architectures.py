@@ -91,7 +91,8 @@ _CLASSES = {
 }
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _VOCABULARY = Path(__file__).parent / "bundled" / "tokenizer"
-_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_SCHEDULE = {**_BETAS, "clip_sample": False, "steps_offset": 1}
 
 
 def write(name: str, folder: Path) -> None:

@@ -59,6 +59,11 @@ def table(found: Sequence[Measured]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _say(what: str) -> None:
+    """What is measured now, which may take minutes."""
+    print(f"measuring {what}", file=sys.stderr)
+
+
 def _sum(seconds: dict[str, float]) -> float:
     return sum(seconds.values())
 
@@ -71,6 +76,7 @@ def compare(folder: Path, request: Request, sizes: Sequence[int], **options: Any
     from sdjax.benchmark import torch_side
 
     def measured(size: int, way: str) -> dict:
+        _say(f"diffusers, {way}, batch {size}")
         given = {"batch_size": size, "compiled": way == "compiled", **options}
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
             return alone.submit(torch_side.measure, folder, request, **given).result()
@@ -136,9 +142,10 @@ def _run(options: argparse.Namespace) -> int:
         same = {"dtype": options.dtype, "repeats": options.repeats}
         # Before JAX takes the memory of a GPU for itself.
         theirs = compare(folder, request, sizes, **same) if options.compare else {}
-        found = [
-            measure(folder, request, batch_size=size, cache=Path(temporary) / f"cache-{size}", **same) for size in sizes
-        ]
+        found = []
+        for size in sizes:
+            _say(f"sdjax, batch {size}")
+            found.append(measure(folder, request, batch_size=size, cache=Path(temporary) / f"cache-{size}", **same))
     devices = jax.local_devices()
     what = f"{folder.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
     print(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import statistics
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from sdjax.request import Request
 
@@ -31,7 +33,10 @@ def measure(
         request: complete; its sampler is the checkpoint's own.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # of checkpoints older than today's defaults
     pipe: Any = DiffusionPipeline.from_pretrained(
         folder, dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
     ).to(device)

@@ -82,7 +82,7 @@ class Fit:
         Pixels are tried before text, of which far more fits, and the UNet, longest to compile, last.
         """
         most = _MOST
-        for name in sorted(reversed(self.names), key=lambda name: name == "advance"):
+        for name in sorted(self.names, key=lambda name: (name == "advance", name == "encode_text")):
             good, bad = 0, most + 1
             tried = _FIRST if most == _MOST else most
             while good < tried < bad:
