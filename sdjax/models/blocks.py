@@ -32,7 +32,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(channels, 2 * hidden, **kw)
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch hidden"]:
-        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        x, gate = self.proj.split(x, 2)
         return x * ACTIVATIONS["gelu"](gate)
 
 

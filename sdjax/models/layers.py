@@ -23,12 +23,19 @@ from jaxtyping import Array, Float, Int
 from sdjax.models.attention import attention, flash_attention, kernel_heads, wants_more_heads
 from sdjax.models.convolution import Padding, convolution
 
+
+def _gelu(x: Array) -> Array:
+    """As PyTorch computes it: `jax.nn.gelu` has erfc, which is several times as long, in place of erf."""
+    y = x.astype(jnp.float32)
+    return (y * (1 + jax.lax.erf(y * math.sqrt(0.5))) / 2).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "mish": jax.nn.mish,
     "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
@@ -78,7 +85,13 @@ class Linear(nnx.Module):
         self.bias = _param(0.0, (out_features,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return _project(x, self.kernel[...], None if self.bias is None else self.bias[...], self.dtype)
+        return self.split(x, 1)[0]
+
+    def split(self, x: Float[Array, "*batch in"], count: int) -> list[Float[Array, "*batch part"]]:
+        """The output in equal parts, a product each: a TPU joins what follows to each of them."""
+        kernels = jnp.split(self.kernel[...], count, axis=-1)
+        biases = [None] * count if self.bias is None else jnp.split(self.bias[...], count)
+        return [_project(x, kernel, bias, self.dtype) for kernel, bias in zip(kernels, biases, strict=True)]
 
 
 class Conv(nnx.Module):
