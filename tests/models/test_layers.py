@@ -68,7 +68,7 @@ def test_every_activation_that_a_config_may_name():
     for name in UNET_ACTIVATIONS:
         torch_name = {"swish": "silu"}.get(name, name)
         expected = getattr(torch.nn.functional, torch_name)(torch.from_numpy(x)).numpy()
-        np.testing.assert_allclose(layers.ACTIVATIONS[name](x), expected, atol=1e-6)
+        np.testing.assert_allclose(layers.ACTIVATIONS[name](jnp.asarray(x)), expected, atol=1e-6)
 
 
 def test_initialisation_has_torch_variance():
