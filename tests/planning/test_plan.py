@@ -163,10 +163,10 @@ def test_what_the_command_refuses(capsys):
 
 LIBTPU = "0.0.42.1"
 CYCLES = {  # a call's estimated cycles, of the bundled model's scan at batch 8 and of a block; from that libtpu
-    "v4": (5_845_828, 2_349_633),
-    "v5e": (12_531_757, 3_225_056),
-    "v5p": (17_044_408, 1_897_231),
-    "v6e": (11_983_265, 2_172_738),
+    "v4": (5_849_408, 1_954_765),
+    "v5e": (12_675_797, 2_966_734),
+    "v5p": (17_154_058, 1_699_934),
+    "v6e": (12_223_635, 1_687_812),
 }
 
 
