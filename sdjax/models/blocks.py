@@ -3,9 +3,11 @@
 State-dict keys are those of diffusers' UNet2DConditionModel.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -23,6 +25,16 @@ from sdjax.models.layers import (
     Upsample,
 )
 from sdjax.models.token_merging import merging
+
+# Of a transformer's input. What is made of more does not stay in a TPU's vector memory, and products of few channels
+# wait for what they read and write: by the compiler's estimates a v5e takes 1.3 times as long, a v6e 1.4.
+VALUES_AT_ONCE = 6 * 2**20
+
+
+def _images_at_once(shape: tuple[int, ...]) -> int:
+    """Of a batch [batch, height, width, channels], in equal parts."""
+    batch, *image = shape
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * math.prod(image) <= VALUES_AT_ONCE))
 
 
 class GEGLU(nnx.Module):
@@ -104,6 +116,16 @@ class Transformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], context: Float[Array, "batch keys context"]
     ) -> Float[Array, "batch height width channels"]:
+        if jax.default_backend() == "gpu" or _images_at_once(x.shape) == x.shape[0]:
+            return self._whole(x, context)
+        return jax.lax.platform_dependent(x, context, tpu=self._in_parts, default=self._whole)
+
+    def _in_parts(self, x: Array, context: Array) -> Array:
+        images = _images_at_once(x.shape)
+        parts = (y.reshape(-1, images, *y.shape[1:]) for y in (x, context))
+        return jax.lax.map(lambda part: self._whole(*part), tuple(parts)).reshape(x.shape)
+
+    def _whole(self, x: Array, context: Array) -> Array:
         tokens = self.proj_in(self.norm(x)).reshape(x.shape[0], -1, x.shape[-1])
         for block in self.transformer_blocks:
             tokens = block(tokens, context, (x.shape[1], x.shape[2]))

@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 
 from sdjax.config import DownConfig, UNetConfig
+from sdjax.models import blocks
 from sdjax.models.unet import UNet2DCondition, skip_channels
 from tests.torch_models import UNET, nhwc, our_unet, relative_error, torch_unet
 
@@ -232,6 +233,26 @@ def test_remat_changes_no_value_and_no_gradient(tiny):
     again, recomputed = gradient(our_unet(TINY, theirs, remat=True))
     np.testing.assert_allclose(value, again, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max()) + 1e-7)
+
+
+def test_a_tpu_takes_a_transformers_images_in_parts(tiny, monkeypatch):
+    assert [blocks._images_at_once(shape) for shape in [(16, 64, 64, 320), (6, 64, 64, 640), (7, 96, 96, 320)]] == [
+        4,
+        2,
+        1,
+    ]
+    assert [blocks._images_at_once(shape) for shape in [(1, 256, 256, 320), (4, 64, 64, 320)]] == [1, 4]
+    _, ours, args = tiny
+
+    def gradient():
+        gradient = jax.value_and_grad(lambda network: jnp.square(network(*args)).mean())
+        return jax.tree.leaves(jax.jit(gradient, compiler_options=QUICK)(ours))
+
+    whole = gradient()
+    monkeypatch.setattr(blocks, "VALUES_AT_ONCE", 0)
+    monkeypatch.setattr(blocks.Transformer, "__call__", blocks.Transformer._in_parts)
+    for a, b in zip(whole, gradient(), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(a).max()) + 1e-7)
 
 
