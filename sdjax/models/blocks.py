@@ -26,16 +26,6 @@ from sdjax.models.layers import (
 )
 from sdjax.models.token_merging import merging
 
-# Of a transformer's input. What is made of more does not stay in a TPU's vector memory, and products of few channels
-# wait for what they read and write: by the compiler's estimates a v5e takes 1.3 times as long, a v6e 1.4.
-VALUES_AT_ONCE = 6 * 2**20
-
-
-def _images_at_once(shape: tuple[int, ...]) -> int:
-    """Of a batch [batch, height, width, channels], in equal parts."""
-    batch, *image = shape
-    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * math.prod(image) <= VALUES_AT_ONCE))
-
 
 class GEGLU(nnx.Module):
     """A linear layer whose second half gates its first (https://arxiv.org/abs/2002.05202)."""
@@ -98,6 +88,17 @@ class TransformerBlock(nnx.Module):
         # Flat, or on a CPU XLA joins the norm and the product after it in one loop, which takes 1.4 times as long.
         flat = x.reshape(-1, x.shape[-1])
         return (flat + self.ff(self.norm3(flat))).reshape(x.shape)
+
+
+# Of a transformer's input. What is made of more does not stay in a TPU's vector memory, and products of few channels
+# wait for what they read and write: by the compiler's estimates a v5e takes 1.3 times as long, a v6e 1.4.
+VALUES_AT_ONCE = 6 * 2**20
+
+
+def _images_at_once(shape: tuple[int, ...]) -> int:
+    """Of a batch [batch, height, width, channels], in equal parts."""
+    batch, *image = shape
+    return max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * math.prod(image) <= VALUES_AT_ONCE))
 
 
 class Transformer(nnx.Module):
