@@ -117,7 +117,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], context: Float[Array, "batch keys context"]
     ) -> Float[Array, "batch height width channels"]:
-        if jax.default_backend() == "gpu" or _images_at_once(x.shape) == x.shape[0]:
+        if _images_at_once(x.shape) == x.shape[0]:
             return self._whole(x, context)
         return jax.lax.platform_dependent(x, context, tpu=self._in_parts, default=self._whole)
 
