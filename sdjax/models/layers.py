@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.models.attention import attention, flash_attention, kernel_heads, wants_more_heads
-from sdjax.models.convolution import Padding, convolution
+from sdjax.models.convolution import Padding, convolution, convolution_of_doubled, doubled
 
 
 def _gelu(x: Array) -> Array:
@@ -118,8 +118,14 @@ class Conv(nnx.Module):
         self.bias = _param(0.0, (out_channels,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out_height out_width out"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        y = convolution(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        return self._of(functools.partial(convolution, stride=self.stride, padding=self.padding), x)
+
+    def of_doubled(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch 2*height 2*width out"]:
+        """Of the image with every pixel twice along both sides; for a 3x3 kernel of stride 1 that keeps the size."""
+        return self._of(convolution_of_doubled, x)
+
+    def _of(self, made: Callable[[Array, Array], Array], x: Array) -> Array:
+        y = made(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -310,13 +316,6 @@ class Downsample(nnx.Module):
         return self.conv(x)
 
 
-def doubled(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch twice_h twice_w channels"]:
-    """Every pixel twice along both sides."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
-
-
 class Upsample(nnx.Module):
     """Every pixel doubled along both sides, cropped to `size`, and a 3x3 convolution.
 
@@ -329,10 +328,9 @@ class Upsample(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"], size: tuple[int, int] | None = None
     ) -> Float[Array, "batch new_height new_width channels"]:
-        x = doubled(x)
-        if size is not None:
-            x = x[:, : size[0], : size[1]]
-        return self.conv(x)
+        if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
+            return self.conv.of_doubled(x)
+        return self.conv(doubled(x)[:, : size[0], : size[1]])
 
 
 def timestep_embedding(

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sdjax.config import AutoencoderTinyConfig
-from sdjax.models.layers import ACTIVATIONS, Conv, doubled
+from sdjax.models.convolution import doubled
+from sdjax.models.layers import ACTIVATIONS, Conv
 
 
 class TinyBlock(nnx.Module):
