@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -221,7 +220,7 @@ class UpBlock(Block):
     ) -> Float[Array, "batch new_height new_width channels"]:
         """`first` is the layer to begin from; there are as many as `skips`."""
         for i, skip in enumerate(skips, first):
-            x = self.resnets[i](jnp.concatenate([x, skip], axis=-1), temb)
+            x = self.resnets[i](x, temb, skip)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for upsampler in self.upsamplers:

@@ -10,8 +10,9 @@ milliseconds. Images are NHWC. Statistics, softmax and timestep embeddings are f
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,14 +119,23 @@ class Conv(nnx.Module):
         self.bias = _param(0.0, (out_channels,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out_height out_width out"]:
-        return self._of(functools.partial(convolution, stride=self.stride, padding=self.padding), x)
+        return self.of_parts([x])
+
+    def of_parts(
+        self, parts: Sequence[Float[Array, "batch height width _"]]
+    ) -> Float[Array, "batch out_height out_width out"]:
+        """Of an image whose channels come in parts: the sum of theirs, so that nothing joins them."""
+        kernels = _apart(self.kernel[...].astype(self.dtype), parts, axis=2)
+        made = functools.partial(convolution, stride=self.stride, padding=self.padding)
+        return self._biased(
+            functools.reduce(jnp.add, (made(x.astype(self.dtype), k) for x, k in zip(parts, kernels, strict=True)))
+        )
 
     def of_doubled(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch 2*height 2*width out"]:
         """Of the image with every pixel twice along both sides; for a 3x3 kernel of stride 1 that keeps the size."""
-        return self._of(convolution_of_doubled, x)
+        return self._biased(convolution_of_doubled(x.astype(self.dtype), self.kernel[...].astype(self.dtype)))
 
-    def _of(self, made: Callable[[Array, Array], Array], x: Array) -> Array:
-        y = made(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+    def _biased(self, y: Array) -> Array:
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -147,30 +157,41 @@ class _Norm(nnx.Module):
         self.scale = _param(1.0, (channels,), param_dtype, rngs)
         self.bias = _param(0.0, (channels,), param_dtype, rngs)
 
-    def _affine(self, centred: Array, variance: Array) -> Array:
+    def _affine(self, parts: Sequence[Array], mean: Array, variance: Array) -> list[Array]:
         scale = jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
-        return (centred * scale + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        bias = self.bias[...].astype(jnp.float32)
+        return [
+            ((part.astype(jnp.float32) - m) * s + b).astype(self.dtype)
+            for part, m, s, b in zip(parts, *(_apart(y, parts) for y in (mean, scale, bias)), strict=True)
+        ]
 
 
-def _moments(x: Array, mean_of: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """Mean and variance of x, in float32.
+def _apart(x: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
+    """x, cut along an axis into as many channels as each of the parts has."""
+    if len(parts) == 1:
+        return [x]
+    ends = itertools.accumulate(part.shape[-1] for part in parts[:-1])
+    return jnp.split(x, list(ends), axis)
 
-    The variance takes a second pass over x. Of bfloat16 it does not: what the difference of two large numbers loses in
-    float32 is less than x itself has lost, and one pass is a part of the operation before it.
+
+def _moments(parts: Sequence[Array], mean_of: Callable[[Sequence[Array]], Array]) -> tuple[Array, Array]:
+    """Mean and variance of channels that come in parts, in float32.
+
+    The variance takes a second pass over them. Of bfloat16 it does not: what the difference of two large numbers loses
+    in float32 is less than the parts themselves have lost, and one pass is a part of the operation before it.
     """
-    wide = x.astype(jnp.float32)
+    wide = [part.astype(jnp.float32) for part in parts]
     mean = mean_of(wide)
-    if x.dtype == jnp.bfloat16:
-        return mean, jnp.maximum(mean_of(jnp.square(wide)) - jnp.square(mean), 0)
-    return mean, mean_of(jnp.square(wide - mean))
+    if parts[0].dtype == jnp.bfloat16:
+        return mean, jnp.maximum(mean_of([jnp.square(part) for part in wide]) - jnp.square(mean), 0)
+    return mean, mean_of([jnp.square(part - m) for part, m in zip(wide, _apart(mean, parts), strict=True)])
 
 
 class LayerNorm(_Norm):
     """Normalisation over the last axis, with statistics in float32."""
 
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        mean, variance = _moments(x, lambda y: y.mean(-1, keepdims=True))
-        return self._affine(x.astype(jnp.float32) - mean, variance)
+        return self._affine([x], *_moments([x], lambda parts: parts[0].mean(-1, keepdims=True)))[0]
 
 
 class Statistics(NamedTuple):
@@ -191,22 +212,32 @@ class GroupNorm(_Norm):
         super().__init__(channels, eps, **kw)
         self.groups = groups
 
-    def _group_mean(self, x: Float[Array, "batch positions channels"]) -> Float[Array, "batch 1 channels"]:
-        batch, _, channels = x.shape
-        means = x.mean(1).reshape(batch, self.groups, channels // self.groups).mean(-1)
+    def _group_mean(self, parts: Sequence[Float[Array, "batch positions _"]]) -> Float[Array, "batch 1 channels"]:
+        means = jnp.concatenate([part.mean(1) for part in parts], axis=-1)
+        batch, channels = means.shape
+        means = means.reshape(batch, self.groups, channels // self.groups).mean(-1)
         return jnp.repeat(means, channels // self.groups, axis=-1)[:, None]
 
-    def statistics(self, x: Float[Array, "batch *positions channels"]) -> Statistics:
-        """Each channel's mean and variance over its group."""
-        return Statistics(*_moments(x.reshape(x.shape[0], -1, x.shape[-1]), self._group_mean))
+    def statistics(self, *parts: Float[Array, "batch *positions _"]) -> Statistics:
+        """Each channel's mean and variance over its group; of channels in parts, those of all after one another."""
+        return Statistics(*_moments([_flat(part) for part in parts], self._group_mean))
 
     def __call__(
         self, x: Float[Array, "batch *positions channels"], given: Statistics | None = None
     ) -> Float[Array, "batch *positions channels"]:
         """given: what to normalise by, in place of x's own statistics."""
-        mean, variance = self.statistics(x) if given is None else given
-        flat = x.reshape(x.shape[0], -1, x.shape[-1]).astype(jnp.float32)
-        return self._affine(flat - mean, variance).reshape(x.shape)
+        return self.of_parts([x], given)[0]
+
+    def of_parts(
+        self, parts: Sequence[Float[Array, "batch *positions _"]], given: Statistics | None = None
+    ) -> list[Float[Array, "batch *positions _"]]:
+        """Of channels in parts."""
+        made = self._affine([_flat(part) for part in parts], *(self.statistics(*parts) if given is None else given))
+        return [y.reshape(part.shape) for y, part in zip(made, parts, strict=True)]
+
+
+def _flat(x: Float[Array, "batch *positions channels"]) -> Float[Array, "batch count channels"]:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class Attention(nnx.Module):
@@ -287,10 +318,15 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = Conv(in_channels, out_channels, 1, **kw) if in_channels != out_channels else None
 
     def __call__(
-        self, x: Float[Array, "batch height width in"], temb: Float[Array, "batch time"] | None = None
+        self,
+        x: Float[Array, "batch height width _"],
+        temb: Float[Array, "batch time"] | None = None,
+        skip: Float[Array, "batch height width _"] | None = None,
     ) -> Float[Array, "batch height width out"]:
+        """skip: the last of the input's channels, where x has not them all."""
         act = ACTIVATIONS[self.act_fn]
-        y = self.conv1(act(self.norm1(x)))
+        parts = [x] if skip is None else [x, skip]
+        y = self.conv1.of_parts([act(part) for part in self.norm1.of_parts(parts)])
         if temb is None:
             y = self.norm2(y)
         else:
@@ -301,8 +337,7 @@ class ResnetBlock(nnx.Module):
             else:
                 y = self.norm2(y + time)
         y = self.conv2(act(y))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
+        x = jnp.concatenate(parts, axis=-1) if self.conv_shortcut is None else self.conv_shortcut.of_parts(parts)
         return (x + y) / self.output_scale_factor
 
 
