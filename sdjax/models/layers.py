@@ -119,21 +119,30 @@ class Conv(nnx.Module):
         self.bias = _param(0.0, (out_channels,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out_height out_width out"]:
-        return self.of_parts([x])
+        return self._biased(self._plain(x, self.kernel[...]))
 
     def of_parts(
         self, parts: Sequence[Float[Array, "batch height width _"]]
     ) -> Float[Array, "batch out_height out_width out"]:
-        """Of an image whose channels come in parts: the sum of theirs, so that nothing joins them."""
-        kernels = _apart(self.kernel[...].astype(self.dtype), parts, axis=2)
-        made = functools.partial(convolution, stride=self.stride, padding=self.padding)
-        return self._biased(
-            functools.reduce(jnp.add, (made(x.astype(self.dtype), k) for x, k in zip(parts, kernels, strict=True)))
-        )
+        """Of an image whose channels come in parts: on a TPU the sum of theirs, so that nothing joins them."""
+
+        def summed(*parts: Array) -> Array:
+            kernels = _apart(self.kernel[...], parts, axis=2)
+            return self._biased(functools.reduce(jnp.add, map(self._plain, parts, kernels)))
+
+        def joined(*parts: Array) -> Array:
+            return self(jnp.concatenate(parts, axis=-1))
+
+        if len(parts) == 1:
+            return self(parts[0])
+        return jax.lax.platform_dependent(*parts, tpu=summed, default=joined)
 
     def of_doubled(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch 2*height 2*width out"]:
         """Of the image with every pixel twice along both sides; for a 3x3 kernel of stride 1 that keeps the size."""
         return self._biased(convolution_of_doubled(x.astype(self.dtype), self.kernel[...].astype(self.dtype)))
+
+    def _plain(self, x: Array, kernel: Array) -> Array:
+        return convolution(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding)
 
     def _biased(self, y: Array) -> Array:
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
