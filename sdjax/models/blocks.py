@@ -16,13 +16,11 @@ from sdjax.models.layers import (
     ACTIVATIONS,
     Attention,
     Conv,
-    Downsample,
     GroupNorm,
     LayerNorm,
     Linear,
-    ResnetBlock,
-    Upsample,
 )
+from sdjax.models.resnet import Downsample, ResnetBlock, Upsample
 from sdjax.models.token_merging import merging
 
 

@@ -101,7 +101,7 @@ def unfolded(
 
 
 def summed(
-    x: Float[Array, "batch height width in"], kernel: Float[Array, "rows columns in out"], padding: Padding = _SAME
+    x: Float[Array, "batch height width in"], kernel: Float[Array, "rows columns in out"], padding: Padding
 ) -> Float[Array, "batch height width out"]:
     """A convolution, padded to the same size, as the float32 sum of a product for each place of the kernel."""
     _, height, width, _ = x.shape
@@ -114,7 +114,7 @@ def summed(
 
 
 def in_strips(
-    x: Float[Array, "batch height width in"], kernel: Float[Array, "rows columns in out"], padding: Padding = _SAME
+    x: Float[Array, "batch height width in"], kernel: Float[Array, "rows columns in out"], padding: Padding
 ) -> Float[Array, "batch height width out"]:
     """A convolution, padded to the same size, of strips of the images as a batch of at least _BATCH."""
     batch, height, width, channels = x.shape
@@ -134,9 +134,7 @@ def row_pairs(
     x: Float[Array, "batch height width in"], kernel: Float[Array, "3 3 in out"]
 ) -> Float[Array, "batch 2*height 2*width out"]:
     """`convolution_of_doubled`, of images doubled along their rows alone: a convolution for each row of a pair."""
-    batch, height, width, channels = x.shape
-    wide = jnp.broadcast_to(x[:, :, :, None], (batch, height, width, 2, channels))
-    wide = wide.reshape(batch, height, 2 * width, channels)
+    wide = jnp.repeat(x, 2, axis=2)
     upper = jnp.stack([kernel[0], kernel[1] + kernel[2]])
     lower = jnp.stack([kernel[0] + kernel[1], kernel[2]])
     made = [_on_tpu(wide, upper, ((1, 0), (1, 1))), _on_tpu(wide, lower, ((0, 1), (1, 1)))]

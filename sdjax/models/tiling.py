@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from sdjax.models.layers import ACTIVATIONS, GroupNorm, ResnetBlock, Statistics
+from sdjax.models.layers import ACTIVATIONS, GroupNorm, Statistics
+from sdjax.models.resnet import ResnetBlock
 from sdjax.models.tiny import AutoencoderTiny
 from sdjax.models.vae import AutoencoderKL, Decoder, Encoder
 

@@ -9,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sdjax.config import VAEConfig
-from sdjax.models.layers import Attention, Conv, Downsample, GroupNorm, ResnetBlock, Upsample
+from sdjax.models.layers import Attention, Conv, GroupNorm
+from sdjax.models.resnet import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6  # of every norm; no config field sets it
 

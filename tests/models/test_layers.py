@@ -10,7 +10,8 @@ from flax import nnx
 from sdjax.config import ACTIVATIONS as UNET_ACTIVATIONS
 from sdjax.config import TEXT_ACTIVATIONS
 from sdjax.models import layers
-from sdjax.models.layers import GroupNorm, LayerNorm, Upsample, timestep_embedding
+from sdjax.models.layers import GroupNorm, LayerNorm, timestep_embedding
+from sdjax.models.resnet import ResnetBlock, Upsample
 
 F32 = {"dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": nnx.Rngs(0)}
 
@@ -48,7 +49,7 @@ def test_norms_of_half_precision_input_use_float32_statistics():
 def test_a_resnets_input_may_come_in_two_parts(monkeypatch, out, dtype, platform):
     """24 channels in groups of 6, of which one lies in both parts; as many come out, without a shortcut, or fewer."""
     kw = {**F32, "dtype": dtype, "rngs": nnx.Rngs(0)}
-    block = layers.ResnetBlock(24, out, groups=4, eps=1e-5, act_fn="silu", **kw)
+    block = ResnetBlock(24, out, groups=4, eps=1e-5, act_fn="silu", **kw)
     block.norm1.bias[...] = jnp.arange(24, dtype=jnp.float32) / 24
     x = 1 + jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 5, 24), np.float32))
     x, skip = x[..., :16].astype(dtype), x[..., 16:].astype(dtype)
