@@ -37,7 +37,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests import checkpoints
 
-torch.set_num_threads(2)
+# More of torch's threads than there are cores left wait by spinning: a suite in parallel takes thrice the time.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
