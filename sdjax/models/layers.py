@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.models.attention import attention, flash_attention, kernel_heads, wants_more_heads
-from sdjax.models.convolution import Padding, convolution, convolution_of_doubled
+from sdjax.models.convolution import Padding, convolution_of_doubled, convolution_of_parts
 
 
 def _gelu(x: Array) -> Array:
@@ -119,30 +119,18 @@ class Conv(nnx.Module):
         self.bias = _param(0.0, (out_channels,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch out_height out_width out"]:
-        return self._biased(self._plain(x, self.kernel[...]))
+        return self.of_parts([x])
 
     def of_parts(
         self, parts: Sequence[Float[Array, "batch height width _"]]
     ) -> Float[Array, "batch out_height out_width out"]:
-        """Of an image whose channels come in parts: on a TPU the sum of theirs, so that nothing joins them."""
-
-        def summed(*parts: Array) -> Array:
-            kernels = _apart(self.kernel[...], parts, axis=2)
-            return self._biased(functools.reduce(jnp.add, map(self._plain, parts, kernels)))
-
-        def joined(*parts: Array) -> Array:
-            return self(jnp.concatenate(parts, axis=-1))
-
-        if len(parts) == 1:
-            return self(parts[0])
-        return jax.lax.platform_dependent(*parts, tpu=summed, default=joined)
+        """Of an image whose channels come in parts."""
+        parts, kernel = [part.astype(self.dtype) for part in parts], self.kernel[...].astype(self.dtype)
+        return self._biased(convolution_of_parts(parts, kernel, stride=self.stride, padding=self.padding))
 
     def of_doubled(self, x: Float[Array, "batch height width in"]) -> Float[Array, "batch 2*height 2*width out"]:
         """Of the image with every pixel twice along both sides; for a 3x3 kernel of stride 1 that keeps the size."""
         return self._biased(convolution_of_doubled(x.astype(self.dtype), self.kernel[...].astype(self.dtype)))
-
-    def _plain(self, x: Array, kernel: Array) -> Array:
-        return convolution(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, padding=self.padding)
 
     def _biased(self, y: Array) -> Array:
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
@@ -175,12 +163,12 @@ class _Norm(nnx.Module):
         ]
 
 
-def _apart(x: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
-    """x, cut along an axis into as many channels as each of the parts has."""
+def _apart(x: Array, parts: Sequence[Array]) -> list[Array]:
+    """x, cut into as many channels as each of the parts has."""
     if len(parts) == 1:
         return [x]
     ends = itertools.accumulate(part.shape[-1] for part in parts[:-1])
-    return jnp.split(x, list(ends), axis)
+    return jnp.split(x, list(ends), axis=-1)
 
 
 def _moments(parts: Sequence[Array], mean_of: Callable[[Sequence[Array]], Array]) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from sdjax.models import convolution as convolution_room
 from sdjax.models.convolution import (
     convolution,
     convolution_of_doubled,
+    convolution_of_parts,
     doubled,
     filtered,
     in_strips,
@@ -84,6 +85,9 @@ def test_a_doubled_image_in_bfloat16():
 def test_the_platform_that_a_program_is_for_chooses():
     """Lowered for a TPU on a machine without one."""
 
+    def of_parts(x, kernel):
+        return convolution_of_parts(jnp.split(x, 2, axis=-1), kernel, padding=SAME)
+
     def operations(batch, side, name, made=lambda *pair: convolution(*pair, padding=SAME)):
         shapes = (batch, side, side, 128), (3, 3, 128, 128)
         exported = jax.export.export(jax.jit(made), platforms=["tpu"])
@@ -95,6 +99,9 @@ def test_the_platform_that_a_program_is_for_chooses():
     assert operations(4, 8, "stablehlo.dot_general") == 0
     assert operations(4, 32, "stablehlo.dot_general", convolution_of_doubled) == 12
     assert operations(8, 32, "stablehlo.convolution", convolution_of_doubled) == 2
+    assert operations(8, 32, "stablehlo.convolution", of_parts) == 2
+    assert operations(4, 128, "stablehlo.convolution", of_parts) == 2
+    assert operations(4, 64, "stablehlo.dot_general", of_parts) == 9
 
 
 @pytest.mark.parametrize(
