@@ -32,6 +32,7 @@ _TILES = 4096  # 2x2 outputs filtered at once: what is between the steps stays s
 _BATCH = 8  # images, or strips of them, that the TPU compiler does not cut
 _SMALL = 64  # pixels of an image that it does not cut in any batch
 _PIXELS = 2**14  # of a batch whose sums a TPU holds in vector memory
+_APART = 2**16  # pixels of a batch below which to join parts costs a TPU less than another convolution does
 
 
 def convolution(
@@ -65,7 +66,7 @@ def convolution_of_parts(
     stride: int = 1,
     padding: Padding,
 ) -> Float[Array, "batch out_height out_width out"]:
-    """`convolution` of images whose channels come in parts: on a TPU the sum of theirs, so that nothing joins them."""
+    """`convolution` of images whose channels come in parts: on a TPU, of large batches, the sum of the parts' own."""
     whole = functools.partial(convolution, stride=stride, padding=padding)
 
     def apart(*parts: Array) -> Array:
@@ -76,9 +77,7 @@ def convolution_of_parts(
         return whole(jnp.concatenate(parts, axis=-1), kernel)
 
     batch, height, width, _ = parts[0].shape
-    # What would be a sum of products would be one of twice as many, which takes longer than joining.
-    is_summed = batch < _BATCH and batch * height * width <= _PIXELS
-    if len(parts) == 1 or is_summed:
+    if len(parts) == 1 or batch * height * width < _APART:
         return joined(*parts)
     return lax.platform_dependent(*parts, tpu=apart, default=joined)
 
