@@ -231,3 +231,9 @@ def test_the_page_on_scale_does_the_sums_of_the_presets():
         expected = int(images[:-1]) * 1e6 / speeds[chip, workload] / 3600
         assert hours == f"{expected:,.0f}"
         assert days == [f"{expected / chips / 24:.2f}" for chips in (64, 256)]
+    prose = " ".join(text.split())
+    sd, xl, on_v6e = speeds["v5e", "SD 1.5"], speeds["v5e", "SDXL"], speeds["v6e", "SDXL"]
+    assert f"SDXL on v5e is {1.2 * 1e6 / 3600 / xl:,.0f} USD a million images" in prose
+    assert f"less than {on_v6e:g} / {xl:g} = {on_v6e / xl:.1f} times v5e's" in prose
+    assert f"a four-chip v5e worker for {64 / xl:.0f} s and a v6e one for {64 / on_v6e:.0f} s" in prose
+    assert f"a one-chip v5e worker for {256 / 60 / sd:.1f} minutes" in prose
