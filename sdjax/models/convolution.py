@@ -32,7 +32,7 @@ _TILES = 4096  # 2x2 outputs filtered at once: what is between the steps stays s
 _BATCH = 8  # images, or strips of them, that the TPU compiler does not cut
 _SMALL = 64  # pixels of an image that it does not cut in any batch
 _PIXELS = 2**14  # of a batch whose sums a TPU holds in vector memory
-_APART = 2**16  # pixels of a batch below which to join parts costs a TPU less than another convolution does
+_APART = 2**16  # pixels of a batch below _BATCH from which another convolution costs a TPU less than to join parts
 
 
 def convolution(
@@ -77,7 +77,8 @@ def convolution_of_parts(
         return whole(jnp.concatenate(parts, axis=-1), kernel)
 
     batch, height, width, _ = parts[0].shape
-    if len(parts) == 1 or batch * height * width < _APART:
+    is_small = batch < _BATCH and batch * height * width < _APART
+    if len(parts) == 1 or is_small:
         return joined(*parts)
     return lax.platform_dependent(*parts, tpu=apart, default=joined)
 
