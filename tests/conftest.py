@@ -37,7 +37,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests import checkpoints
 
-# More of torch's threads than there are cores left wait by spinning: a suite in parallel takes thrice the time.
+# Torch's threads wait for each other by spinning, which takes the other workers' time.
 torch.set_num_threads(1)
 
 

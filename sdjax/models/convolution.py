@@ -70,8 +70,7 @@ def convolution_of_parts(
     whole = functools.partial(convolution, stride=stride, padding=padding)
 
     def apart(*parts: Array) -> Array:
-        ends = list(itertools.accumulate(part.shape[3] for part in parts[:-1]))
-        return functools.reduce(jnp.add, map(whole, parts, jnp.split(kernel, ends, axis=2)))
+        return functools.reduce(jnp.add, map(whole, parts, split_as(kernel, parts, axis=2)))
 
     def joined(*parts: Array) -> Array:
         return whole(jnp.concatenate(parts, axis=-1), kernel)
@@ -81,6 +80,12 @@ def convolution_of_parts(
     if len(parts) == 1 or is_small:
         return joined(*parts)
     return lax.platform_dependent(*parts, tpu=apart, default=joined)
+
+
+def split_as(x: Array, parts: Sequence[Array], axis: int = -1) -> list[Array]:
+    """x, cut along an axis into as many channels as each of the parts has."""
+    ends = itertools.accumulate(part.shape[-1] for part in parts[:-1])
+    return jnp.split(x, list(ends), axis) if len(parts) > 1 else [x]
 
 
 def convolution_of_doubled(

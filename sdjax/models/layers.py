@@ -10,7 +10,6 @@ milliseconds. Images are NHWC. Statistics, softmax and timestep embeddings are f
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sdjax.models.attention import attention, flash_attention, kernel_heads, wants_more_heads
-from sdjax.models.convolution import Padding, convolution_of_doubled, convolution_of_parts
+from sdjax.models.convolution import Padding, convolution_of_doubled, convolution_of_parts, split_as
 
 
 def _gelu(x: Array) -> Array:
@@ -159,16 +158,8 @@ class _Norm(nnx.Module):
         bias = self.bias[...].astype(jnp.float32)
         return [
             ((part.astype(jnp.float32) - m) * s + b).astype(self.dtype)
-            for part, m, s, b in zip(parts, *(_apart(y, parts) for y in (mean, scale, bias)), strict=True)
+            for part, m, s, b in zip(parts, *(split_as(y, parts) for y in (mean, scale, bias)), strict=True)
         ]
-
-
-def _apart(x: Array, parts: Sequence[Array]) -> list[Array]:
-    """x, cut into as many channels as each of the parts has."""
-    if len(parts) == 1:
-        return [x]
-    ends = itertools.accumulate(part.shape[-1] for part in parts[:-1])
-    return jnp.split(x, list(ends), axis=-1)
 
 
 def _moments(parts: Sequence[Array], mean_of: Callable[[Sequence[Array]], Array]) -> tuple[Array, Array]:
@@ -181,7 +172,7 @@ def _moments(parts: Sequence[Array], mean_of: Callable[[Sequence[Array]], Array]
     mean = mean_of(wide)
     if parts[0].dtype == jnp.bfloat16:
         return mean, jnp.maximum(mean_of([jnp.square(part) for part in wide]) - jnp.square(mean), 0)
-    return mean, mean_of([jnp.square(part - m) for part, m in zip(wide, _apart(mean, parts), strict=True)])
+    return mean, mean_of([jnp.square(part - m) for part, m in zip(wide, split_as(mean, parts), strict=True)])
 
 
 class LayerNorm(_Norm):
