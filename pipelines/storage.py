@@ -19,7 +19,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from sdjax.images import write_whole
+from sdjax.files import write_whole
 
 ATTEMPTS = 9
 FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all

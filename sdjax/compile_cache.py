@@ -1,10 +1,11 @@
 """Compiled programs kept on disk, so that only the first start on a machine compiles them."""
 
 import os
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from sdjax.files import user_cache
 
 
 def use(folder: str | os.PathLike[str] | None = None, *, least_seconds: float = 0.5) -> None:
@@ -16,8 +17,7 @@ def use(folder: str | os.PathLike[str] | None = None, *, least_seconds: float = 
     if folder is None:
         if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = caches / "sdjax" / "compiled"
+        folder = user_cache("compiled")
     jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
     compilation_cache.reset_cache()

@@ -125,7 +125,9 @@ class StableDiffusion:
             if first is not None:
                 batch = [spec.resolve(first)]
                 jax.eval_shape(functools.partial(compile_for, batch), build(spec, devices=len(on)))
-            return cls(spec, loaded.result(), batch_size, on)
+            networks = loaded.result()
+        on.wait()
+        return cls(spec, networks, batch_size, on)
 
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **options: Any) -> "StableDiffusion":

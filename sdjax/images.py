@@ -1,10 +1,7 @@
-"""Pixels to files: encoding with the metadata that other tools read, contact sheets, whole-or-not-at-all writes."""
+"""Pixels to files: encoding with the metadata that other tools read, contact sheets."""
 
 import io
-import os
-import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -103,16 +100,3 @@ def _shorten(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     while text and draw.textlength(text + "...", font_size=12) > width:
         text = text[:-1]
     return text + "..."
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, whenever the process or the machine stops."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")  # hosts that share a disk share process ids
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

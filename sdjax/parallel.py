@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import jax
@@ -11,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
+_Program: TypeAlias = tuple[Any, Future[Any]]  # the shapes that it returns, and what runs it
 
 # XLA's usual schedule for CPUs begins with all that can be made of the parameters alone, and keeps it until it is used.
 _COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
@@ -27,7 +29,8 @@ class Devices:
 
     def __init__(self, devices: Sequence[Device] | None = None) -> None:
         self.devices = list(devices or jax.local_devices())
-        self._ahead: dict[Any, Any] = {}  # programs compiled before there was anything to run them on
+        self._ahead: dict[Any, _Program] = {}  # those compiled before there was anything to run them on
+        self._compilers = ThreadPoolExecutor(thread_name_prefix="compiler")
         self._sharding = NamedSharding(Mesh(np.array(self.devices), ("device",)), PartitionSpec("device"))
 
     def __len__(self) -> int:
@@ -54,14 +57,14 @@ class Devices:
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """`function` of one device's part as a function of all parts.
 
-        Called while JAX traces, it is compiled and not run, and returns tracers. A later call with arrays of the same
-        shapes finds the program, also by another `pmap` of the function here.
+        Called while JAX traces, it is not run but compiled, beside what is traced next, and returns tracers. A later
+        call with arrays of the same shapes finds the program, also by another `pmap` of the function here.
         """
         mapped: Any = jax.pmap(function, devices=self.devices, **options)
         is_partial = isinstance(function, functools.partial)
         own = (function.func, *sorted(function.keywords.items())) if is_partial else (function,)
         static = options.get("static_broadcasted_argnums")
-        compiled: dict[Any, Any] = {}
+        compiled: dict[Any, _Program] = {}
 
         def call(*arguments: Any) -> Any:
             fixed, traced = self.parted(arguments, static)
@@ -70,13 +73,20 @@ class Devices:
             is_tracing = any(isinstance(leaf, Tracer) for leaf in leaves)
             program = self._ahead.get(key) or compiled.get(key)
             if program is None:
-                program = self.compile(function, mapped.lower(*jax.tree.map(_shape, arguments)))
+                lowered = mapped.lower(*jax.tree.map(_shape, arguments))
+                program = lowered.out_info, self._compilers.submit(self.compile, function, lowered)
                 (self._ahead if is_tracing else compiled)[key] = program
+            result, compiling = program
             if is_tracing:
-                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), program.out_info)
-            return program(*traced)
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), result)
+            return compiling.result()(*traced)
 
         return call
+
+    def wait(self) -> None:
+        """Return when all that was called while JAX traced is compiled; raises what could not be."""
+        for _, compiling in self._ahead.values():
+            compiling.result()
 
     def compile(self, function: Callable[..., Any], lowered: Any) -> Any:
         """The program of a mapped `function`."""

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
+from sdjax.files import write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
 from sdjax.values import RequestError
@@ -137,7 +138,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
         for result in pipe.stream(resolved, progress=bars.steps):
             text = images.parameters(result.request, pipe.spec.name)
             path = options.output / f"{result.id}.{options.format}"
-            images.write_whole(path, images.encode(result.pixels, options.format, text=text, quality=options.quality))
+            write_whole(path, images.encode(result.pixels, options.format, text=text, quality=options.quality))
             made.append(result)
             bars.image()
             if result.flags:
@@ -148,7 +149,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
         for result in made
     ]
     sheet = images.contact_sheet([result.image for result in made], captions)
-    images.write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
+    write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
     seconds = time.perf_counter() - started
     print(f"{len(made)} images in {options.output}, with sheet.png, in {seconds:.1f} s", file=sys.stderr)
     if options.verbose:

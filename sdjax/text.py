@@ -1,21 +1,17 @@
 """Prompts to token ids and their weights, with the checkpoint's own tokenizer."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
-from transformers import AddedToken, CLIPTokenizer
+from tokenizers import AddedToken
 
-from sdjax import compel
+from sdjax import compel, vocabulary
 from sdjax.compel import Encoding
 from sdjax.prompts import Token, in_chunks, parse
 from sdjax.weights.safetensors import CheckpointError
-
-# A prompt over the limit is reported by `Tokenizer`, with its request, rather than by the library, for the process.
-logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
 
 MAX_CHUNKS = 8
 """Chunks that a prompt may have; the rest of it is cut off. Each number of them is a program of its own."""
@@ -79,6 +75,9 @@ class Tokenizer:
         added: tokens that the tokenizer does not have, and for how many embeddings each stands; they get the ids from
             `first_added` on.
 
+    Attributes:
+        end: the id of the token that ends a text.
+
     Raises:
         CheckpointError: no tokenizer is there, or it does not fit the text encoder.
     """
@@ -92,39 +91,34 @@ class Tokenizer:
                 "the checkpoint's tokenizer folder lacks vocab.json and merges.txt, or tokenizer.json"
             )
         try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            self._encoder, self._start, self.end, self._padding = vocabulary.read(Path(folder))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the tokenizer cannot be read: {str(error).splitlines()[0]}") from None
-        if len(self._tokenizer) > vocab_size:
+        size = self._encoder.get_vocab_size()
+        if size > vocab_size:
             raise CheckpointError(
-                f"the tokenizer has {len(self._tokenizer)} tokens, the text encoder {vocab_size}; they are not a pair"
+                f"the tokenizer has {size} tokens, the text encoder {vocab_size}; they are not a pair"
             )
-        self.length = length
-        self.first_added = len(self._tokenizer)
+        self.length, self.first_added = length, size
         self._stands_for: dict[int, range] = {}
         for token, count in added:
             self._add(token, count)
         self._comma = self.tokens(",")[-1]
 
     def _add(self, token: str, count: int) -> None:
-        if token in self._tokenizer.get_vocab():
+        if self._encoder.token_to_id(token) is not None:
             raise CheckpointError(f"the tokenizer has the token {token} already; give the textual inversion another")
-        first = len(self._tokenizer)
+        first = self._encoder.get_vocab_size()
         names = [token, *(f"{token}_{i}" for i in range(1, count))]
         # A token that looks like a word is not looked for inside of words.
         whole = token[0].isalnum()
-        if self._tokenizer.add_tokens([AddedToken(name, single_word=whole) for name in names]) != count:
+        if self._encoder.add_tokens([AddedToken(name, single_word=whole) for name in names]) != count:
             raise CheckpointError(f"the tokenizer has some of the tokens {token}_1 to {token}_{count - 1} already")
         self._stands_for[first] = range(first, first + count)
 
-    @property
-    def end(self) -> int:
-        """The id of the token that ends a text."""
-        return self._tokenizer.eos_token_id
-
     def tokens(self, text: str) -> list[int]:
         """The ids of a text, without start, end and padding."""
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._encoder.encode(text, add_special_tokens=False).ids
         return [each for id in ids for each in self._stands_for.get(id, (id,))]
 
     def __call__(
@@ -158,11 +152,11 @@ class Tokenizer:
 
     def row(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
         """A chunk between start and end, padded, with the weights of all."""
-        special, chunk = self._tokenizer, chunk[: self.length - 2]
+        chunk = chunk[: self.length - 2]
         padding = self.length - 2 - len(chunk)
-        ids = [special.bos_token_id, *(token.id for token in chunk), special.eos_token_id]
+        ids = [self._start, *(token.id for token in chunk), self.end]
         weights = [1.0, *(token.weight for token in chunk), 1.0]
-        return ids + [special.pad_token_id] * padding, weights + [1.0] * padding
+        return ids + [self._padding] * padding, weights + [1.0] * padding
 
     def encoding(self, one: Encoding) -> tuple[list[int], list[float], list[bool], float]:
         """An encoding's ids, their weights, which are kept, and its share."""

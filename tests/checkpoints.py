@@ -40,7 +40,7 @@ def _text_config(changes: Mapping[str, Any] | None) -> dict[str, Any]:
     return torch_models.CLIP | special | {"vocab_size": len(vocab), "max_position_embeddings": 77} | dict(changes or {})
 
 
-def _tokenizer(**special: str) -> CLIPTokenizer:
+def tokenizer(**special: str) -> CLIPTokenizer:
     merges = [tuple(merge.split()) for merge in MERGES]
     return CLIPTokenizer(vocab=vocabulary(), merges=merges, model_max_length=77, **special)
 
@@ -67,7 +67,7 @@ def pipeline(
     return diffusers.StableDiffusionPipeline(
         vae=torch_models.torch_vae(vae_config, seed),
         text_encoder=text_encoder,
-        tokenizer=_tokenizer(**tokens or {}),
+        tokenizer=tokenizer(**tokens or {}),
         unet=torch_models.torch_unet(unet_config, seed + 2),
         scheduler=scheduler or globals()["scheduler"]("DDIMScheduler"),
         safety_checker=None,
@@ -102,8 +102,8 @@ def pipeline_xl(
         vae=torch_models.torch_vae(torch_models.VAE | {"scaling_factor": 0.13025} | dict(vae or {}), seed),
         text_encoder=None if refines else torch_models.torch_clip(text_config, seed + 1),
         text_encoder_2=torch_models.torch_clip(text_config_2, seed + 3, projection=True),
-        tokenizer=None if refines else _tokenizer(),
-        tokenizer_2=_tokenizer(pad_token="!"),
+        tokenizer=None if refines else tokenizer(),
+        tokenizer_2=tokenizer(pad_token="!"),
         unet=torch_models.torch_unet(torch_models.UNET | xl | dict(unet or {}), seed + 2),
         scheduler=scheduler or globals()["scheduler"]("EulerDiscreteScheduler"),
         add_watermarker=False,

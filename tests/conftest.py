@@ -10,7 +10,8 @@ FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A program that one test has compiled, the next reads, and so do the other processes of a parallel run.
+# A tokenizer or program that one test has made, the next reads, and so do the other processes of a parallel run.
+os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="sdjax-tests-"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="sdjax-tests-"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 

@@ -19,14 +19,16 @@ MAY_IMPORT = {
     "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request", "sdjax.values"},
     "sdjax/parallel.py": set(),
     "sdjax/architectures.py": set(),
-    "sdjax/compile_cache.py": set(),
+    "sdjax/files.py": set(),
+    "sdjax/compile_cache.py": {"sdjax.files"},
     "sdjax/flops.py": set(),
     "sdjax/models": {"sdjax.config", "sdjax.models"},
     "sdjax/sampling": {"sdjax.sampling"},
     "sdjax/weights": {"sdjax.weights", "sdjax.config"},
     "sdjax/prompts.py": set(),
     "sdjax/compel.py": {"sdjax.prompts", "sdjax.values"},
-    "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.weights"},
+    "sdjax/vocabulary.py": {"sdjax.files"},
+    "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.vocabulary", "sdjax.weights"},
     "sdjax/family.py": {"sdjax.config", "sdjax.weights"},
     "sdjax/controls.py": {
         *("sdjax.config", "sdjax.family", "sdjax.inputs", "sdjax.request", "sdjax.sampling", "sdjax.values"),
@@ -70,7 +72,7 @@ MAY_IMPORT = {
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
 NO_JAX = ("sdjax/config",) + tuple(
     f"sdjax/{name}.py"
-    for name in ("__init__", "canvas", "images", "inputs", "model_options", "prompts", "request", "values")
+    for name in ("__init__", "canvas", "files", "images", "inputs", "model_options", "prompts", "request", "values")
 )
 
 

@@ -2,13 +2,12 @@
 
 import dataclasses
 import io
-import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdjax.images import contact_sheet, encode, parameters, write_whole
+from sdjax.images import contact_sheet, encode, parameters
 from sdjax.request import Request
 
 REQUEST = Request(
@@ -78,17 +77,3 @@ def test_contact_sheet_shows_each_image_in_its_cell():
     assert sheet.size == (3 * 72 + 8, 2 * 90 + 8)
     for i, colour in enumerate(colours):
         assert sheet.getpixel((8 + (i % 3) * 72 + 32, 8 + (i // 3) * 90 + 32)) == colour
-
-
-def test_write_whole_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    write_whole(path, b"old")
-
-    def fail(_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.png"]
