@@ -1,11 +1,13 @@
 """`python -m sdjax.sample PROMPT...`: images on this machine, with a progress bar, PNG metadata and a contact sheet."""
 
 import argparse
+import gc
 import itertools
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,20 +118,8 @@ def _describe(options: argparse.Namespace) -> int:
 
 def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     started = time.perf_counter()
-    from sdjax import compile_cache
-    from sdjax.generate import StableDiffusion
-    from sdjax.spec import BUNDLED, Spec
-
-    compile_cache.use()
-    spec = Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))
-    # Every request is checked against the checkpoint before its weights are read.
-    resolved = [spec.resolve(request) for request in requests]
-    batch_size = options.batch_size
-    if batch_size == "auto":
-        from sdjax.planning.fit import largest_here
-
-        batch_size = largest_here(spec, resolved, lambda text: print(text, file=sys.stderr))
-    pipe = StableDiffusion.from_pretrained(spec, batch_size=batch_size, first=resolved[0])
+    with _without_collection():
+        pipe, resolved = _load(requests, options)
     if options.verbose:
         print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -155,6 +145,35 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     if options.verbose:
         print(_memory(pipe.devices.devices), file=sys.stderr)
     return 0
+
+
+def _load(requests: Sequence[Request], options: argparse.Namespace) -> tuple["StableDiffusion", list[Request]]:
+    """The model, and the requests with every field filled in."""
+    from sdjax import compile_cache
+    from sdjax.generate import StableDiffusion
+    from sdjax.spec import BUNDLED, Spec
+
+    compile_cache.use()
+    spec = Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))
+    # Every request is checked against the checkpoint before its weights are read.
+    resolved = [spec.resolve(request) for request in requests]
+    batch_size = options.batch_size
+    if batch_size == "auto":
+        from sdjax.planning.fit import largest_here
+
+        batch_size = largest_here(spec, resolved, lambda text: print(text, file=sys.stderr))
+    return StableDiffusion.from_pretrained(spec, batch_size=batch_size, first=resolved[0]), resolved
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Make objects that stay, such as modules, without a search for garbage among them, which takes a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class _Bars:
