@@ -35,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m sdjax.plan", description="What would fit on a TPU that isn't here, and how fast."
     )
     names = ", ".join(architectures.ARCHITECTURES)
-    result.add_argument("--model", default=BUNDLED, help=f"{names}, or a checkpoint, of which no weights are read")
+    result.add_argument(
+        "--model",
+        default="bundled",
+        help=f"{names}, bundled (the default) or a checkpoint, of which no weights are read",
+    )
     result.add_argument(
         "--controlnet", action="append", default=[], metavar="PATH", help="a ControlNet; may be given several times"
     )
@@ -66,7 +70,7 @@ def make(options: argparse.Namespace) -> tuple[Plan | None, Request]:
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     request, _ = Request.from_row({"prompt": "a photo", **given})
     with ExitStack() as stack:
-        source = options.model
+        source = BUNDLED if options.model == "bundled" else options.model
         if source in architectures.ARCHITECTURES:
             source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.model
             architectures.write(options.model, source)
