@@ -12,7 +12,6 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
-_Program: TypeAlias = tuple[Any, Future[Any]]  # the shapes that it returns, and what runs it
 
 # XLA's usual schedule for CPUs begins with all that can be made of the parameters alone, and keeps it until it is used.
 _COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
@@ -29,7 +28,8 @@ class Devices:
 
     def __init__(self, devices: Sequence[Device] | None = None) -> None:
         self.devices = list(devices or jax.local_devices())
-        self._ahead: dict[Any, _Program] = {}  # those compiled before there was anything to run them on
+        # Programs compiled before there was anything to run them on: the shapes of what each returns, and itself.
+        self._ahead: dict[Any, tuple[Any, Future[Any]]] = {}
         self._compilers = ThreadPoolExecutor(thread_name_prefix="compiler")
         self._sharding = NamedSharding(Mesh(np.array(self.devices), ("device",)), PartitionSpec("device"))
 
@@ -64,28 +64,31 @@ class Devices:
         is_partial = isinstance(function, functools.partial)
         own = (function.func, *sorted(function.keywords.items())) if is_partial else (function,)
         static = options.get("static_broadcasted_argnums")
-        compiled: dict[Any, _Program] = {}
+        compiled: dict[Any, Any] = {}
 
         def call(*arguments: Any) -> Any:
             fixed, traced = self.parted(arguments, static)
             leaves, structure = jax.tree.flatten(traced)
             key = own, fixed, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
             is_tracing = any(isinstance(leaf, Tracer) for leaf in leaves)
-            program = self._ahead.get(key) or compiled.get(key)
-            if program is None:
-                lowered = mapped.lower(*jax.tree.map(_shape, arguments))
-                program = lowered.out_info, self._compilers.submit(self.compile, function, lowered)
-                (self._ahead if is_tracing else compiled)[key] = program
-            result, compiling = program
             if is_tracing:
-                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), result)
-            return compiling.result()(*traced)
+                if key not in self._ahead:
+                    lowered = mapped.lower(*jax.tree.map(_shape, arguments))
+                    self._ahead[key] = lowered.out_info, self._compilers.submit(self.compile, function, lowered)
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._ahead[key][0])
+            if key in self._ahead:
+                return self._ahead[key][1].result()(*traced)
+            if key not in compiled:
+                compiled[key] = self.compile(function, mapped.lower(*jax.tree.map(_shape, arguments)))
+            return compiled[key](*traced)
 
         return call
 
     def wait(self) -> None:
-        """Return when all that was called while JAX traced is compiled; raises what could not be."""
-        for _, compiling in self._ahead.values():
+        """Return when all that was called while JAX traced is compiled; raises why one was not, which is forgotten."""
+        for key, (_, compiling) in list(self._ahead.items()):
+            if compiling.exception() is not None:
+                del self._ahead[key]
             compiling.result()
 
     def compile(self, function: Callable[..., Any], lowered: Any) -> Any:

@@ -27,9 +27,10 @@ def read(folder: Path) -> Vocabulary:
     Raises:
         OSError, ValueError: transformers cannot read it.
     """
-    key = hashlib.sha256(f"1 {version('transformers')} {version('tokenizers')}".encode())
+    key = hashlib.sha256(f"format 1 {version('transformers')} {version('tokenizers')}".encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        key.update(f"\n{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        data = path.read_bytes()
+        key.update(f"\n{path.name} {len(data)}\n".encode() + data)
     kept = user_cache("tokenizers") / f"{key.hexdigest()}.json"
     try:
         text = kept.read_text(encoding="utf-8")

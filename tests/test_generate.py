@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sdjax import Request, RequestError, StableDiffusion
+from sdjax import Request, RequestError, StableDiffusion, programs
+from sdjax.parallel import Devices
 from sdjax.spec import Spec
 from tests import checkpoints
 
@@ -257,6 +258,25 @@ def test_what_is_asked_for_first_is_compiled_while_the_weights_are_read(tiny, pi
     assert compilations() == 0
     assert np.array_equal(result.pixels, pipe.generate([larger])[0].pixels)
     assert np.array_equal(ready.generate([RED])[0].pixels, pipe.generate([RED])[0].pixels)
+
+
+def test_what_could_not_be_compiled_first_may_be_tried_again(tiny, pipe, monkeypatch):
+    devices = Devices(jax.devices()[:2])
+    compile = devices.compile
+
+    def fail_to_decode(function, lowered):
+        if getattr(function, "func", function) is programs.decode:
+            raise RuntimeError("no memory")
+        return compile(function, lowered)
+
+    monkeypatch.setattr(devices, "compile", fail_to_decode)
+    with pytest.raises(RuntimeError, match="no memory"):
+        StableDiffusion.from_pretrained(tiny, devices=devices, first=RED)
+    monkeypatch.undo()
+    assert np.array_equal(
+        StableDiffusion.from_pretrained(tiny, devices=devices, first=RED).generate([RED])[0].pixels,
+        pipe.generate([RED])[0].pixels,
+    )
 
 
 def test_what_cannot_be_asked_for_first_is_refused(tiny):

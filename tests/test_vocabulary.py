@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AddedToken, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from sdjax import vocabulary
 from tests import checkpoints
@@ -16,10 +16,7 @@ TEXT = "a photo of <red> a red!! circle,  ÉCLAIR 3.5's ⭕\n!"
 MADE = {
     "of Stable Diffusion 1": {},
     "of Stable Diffusion 2": {"pad_token": "!"},
-    "with tokens that were added": {
-        "pad_token": AddedToken("!", special=True),
-        "extra": ["<red>", AddedToken("photo")],
-    },
+    "with tokens that were added": {"added": ["<red>", "photo"]},
 }
 SAVED = "as saved", "in separate files"
 
@@ -32,7 +29,7 @@ def folder(request, tmp_path_factory):
     added = special.pop("added", [])
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = checkpoints.tokenizer(**special)
-    tokenizer.add_tokens(added)
+    assert tokenizer.add_tokens(added) == len(added)
     tokenizer.save_pretrained(folder)
     if saved == "in separate files":
         whole = json.loads((folder / "tokenizer.json").read_text())
@@ -40,7 +37,7 @@ def folder(request, tmp_path_factory):
         (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
         (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-        own = {each["content"]: each["id"] for each in whole["added_tokens"] if each["content"] in map(str, added)}
+        own = {each["content"]: each["id"] for each in whole["added_tokens"] if each["content"] in added}
         (folder / "added_tokens.json").write_text(json.dumps(own))
     return folder
 
@@ -49,9 +46,8 @@ def folder(request, tmp_path_factory):
 def test_ids_are_those_of_transformers(folder, text):
     theirs, ours = CLIPTokenizer.from_pretrained(folder), vocabulary.read(folder)
     for each in (text, TEXT):
-        assert (
-            ours.encoder.encode(each, add_special_tokens=False).ids == theirs(each, add_special_tokens=False).input_ids
-        )
+        expected = theirs(each, add_special_tokens=False).input_ids
+        assert ours.encoder.encode(each, add_special_tokens=False).ids == expected
     assert ours[1:] == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
     assert ours.encoder.get_vocab_size() == len(theirs)
 
