@@ -30,8 +30,8 @@ class Target(Protocol):
     name: str
     memory: int
 
-    def compile(self, recorded: Recorded) -> Compiled | None:
-        """A program compiled; None where it needs more memory than there is."""
+    def compile(self, recorded: Recorded, draft: bool) -> Compiled | None:
+        """A program compiled, or its draft; None where it needs more memory than there is."""
         ...
 
 
@@ -49,8 +49,8 @@ class Local:
             raise ValueError(f"a {self.name} does not say how much memory it has; give the batch size as a number")
         self.memory: int = limit
 
-    def compile(self, recorded: Recorded) -> Compiled | None:
-        return compiled_for(recorded, jax.sharding.SingleDeviceSharding(self._device))
+    def compile(self, recorded: Recorded, draft: bool) -> Compiled | None:
+        return compiled_for(recorded, draft, jax.sharding.SingleDeviceSharding(self._device))
 
 
 class Placed(NamedTuple):
@@ -73,41 +73,45 @@ class Fit:
     def __init__(self, spec: Spec, request: Request, target: Target, say: Callable[[str], None]) -> None:
         self._spec, self._request, self._target, self._say = spec, request, target, say
         self._recorded: dict[int, list[Recorded]] = {}
-        self._placed: dict[tuple[int, str], Placed | None] = {}
+        self._placed: dict[tuple[int, str, bool], Placed | None] = {}
         self.names = [recorded.name for recorded in self._programs(1)]
 
     def largest(self) -> int:
-        """What fits of every program, 0 if not one image does.
+        """What fits of every program, 0 if not one image does: found with drafts, then settled by the programs."""
+        return self._search(max(1, self._search(_FIRST, draft=True)), draft=False)
 
-        Pixels are tried before text, of which far more fits, and the UNet, longest to compile, last.
-        """
-        most = _MOST
-        for name in sorted(self.names, key=lambda name: (name == "advance", name == "encode_text")):
-            good, bad = 0, most + 1
-            tried = _FIRST if most == _MOST else most
-            while good < tried < bad:
-                placed = self.place(name, tried)
-                if placed is None:
-                    bad = tried
-                    tried = max(1, tried // 2) if good == 0 else tried - max(1, tried // 16)
-                else:
-                    good = tried
-                    tried = min(self._guess(tried, placed.memory), bad - 1)
-            most = good
-        return most
+    def _search(self, tried: int, draft: bool) -> int:
+        """From `tried` down to what fits, then up by what memory is left; a sixteenth is not worth a compilation."""
+        good, bad = 0, _MOST + 1
+        while good + good // 16 < tried < bad:
+            if memory := self._greatest(tried, draft):
+                good, tried = tried, min(self._guess(tried, memory), bad - 1)
+            else:
+                bad, tried = tried, tried - max(1, tried // 16) if good else tried // 2
+        return good
+
+    def _greatest(self, batch_size: int, draft: bool) -> int:
+        """Bytes on the device while the greediest program runs, 0 if one does not fit; the slowest compiles last."""
+        greatest = 0
+        for name in sorted(self.names, key=lambda name: name == "advance"):
+            placed = self.place(name, batch_size, draft)
+            if placed is None:
+                return 0
+            greatest = max(greatest, placed.memory)
+        return greatest
 
     def _guess(self, batch_size: int, memory: int) -> int:
         """The largest batch if what one adds to the parameters grows in proportion to it."""
         return int(batch_size * (self._target.memory - self._parameters) / (memory - self._parameters))
 
-    def place(self, name: str, batch_size: int) -> Placed | None:
-        """A program for a batch; None if it and all that stays on the device beside it do not fit."""
-        key = batch_size, name
+    def place(self, name: str, batch_size: int, draft: bool = False) -> Placed | None:
+        """A program for a batch, or its draft; None if it and all that stays on the device beside it do not fit."""
+        key = batch_size, name, draft
         if key not in self._placed:
-            self._say(f"compiling {name} for {batch_size} images on a {self._target.name}")
+            self._say(f"{'drafting' if draft else 'compiling'} {name} for {batch_size} images on a {self._target.name}")
             programs = self._programs(batch_size)
             recorded = next(program for program in programs if program.name == name)
-            compiled = self._target.compile(recorded)
+            compiled = self._target.compile(recorded, draft)
             self._placed[key] = None
             if compiled is not None:
                 # The other networks stay, and so does what the other batches in flight have been given.

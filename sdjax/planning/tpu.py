@@ -24,6 +24,10 @@ _ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
 }
 
+# What compiles soonest, SDXL's UNet in under a minute and not half an hour: it would run slower, but takes about
+# the memory that the program takes.
+_DRAFT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
+
 
 class PlanError(ValueError):
     """What was asked cannot be planned here; the message says why."""
@@ -77,19 +81,19 @@ class Compiler:
         self.chip, self.name, self.memory = chip, chip.name, chip.memory
         self._sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("device",)), PartitionSpec())
 
-    def compile(self, recorded: Recorded) -> Compiled | None:
-        """A program compiled for the chip; None where it needs more memory than the chip has."""
-        return compiled_for(recorded, self._sharding)
+    def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
+        """A program compiled for the chip, or its draft; None where it needs more memory than the chip has."""
+        return compiled_for(recorded, draft, self._sharding)
 
 
-def compiled_for(recorded: Recorded, sharding: Sharding) -> Compiled | None:
-    """Compile a program for the device of a sharding; None where it needs more memory than that has."""
+def compiled_for(recorded: Recorded, draft: bool, sharding: Sharding) -> Compiled | None:
+    """Compile a program, or its draft, for the device of a sharding; None where it needs more memory than that has."""
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), recorded.arguments
     )
     lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(_DRAFT if draft else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             return None
