@@ -6,8 +6,13 @@ import tempfile
 from pathlib import Path
 
 # Before anything imports JAX: the devices that a multi-device host would have. Networks this small take longer to
-# optimise than to run.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# compile than to run, so they are compiled as is soonest, each by one thread of the process.
+QUICKLY = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+FLAGS = ["--xla_force_host_platform_device_count=8", *QUICKLY]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"

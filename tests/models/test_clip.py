@@ -1,7 +1,6 @@
 """The text encoder beside transformers' on random weights, over configurations that differ in every field."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ PARITY = {
 }
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+@jax.jit
 def run(network, ids):
     return network(ids)
 

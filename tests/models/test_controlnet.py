@@ -1,7 +1,6 @@
 """ControlNets beside diffusers' on random weights, over configurations that differ in every field."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -11,7 +10,7 @@ import torch
 
 from sdjax.config import ConfigError, ControlNetConfig
 from tests.models.test_unet import PARITY as UNETS
-from tests.models.test_unet import QUICK, inputs, numpy
+from tests.models.test_unet import inputs, numpy
 from tests.torch_models import CONTROLNET, nhwc, our_controlnet, relative_error, torch_controlnet
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -62,7 +61,7 @@ PARITY = {
 }
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def run(network, x, t, context, image, scale, guess_mode, added):
     return network(x, t, context, network.embed(image), scale, guess_mode, added)
 

@@ -10,8 +10,7 @@ from sdjax.models import tiling
 from tests.torch_models import TINY, VAE, our_tiny, our_vae, relative_error, torch_tiny, torch_vae
 
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
-quick = functools.partial(jax.jit, static_argnames="tiling", compiler_options={"xla_backend_optimization_level": 0})
-encode, decode = quick(tiling.encode), quick(tiling.decode)
+encode, decode = (jax.jit(function, static_argnames="tiling") for function in (tiling.encode, tiling.decode))
 
 DEEP = VAE | {"block_out_channels": [8, 16, 16], "down_block_types": [DOWN] * 3, "up_block_types": [UP] * 3}
 

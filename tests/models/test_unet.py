@@ -1,7 +1,6 @@
 """The UNet beside diffusers' on random weights, over configurations that differ in every field."""
 
 import dataclasses
-import functools
 import time
 
 import jax
@@ -115,10 +114,7 @@ PARITY = {
 }
 
 
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
-
-
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def run(network, *args, **kwargs):
     return network(*args, **kwargs)
 
@@ -225,7 +221,7 @@ def test_conditions_that_the_network_does_not_take(tiny):
 def test_remat_changes_no_value_and_no_gradient(tiny):
     theirs, ours, args = tiny
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(network):
         return jax.value_and_grad(lambda network: jnp.square(network(*args)).mean())(network)
 
@@ -243,7 +239,7 @@ def test_a_tpu_takes_a_transformers_images_in_parts(tiny, monkeypatch):
 
     def gradient():
         gradient = jax.value_and_grad(lambda network: jnp.square(network(*args)).mean())
-        return jax.tree.leaves(jax.jit(gradient, compiler_options=QUICK)(ours))
+        return jax.tree.leaves(jax.jit(gradient)(ours))
 
     whole = gradient()
     monkeypatch.setattr(blocks, "VALUES_AT_ONCE", 0)
@@ -256,7 +252,7 @@ def test_every_parameter_has_a_gradient_and_half_precision_keeps_it_float32(tiny
     theirs, _, args = tiny
     half = our_unet(TINY, theirs, dtype=jnp.bfloat16)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(network):
         return jax.grad(lambda network: jnp.square(network(*args).astype(jnp.float32)).mean())(network)
 
@@ -279,7 +275,7 @@ def test_a_network_is_an_ordinary_argument(tiny):
     theirs, ours, args = tiny
     traces = []
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def call(network, *args):
         traces.append(1)
         return network(*args)

@@ -1,7 +1,6 @@
 """The autoencoder beside diffusers' on random weights, over configurations that differ in every field."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +57,8 @@ PARITY = {
 
 
 # Compiles in half the time so; the tests at full size and of half precision keep the usual level.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-encode = quick(lambda network, x: network.encode(x))
-decode = quick(lambda network, z: network.decode(z))
+encode = jax.jit(lambda network, x: network.encode(x))
+decode = jax.jit(lambda network, z: network.decode(z))
 
 
 @pytest.mark.parametrize("name", PARITY)

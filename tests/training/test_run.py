@@ -83,8 +83,8 @@ def _write(folder, task="unet", cache="true", prompts=()):
 
 def _command(*options):
     # On a CPU that is busy otherwise, XLA's threads may add up in another order; one thread always gives the same bits.
-    flags = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1 --xla_cpu_multi_thread_eigen=false"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, "-m", "sdjax.train", *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
