@@ -1,13 +1,13 @@
 """The operations that a function needs: products and convolutions, which are all but a percent of a network's."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 
-def flops(function: Callable[..., Any], *arguments: Any) -> int:
+def flops(function: Callable[..., Any], *arguments: Any, taken: Mapping[str, float] | None = None) -> float:
     """Multiplications and additions of a call, counted before a compiler sees it.
 
     Loops of known length count each time round, and a conditional its dearest branch, so the count is the same on every
@@ -16,15 +16,16 @@ def flops(function: Callable[..., Any], *arguments: Any) -> int:
     Args:
         function: anything that `jax.jit` takes.
         arguments: arrays, or `jax.ShapeDtypeStruct`s.
+        taken: how often a conditional takes its dearest branch, 0 to 1, by its `jax.named_scope`; else always.
     """
-    return _of(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _of(jax.make_jaxpr(function)(*arguments).jaxpr, taken or {})
 
 
-def _of(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _of(jaxpr: Any, taken: Mapping[str, float]) -> float:
+    return sum(_of_equation(equation, taken) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _of_equation(equation: Any, taken: Mapping[str, float]) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         contracted = params["dimension_numbers"][0][0]
@@ -35,9 +36,10 @@ def _of_equation(equation: Any) -> int:
         return 2 * equation.outvars[0].aval.size * (kernel.size // kernel.shape[out_features])
     if name == "pallas_call":
         return 0
-    inner = [_of(jaxpr) for jaxpr in _inside(params)]
+    inner = [_of(jaxpr, taken) for jaxpr in _inside(params)]
     if name == "cond":
-        return max(inner)
+        share = taken.get(str(equation.source_info.name_stack).rpartition("/")[2], 1)
+        return share * max(inner) + (1 - share) * min(inner)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 

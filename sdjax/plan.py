@@ -95,9 +95,9 @@ def figures(made: Plan, *, chips: int, price: float) -> dict[str, Any]:
         "programs": {
             program.recorded.name: {
                 "calls": program.recorded.calls,
-                "flops": program.flops,
-                "estimated_cycles": program.cost.cycles.total(),
-                "estimated_cycles_capped": program.cost.capped.total(),
+                "flops": round(program.flops),
+                "estimated_cycles": round(program.cost.cycles.total()),
+                "estimated_cycles_capped": round(program.cost.capped.total()),
                 "estimated_kernel_cycles": round(program.kernel_cycles),
                 "estimated_seconds": program.seconds,
                 "memory": vars(program.compiled.memory),

@@ -15,6 +15,9 @@ from sdjax.models.tiling import Autoencoder
 from sdjax.models.unet import UNet2DCondition
 from sdjax.sampling import Tables, noise, scan
 
+DEEP = "deep"
+"""The scope of the conditional that makes a prompt's deep features anew or leaves them."""
+
 
 class Conditions(NamedTuple):
     """What the UNet is told of a request besides its latent and timestep; None where it takes no such thing.
@@ -296,7 +299,8 @@ def advance(
         if fresh is None:
             return unet.outer(seen, temb, context, *deep()), kept
         now = fresh[:, half]
-        made = lax.cond(jnp.any(now), deep, lambda: kept)
+        with jax.named_scope(DEEP):
+            made = lax.cond(jnp.any(now), deep, lambda: kept)
         made = jax.tree.map(lambda new, old: jnp.where(now[:, None, None, None], new, old), made, kept)
         return unet.outer(seen, temb, context, *made), made
 

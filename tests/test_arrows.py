@@ -52,8 +52,8 @@ MAY_IMPORT = {
         *("sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
     "sdjax/planning": {
-        *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.request"),
-        "sdjax.spec",
+        *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.programs"),
+        *("sdjax.request", "sdjax.sampling", "sdjax.spec"),
     },
     "sdjax/benchmark": {
         *(

@@ -8,17 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdjax import compile_cache, images
-from sdjax.batch import guidance_weights
 from sdjax.benchmark.stopwatch import Stopwatch
-from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
 from sdjax.planning.record import record
 from sdjax.request import Request
-from sdjax.spec import Spec
 
 _PEAKS = {
     "TPU v4": 275e12,
@@ -40,7 +36,7 @@ class Measured:
     load: from files to the devices; first and again.
     compile_cold, compile_warm: by program, with an empty compilation cache and with what the first left there.
     stages: by program, of a batch with nothing beside it; then `host copy`, and `encode` of its images to PNG.
-    unet_call: one of the network's calls within `advance`.
+    unet_call: one of the network's calls within `advance`, for one of a request's prompts.
     images_per_second: of whole batches with the host's work beside the devices'.
     flops_per_image: products and convolutions.
     peak_flops: of all devices in a second: as stated for bfloat16, or by a large product where that is not known.
@@ -83,7 +79,6 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     results = [pipe.generate(batch) for _ in range(repeats)][-1]
     stages = {name: sum(taken) / repeats for name, taken in watch.running.items()}
     encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
-    calls = pipe.spec.calls(batch[0]) * prompts_asked(pipe.spec, batch[0])
     watch.blocking = False
     _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
     peak = _peak_bytes(watch)
@@ -92,6 +87,8 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     jax.clear_caches()
     pipe, reload = _timed(lambda: _load(folder, dtype, batch_size, again))
     pipe.generate(batch)
+    recorded = record(pipe.spec, batch[0], 1)
+    calls = sum(int(program.asked.sum()) for program in recorded if program.asked is not None)
     return Measured(
         batch_size=batch_size,
         load=(load, reload),
@@ -100,7 +97,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         stages={**stages, "encode": sum(encoding)},
         unet_call=stages["advance"] / calls,
         images_per_second=count * (repeats + 1) / seconds,
-        flops_per_image=_flops(pipe.spec, batch[0], calls),
+        flops_per_image=sum(p.calls * flops(p.function, *p.arguments, taken=p.taken) for p in recorded),
         peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
         peak_bytes=peak,
         program_bytes=dict(watch.memory),
@@ -115,25 +112,6 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     result = function()
     return result, time.perf_counter() - started
-
-
-def prompts_asked(spec: Spec, request: Request) -> float:
-    """Prompts that a sampler row calls the network with, in the mean: without guidance not the negative one."""
-    table, family = spec.table(request), spec.family
-    alone = np.ones((1, 1), np.float32)
-    weights = guidance_weights(
-        [request], [table], alone, table.calls, edits=family.edits, embedded=family.embeds_guidance
-    )
-    return np.count_nonzero(weights) / table.calls
-
-
-def _flops(spec: Spec, request: Request, calls: float) -> float:
-    """Of one image, for which the network is called so often: of `advance` no more than that is counted."""
-    total, most = 0.0, SCAN_ROWS * spec.program(request).prompts
-    for program in record(spec, request, 1):
-        times = calls / most if program.name == "advance" else program.calls
-        total += times * flops(program.function, *program.arguments)
-    return total
 
 
 def _peak_bytes(watch: Stopwatch) -> int:

@@ -33,8 +33,8 @@ class Estimate:
 
     @cached_property
     def cost(self) -> Cost:
-        """The compiler's estimates of one call."""
-        return self.compiled.program.cost(self.chip.bytes_per_cycle)
+        """The compiler's estimates of one call, in the mean of all."""
+        return self.compiled.program.cost(self.chip.bytes_per_cycle, self.recorded.taken)
 
     @property
     def kernel_cycles(self) -> float:
@@ -49,9 +49,10 @@ class Estimate:
         return self.recorded.calls * cycles / self.chip.clock
 
     @cached_property
-    def flops(self) -> int:
+    def flops(self) -> float:
         """Operations of all calls of a batch, as the networks define them."""
-        return self.recorded.calls * flops(self.recorded.function, *self.recorded.arguments)
+        recorded = self.recorded
+        return recorded.calls * flops(recorded.function, *recorded.arguments, taken=recorded.taken)
 
 
 @dataclass(frozen=True)

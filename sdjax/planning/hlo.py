@@ -2,13 +2,14 @@
 
 XLA's text form (https://openxla.org/xla/operation_semantics) is read as far as the walk needs: computations, their
 instructions, and of those the result's shape, the opcode, the operands' names and the attributes. What is called runs
-once, a loop's body as often as the constant in its condition says, and the dearest branch of a conditional. Fusions
-are priced whole, by their own `estimated_cycles`.
+once, a loop's body as often as the constant in its condition says, and the dearest branch of a conditional, or as
+often as is said of the conditional's `jax.named_scope`. Fusions are priced whole, by their own `estimated_cycles`.
 """
 
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +22,7 @@ _CALLED = re.compile(
     r"\b(condition|body|to_apply|calls|called_computations|branch_computations|true_computation|"
     r"false_computation)=(?:\{([^}]*)\}|%([\w.\-]+))"
 )
+_SCOPE = re.compile(r'op_name="[^"]*?([^"/]+)/cond"')
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 KERNEL = 'custom_call_target="tpu_custom_call"'
 _PRODUCTS = frozenset(("convolution", "dot"))
@@ -50,6 +52,12 @@ class Instruction:
     def callees(self) -> list[str]:
         """All of them."""
         return [name for names in self.called.values() for name in names]
+
+    @property
+    def scope(self) -> str:
+        """The `jax.named_scope` that a conditional is in; empty where it says none."""
+        found = _SCOPE.search(self.rest)
+        return found[1] if found else ""
 
     @property
     def cycles(self) -> int | None:
@@ -110,7 +118,7 @@ class Cost:
     capped: Counter[str] = field(default_factory=Counter)
     kernels: Counter[tuple[str, tuple[tuple[int, ...], ...]]] = field(default_factory=Counter)
 
-    def add(self, other: "Cost", times: int = 1) -> None:
+    def add(self, other: "Cost", times: float = 1) -> None:
         for name in ("cycles", "capped", "kernels"):
             mine, theirs = getattr(self, name), getattr(other, name)
             for key, count in theirs.items():
@@ -140,9 +148,13 @@ class Program:
         if not self.entry:
             raise HloError("no ENTRY computation in what should be a compiled program")
 
-    def cost(self, bytes_per_cycle: float) -> Cost:
-        """What a run takes, of the compiler's estimates; `bytes_per_cycle` is main memory's bandwidth."""
-        return self._walk(self.entry, bytes_per_cycle, {})
+    def cost(self, bytes_per_cycle: float, taken: Mapping[str, float] | None = None) -> Cost:
+        """What a run takes, of the compiler's estimates.
+
+        bytes_per_cycle: main memory's bandwidth.
+        taken: how often a conditional takes its dearest branch, 0 to 1, by its scope; else always.
+        """
+        return self._walk(self.entry, bytes_per_cycle, taken or {}, {})
 
     @cached_property
     def _multiplying(self) -> set[str]:
@@ -160,7 +172,7 @@ class Program:
             found |= more
         return found
 
-    def _walk(self, name: str, bandwidth: float, known: dict[str, Cost]) -> Cost:
+    def _walk(self, name: str, bandwidth: float, taken: Mapping[str, float], known: dict[str, Cost]) -> Cost:
         if name in known:
             return known[name]
         body, total = self.computations[name], Cost()
@@ -168,10 +180,13 @@ class Program:
             if instruction.opcode == "while":
                 trips = self.trips(instruction.called["condition"][0])
                 for inner in instruction.callees:
-                    total.add(self._walk(inner, bandwidth, known), trips)
+                    total.add(self._walk(inner, bandwidth, taken, known), trips)
             elif instruction.opcode == "conditional":
-                branches = [self._walk(branch, bandwidth, known) for branch in instruction.callees]
-                total.add(max(branches, key=lambda cost: (cost.cycles.total(), len(cost.kernels))))
+                branches = [self._walk(branch, bandwidth, taken, known) for branch in instruction.callees]
+                branches.sort(key=lambda cost: (cost.cycles.total(), len(cost.kernels)))
+                share = taken.get(instruction.scope, 1)
+                total.add(branches[-1], share)
+                total.add(branches[0], 1 - share)
             elif KERNEL in instruction.rest:
                 sides = tuple(_sides(body[name].shape) for name in instruction.operands)
                 total.kernels[re.sub(r"\.\d+$", "", instruction.name), sides] += 1
@@ -179,7 +194,7 @@ class Program:
                 self._price(instruction, cycles, body, bandwidth, total)
             elif instruction.opcode in ("call", "async-start"):
                 for inner in instruction.callees:
-                    total.add(self._walk(inner, bandwidth, known))
+                    total.add(self._walk(inner, bandwidth, taken, known))
         known[name] = total
         return total
 

@@ -7,11 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool
 
+from sdjax import programs
 from sdjax.generate import StableDiffusion
 from sdjax.networks import build
 from sdjax.parallel import Devices
 from sdjax.request import Request
+from sdjax.sampling import scan
 from sdjax.spec import Spec
 
 
@@ -24,6 +28,7 @@ class Recorded:
     donated: places of the arguments whose buffers it may reuse.
     result: shapes of what it returns.
     calls: how often a batch runs it.
+    asked, deep: of `advance`, which prompts the network is called with, and makes deep features for, over all calls.
     """
 
     name: str
@@ -32,6 +37,23 @@ class Recorded:
     donated: tuple[int, ...]
     result: Any
     calls: int
+    asked: Bool[np.ndarray, "rows prompts"] | None = None
+    deep: Bool[np.ndarray, "rows prompts"] | None = None
+
+    @property
+    def taken(self) -> dict[str, float]:
+        """How often the program's conditionals take their dearest branch in the mean of the calls, by their scopes."""
+        if self.asked is None or self.deep is None:
+            return {}
+        return {scan.ASKED: self.asked.mean(), programs.DEEP: self.deep.sum() / self.asked.sum()}
+
+    def count(self, rows: programs.Rows) -> None:
+        """Note what a call's rows ask for."""
+        rows = jax.tree.map(np.asarray, rows)
+        asked = np.any((rows.weights != 0) & rows.tables.active[..., None], axis=(0, 1))
+        deep = asked if rows.fresh is None else np.any(rows.fresh, axis=(0, 1))
+        self.asked = asked if self.asked is None else np.concatenate([self.asked, asked])
+        self.deep = deep if self.deep is None else np.concatenate([self.deep, deep])
 
 
 class Recorder(Devices):
@@ -44,7 +66,13 @@ class Recorder(Devices):
         return 1
 
     def split(self, tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
+        def first(leaf: Any) -> Any:
+            if isinstance(leaf, np.ndarray):
+                with jax.ensure_compile_time_eval():  # its values are there for `Recorded.count`
+                    return jnp.asarray(leaf[None])
+            return jnp.asarray(leaf)[None]
+
+        return jax.tree.map(first, tree)
 
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         donated, static = (
@@ -63,8 +91,11 @@ class Recorder(Devices):
                 self.programs[key] = Recorded(
                     program.__name__, program, shapes, donated, jax.eval_shape(program, *shapes), 0
                 )
-            self.programs[key].calls += 1
-            return self.split(self.programs[key].function(*traced))
+            recorded = self.programs[key]
+            recorded.calls += 1
+            for rows in (argument for argument in arguments if isinstance(argument, programs.Rows)):
+                recorded.count(rows)
+            return self.split(recorded.function(*traced))
 
         return call
 

@@ -21,6 +21,9 @@ Network = Callable[
 half 0 is the conditional one; it is traced: index stacked contexts with it. told: the row's part of `advance`'s.
 """
 
+ASKED = "asked"
+"""The scope of the conditional that calls the network or leaves it out."""
+
 
 class Known(NamedTuple):
     """An image of which only a part is painted anew (inpainting)."""
@@ -145,7 +148,8 @@ def _guided(
             return out.astype(jnp.float32), new
 
         needed = (weight != 0) | ((h == 0) & (rescale > 0))
-        out, kept = lax.cond(jnp.any(needed), call, lambda: (jnp.zeros_like(x), kept))
+        with jax.named_scope(ASKED):
+            out, kept = lax.cond(jnp.any(needed), call, lambda: (jnp.zeros_like(x), kept))
         # A half that an image has no weight for must not reach it, whatever is in there.
         total = total + jnp.where((weight != 0)[:, None, None, None], _scale(weight, out), 0)
         return (total, jnp.where(h == 0, out, conditional)), kept

@@ -41,7 +41,7 @@ TEXT = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(bf16[8,
   %s = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
   %x = bf16[8,16]{1,0} get-tuple-element(%s), index=1
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
-  %y = bf16[8,16]{1,0} conditional(%i, %x, %x), branch_computations={%cheap, %dear}
+  %y = bf16[8,16]{1,0} conditional(%i, %x, %x), branch_computations={%cheap, %dear}, metadata={op_name="f/deep/cond"}
   %flash.2 = bf16[8,16]{1,0} custom-call(%y, %x), custom_call_target="tpu_custom_call", backend_config={"a":"=%dear"}
   ROOT %tuple = (s32[]{:T(128)}, bf16[8,16]{1,0}) tuple(%i, %flash.2)
 }
@@ -61,6 +61,12 @@ def test_loops_branches_and_kernels_count_as_often_as_they_run():
     cost = Program(TEXT).cost(bytes_per_cycle=4)
     assert cost.cycles == {"product": 5 * 1000, "other": 700}
     assert cost.kernels == {("flash", ((8, 16), (8, 16))): 5}
+
+
+def test_a_conditional_counts_as_often_as_is_said_of_its_scope():
+    costs = [Program(TEXT).cost(4, taken) for taken in ({"deep": 0}, {"deep": 0.25}, {"shallow": 0.25})]
+    assert [cost.cycles["product"] for cost in costs] == [0, 0.25 * 5 * 1000, 5 * 1000]
+    assert [cost.cycles["other"] for cost in costs] == [700] * 3
 
 
 def test_what_multiplies_nothing_costs_no_more_than_its_bytes():

@@ -91,6 +91,33 @@ def test_flops_of_loops_and_branches():
     assert flops(function, jnp.ones((4, 4)), True) == (3 + 2) * 2 * 4**3
 
 
+@pytest.mark.parametrize(
+    ("options", "asked", "deep"),
+    [
+        ({}, 8, 8),
+        ({"guidance_scale": 1}, 4, 4),
+        ({"guidance_end": 0.5}, 6, 6),
+        ({"cache_interval": 2}, 8, 4),
+        ({"cache_interval": 3, "guidance_scale": 1}, 4, 2),
+    ],
+)
+def test_what_a_request_leaves_out_is_not_counted(tiny, options, asked, deep):
+    """Of four rows with two prompts each."""
+    (advance,) = [
+        program
+        for program in record(Spec(tiny), Request(prompt="a red circle", num_inference_steps=4, **options), 2)
+        if program.name == "advance"
+    ]
+    assert advance.asked.sum() == asked
+    assert advance.deep.sum() == deep
+    assert advance.taken == {"asked": asked / advance.asked.size, "deep": deep / asked}
+    call = flops(advance.function, *advance.arguments, taken={"asked": 1, "deep": 0})
+    whole = flops(advance.function, *advance.arguments)
+    assert 0 < call < whole if "cache_interval" in options else call == whole
+    counted = flops(advance.function, *advance.arguments, taken=advance.taken)
+    assert counted == pytest.approx((call * asked + (whole - call) * deep) / advance.asked.size, rel=1e-3)
+
+
 class _Stated:
     """A compiler by whose word each image takes `each` bytes of a chip, and of a draft `drafted` times as many."""
 
