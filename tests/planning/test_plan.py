@@ -239,6 +239,18 @@ def test_the_bundled_model_on_every_chip(target, tmp_path, capsys):
 
 
 @needs_libtpu
+def test_a_draft_is_told_from_what_it_is_of():
+    """By a layer too large for anything but main memory."""
+    shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(2**15, 2**13), (2**13, 2**15)])
+    recorded = Recorded("layer", lambda x, kernel: jax.nn.gelu(x @ kernel) @ kernel.T, shapes, (), None, calls=1)
+    draft, program = (Compiler(CHIPS["v5e"]).compile(recorded, draft) for draft in (True, False))
+    assert draft is not None
+    assert program is not None
+    assert 0.5 < draft.memory.temporaries / program.memory.temporaries < 2
+    assert draft.text != program.text
+
+
+@needs_libtpu
 @pytest.mark.parametrize("target", CHIPS)
 def test_the_attention_kernel_fits_every_chips_vector_memory(target):
     """Of Stable Diffusion 2.1 at 768 px: 9,216 tokens and 5 heads, more keys than one step takes."""

@@ -127,7 +127,6 @@ def test_a_run_leaves_its_numbers_pictures_and_model(whole):
     assert pipe.generate([Request(prompt="a red circle", num_inference_steps=2)])[0].pixels.shape == (16, 16, 3)
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
     path = _write(tmp_path)
     process = _command("--config", str(path))
