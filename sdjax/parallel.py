@@ -13,8 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Device: TypeAlias = Any  # jax.Device, which type checkers take for a variable
 
-# XLA's usual schedule for CPUs begins with all that can be made of the parameters alone, and keeps it until it is used.
-_COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # XLA's usual schedule begins with all that can be made of the parameters alone, and keeps it until it is used.
+    "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+    # Products of one input are made by themselves: of those that XLA joins, each part is copied for cuDNN.
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0},
+}
+"""What XLA is told, by the devices' platform."""
 
 
 class Devices:
@@ -93,7 +98,7 @@ class Devices:
 
     def compile(self, function: Callable[..., Any], lowered: Any) -> Any:
         """The program of a mapped `function`."""
-        return lowered.compile(_COMPILER_OPTIONS.get(self.platform))
+        return lowered.compile(COMPILER_OPTIONS.get(self.platform))
 
     @staticmethod
     def parted(arguments: tuple[Any, ...], static: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -1,7 +1,7 @@
-"""`python -m sdjax.plan --model sdxl --target v5e`: what would fit on a TPU that isn't here, how fast, at what cost.
+"""`python -m sdjax.plan --model sdxl --target v5e`: what would fit on a device that isn't here, how fast, at what cost.
 
-The programs that `generate` would run are compiled by libtpu's compiler, which needs no TPU. What fits is what that
-compiler says; times are made of its own estimates, and marked so: nothing has run.
+The programs that `generate` would run are compiled by the device's compiler, which needs no device. What fits is what
+that compiler says; times are made of its own estimates, and marked so: nothing has run. For GPUs it has none.
 """
 
 import argparse
@@ -18,21 +18,29 @@ from typing import Any
 import jax
 
 from sdjax import architectures
-from sdjax.planning.chips import CHIPS
-from sdjax.planning.estimate import Plan, plan
-from sdjax.planning.fit import Fit
-from sdjax.planning.tpu import Compiler, PlanError
+from sdjax.planning.chips import CHIPS, Chip
+from sdjax.planning.compiled import PlanError
+from sdjax.planning.estimate import Plan
+from sdjax.planning.fit import Fit, Fitted
+from sdjax.planning.gpu import GPUS, Gpu, GpuCompiler
+from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
 from sdjax.sample import add_request_options
 from sdjax.spec import BUNDLED, DTYPES, Spec
 
 _GIB = 2**30
+_ABOUT_TPUS = """\
+Made of the TPU compiler's estimated cycles, capped at what bytes take where nothing is multiplied, and of
+the attention kernel's products. The host's part is not in it."""
+_ABOUT_GPUS = """\
+Memory as XLA's compiler for GPUs allots it, without what cuDNN's convolutions ask for when they are tuned on a GPU,
+of the three quarters that JAX takes. That compiler does not say how long a program takes."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one."""
     result = argparse.ArgumentParser(
-        prog="python -m sdjax.plan", description="What would fit on a TPU that isn't here, and how fast."
+        prog="python -m sdjax.plan", description="What would fit on a TPU or GPU that isn't here, and how fast."
     )
     names = ", ".join(architectures.ARCHITECTURES)
     result.add_argument(
@@ -43,9 +51,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--controlnet", action="append", default=[], metavar="PATH", help="a ControlNet; may be given several times"
     )
-    result.add_argument("--target", choices=sorted(CHIPS), default="v5e", help="TPU chip (default: %(default)s)")
-    result.add_argument("--topology", default="2x2", help="chips of a host, such as 2x4 (default: %(default)s)")
-    result.add_argument("--batch-size", type=int, help="images that a chip makes at once (default: what fits)")
+    targets = *sorted(CHIPS), *GPUS
+    result.add_argument("--target", choices=targets, default="v5e", help="TPU chip or GPU (default: %(default)s)")
+    result.add_argument("--topology", default="2x2", help="chips of a TPU host, such as 2x4 (default: %(default)s)")
+    result.add_argument("--batch-size", type=int, help="images that a device makes at once (default: what fits)")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     result.add_argument("--price", type=float, help="US dollars a chip-hour (default: the list price on demand)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -61,8 +70,8 @@ def chips_of(topology: str) -> int:
     return math.prod(map(int, sides))
 
 
-def make(options: argparse.Namespace) -> tuple[Plan | None, Request]:
-    """The plan that the options ask for, None if not one image fits, and the request that it is for.
+def make(options: argparse.Namespace) -> tuple[Fitted | None, Request]:
+    """The batch that the options ask for, None if not one image fits, and the request that it is for.
 
     Raises:
         ValueError: something asked for cannot be; the message names it.
@@ -76,81 +85,104 @@ def make(options: argparse.Namespace) -> tuple[Plan | None, Request]:
             architectures.write(options.model, source)
         spec = Spec(source, dtype=options.dtype, controlnets=options.controlnet)
         resolved = spec.resolve(request)
-        compiler = Compiler(CHIPS[options.target])
+        target = options.target
+        compiler = TpuCompiler(CHIPS[target]) if target in CHIPS else GpuCompiler(GPUS[target])
         fit = Fit(spec, resolved, compiler, lambda text: print(text, file=sys.stderr))
-        return plan(fit, compiler, options.batch_size), resolved
+        return fit.fitted(options.batch_size), resolved
 
 
-def figures(made: Plan, *, chips: int, price: float) -> dict[str, Any]:
-    """A plan as numbers. Seconds, cycles and what follows from them are the compiler's estimates."""
-    rate = chips * made.images_per_second
+def facts(fitted: Fitted, device: Chip | Gpu) -> dict[str, Any]:
+    """What fits, as numbers."""
     return {
-        "batch_size": made.batch_size,
-        "memory_bytes": made.memory,
-        "usable_bytes": made.chip.memory,
-        "estimated_seconds_per_batch": made.seconds,
-        "estimated_images_per_second": rate,
-        "estimated_dollars_per_1000_images": chips * price / 3600 * 1000 / rate,
-        "estimated_share_of_peak": made.share_of_peak,
+        "batch_size": fitted.batch_size,
+        "memory_bytes": fitted.memory,
+        "usable_bytes": device.memory,
         "programs": {
-            program.recorded.name: {
-                "calls": program.recorded.calls,
-                "flops": round(program.flops),
-                "estimated_cycles": round(program.cost.cycles.total()),
-                "estimated_cycles_capped": round(program.cost.capped.total()),
-                "estimated_kernel_cycles": round(program.kernel_cycles),
-                "estimated_seconds": program.seconds,
-                "memory": vars(program.compiled.memory),
+            placed.recorded.name: {
+                "calls": placed.recorded.calls,
+                "flops": round(placed.recorded.flops),
+                "memory": vars(placed.compiled.memory),
             }
-            for program in made.programs
+            for placed in fitted.programs
         },
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The programs as Markdown; cycles are of one call, seconds of all calls of a batch."""
-    head = "| program | calls | M cycles | capped | kernels | s | arguments GiB | results | temporaries | code |"
-    lines = [head, "| --- " * 10 + "|"]
-    for name, program in found["programs"].items():
-        cycles = [program[f"estimated_{kind}"] / 1e6 for kind in ("cycles", "cycles_capped", "kernel_cycles")]
-        memory = [program["memory"][kind] / _GIB for kind in ("arguments", "results", "temporaries", "code")]
-        cells = [name, program["calls"], *(f"{value:.1f}" for value in cycles), f"{program['estimated_seconds']:.3f}"]
-        lines.append("| " + " | ".join(map(str, [*cells, *(f"{value:.2f}" for value in memory)])) + " |")
-    return "\n".join(lines)
+def estimated(plan: Plan, *, chips: int, price: float) -> dict[str, Any]:
+    """`facts`, and seconds, cycles and what follows from them, which are the compiler's estimates."""
+    found = facts(plan.fitted, plan.chip)
+    for name, estimate in plan.estimates.items():
+        found["programs"][name] |= {
+            "estimated_cycles": round(estimate.cost.cycles.total()),
+            "estimated_cycles_capped": round(estimate.cost.capped.total()),
+            "estimated_kernel_cycles": round(estimate.kernel_cycles),
+            "estimated_seconds": estimate.seconds,
+        }
+    rate = chips * plan.images_per_second
+    return found | {
+        "chips": chips,
+        "price": price,
+        "estimated_seconds_per_batch": plan.seconds,
+        "estimated_images_per_second": rate,
+        "estimated_dollars_per_1000_images": chips * price / 3600 * 1000 / rate,
+        "estimated_share_of_peak": plan.share_of_peak,
+    }
+
+
+def table(programs: dict[str, dict[str, Any]]) -> str:
+    """Programs as Markdown; cycles are of one call, seconds and operations of all calls of a batch."""
+    rows = {name: _cells(program) for name, program in programs.items()}
+    head = ["program", *next(iter(rows.values()))]
+    lines = [head, ["---"] * len(head), *([name, *cells.values()] for name, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(program: dict[str, Any]) -> dict[str, str]:
+    cells = {"calls": str(program["calls"]), "TFLOP": f"{program['flops'] / 1e12:.1f}"}
+    if "estimated_seconds" in program:
+        for head, kind in {"M cycles": "cycles", "capped": "cycles_capped", "kernels": "kernel_cycles"}.items():
+            cells[head] = f"{program[f'estimated_{kind}'] / 1e6:.1f}"
+        cells["s"] = f"{program['estimated_seconds']:.3f}"
+    kinds = {"arguments GiB": "arguments", "results": "results", "temporaries": "temporaries", "code": "code"}
+    return cells | {head: f"{program['memory'][kind] / _GIB:.2f}" for head, kind in kinds.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's exit status: 1 where nothing fits, 2 where nothing can be planned."""
     options = parser().parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is not touched
-    chip = CHIPS[options.target]
+    jax.config.update("jax_platforms", "cpu")  # a device that is here is not touched
+    chip = CHIPS.get(options.target)
+    device = chip or GPUS[options.target]
     try:
         chips = chips_of(options.topology)
-        planned, request = make(options)
+        fitted, request = make(options)
     except (ValueError, OSError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
     what = f"{options.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
-    if planned is None:
+    gib = f"{device.memory / _GIB:.2f} GiB"
+    if fitted is None:
         size = "one image" if options.batch_size is None else f"a batch of {options.batch_size}"
-        print(f"{what}: {size} does not fit the {chip.memory / _GIB:.2f} GiB of a {chip.name}", file=sys.stderr)
+        print(f"{what}: {size} does not fit the {gib} of a {device.name}", file=sys.stderr)
         return 1
-    price = chip.price if options.price is None else options.price
-    found = figures(planned, chips=chips, price=price)
-    print(f"{what}, on {chips} x {chip.name}; jax {jax.__version__}, libtpu {version('libtpu')}")
-    print(
-        f"batch a chip: {found['batch_size']}, in {found['memory_bytes'] / _GIB:.2f} of {chip.memory / _GIB:.2f} GiB\n"
-    )
-    print(table(found))
-    print(
-        f"\nEstimated, not measured: {found['estimated_images_per_second']:.3g} images/s on {chips} chips, "
-        f"{planned.share_of_peak:.0%} of the bfloat16 peak, "
-        f"${found['estimated_dollars_per_1000_images']:.2f} per 1,000 images at ${price:.2f} a chip-hour.\n"
-        "Made of the TPU compiler's estimated cycles, capped at what bytes take where nothing is multiplied, and of\n"
-        "the attention kernel's products. The host's part is not in it."
-    )
+    if chip is None:
+        found, on = facts(fitted, device), f"one {device.name}; jax {jax.__version__}"
+        said = _ABOUT_GPUS
+    else:
+        price = chip.price if options.price is None else options.price
+        found = estimated(Plan(chip, fitted), chips=chips, price=price)
+        on = f"{chips} x {chip.name}; jax {jax.__version__}, libtpu {version('libtpu')}"
+        said = (
+            f"Estimated, not measured: {found['estimated_images_per_second']:.3g} images/s on {chips} chips, "
+            f"{found['estimated_share_of_peak']:.0%} of the bfloat16 peak, "
+            f"${found['estimated_dollars_per_1000_images']:.2f} per 1,000 images at ${price:.2f} a chip-hour.\n"
+            f"{_ABOUT_TPUS}"
+        )
+    print(f"{what}, on {on}")
+    print(f"batch a device: {fitted.batch_size}, in {fitted.memory / _GIB:.2f} of {gib}\n")
+    print(f"{table(found['programs'])}\n\n{said}")
     if options.json:
-        asked = {"model": options.model, "target": chip.name, "chips": chips, "price": price, "dtype": options.dtype}
+        asked = {"model": options.model, "target": device.name, "dtype": options.dtype}
         size = {"width": request.width, "height": request.height, "steps": request.num_inference_steps}
         options.json.write_text(json.dumps({**asked, **size, **found}, indent=2))
     return 0

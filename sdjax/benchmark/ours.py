@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from sdjax import compile_cache, images
 from sdjax.benchmark.stopwatch import Stopwatch
-from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
 from sdjax.planning.record import record
 from sdjax.request import Request
@@ -97,7 +96,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         stages={**stages, "encode": sum(encoding)},
         unet_call=stages["advance"] / calls,
         images_per_second=count * (repeats + 1) / seconds,
-        flops_per_image=sum(p.calls * flops(p.function, *p.arguments, taken=p.taken) for p in recorded),
+        flops_per_image=sum(program.flops for program in recorded),
         peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
         peak_bytes=peak,
         program_bytes=dict(watch.memory),

@@ -6,7 +6,10 @@
 """
 
 import functools
+import importlib.util
 import math
+import pkgutil
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,18 +42,27 @@ def attention(
     This is the one place that chooses an implementation. On a GPU half-precision heads of up to 128 go to cuDNN. FEW
     queries are scored directly, as is `causal` attention (query i sees keys up to i) and that to some keys only,
     `keep`, both for short text. More go to chunks, but on a TPU directly to few keys, and to many by `flash_attention`
-    where heads are bfloat16 and up to 256 wide. The tests, which have no GPU, have not run the cuDNN path; they run the
-    TPU's kernel by an interpreter.
+    where heads are bfloat16 and up to 256 wide. The tests, which have no GPU, have compiled the cuDNN path and not run
+    it; they run the TPU's kernel by an interpreter.
     """
     if keep is not None:
         return direct_attention(q, k, v, causal=causal, keep=keep)
-    dim = q.shape[-1]
-    half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half_precision and dim <= 128 and dim % 8 == 0:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    on: dict[str, Callable[[Array, Array, Array], Array]] = {}
+    if _has_cudnn() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        on["cuda"] = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     if causal or q.shape[1] <= FEW:
-        return direct_attention(q, k, v, causal=causal)
-    return lax.platform_dependent(q, k, v, tpu=_on_tpu, default=chunked_attention)
+        default = functools.partial(direct_attention, causal=causal)
+    else:
+        on["tpu"], default = _on_tpu, chunked_attention
+    return lax.platform_dependent(q, k, v, **on, default=default) if on else default(q, k, v)
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether JAX's plugin for CUDA is installed, without which what asks for cuDNN cannot be traced."""
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = plugins.submodule_search_locations if plugins else None
+    return any(module.name.startswith("xla_cuda") for module in pkgutil.iter_modules(places or []))
 
 
 def _on_tpu(q: Array, k: Array, v: Array) -> Array:

@@ -85,13 +85,24 @@ class Linear(nnx.Module):
         self.bias = _param(0.0, (out_features,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return self.split(x, 1)[0]
+        return _project(x, self.kernel[...], None if self.bias is None else self.bias[...], self.dtype)
 
     def split(self, x: Float[Array, "*batch in"], count: int) -> list[Float[Array, "*batch part"]]:
-        """The output in equal parts, a product each: a TPU joins what follows to each of them."""
-        kernels = jnp.split(self.kernel[...], count, axis=-1)
-        biases = [None] * count if self.bias is None else jnp.split(self.bias[...], count)
-        return [_project(x, kernel, bias, self.dtype) for kernel, bias in zip(kernels, biases, strict=True)]
+        """The output in equal parts.
+
+        A product each: a TPU joins what follows to each of them. A GPU would copy each part of the kernel before.
+        """
+
+        def whole(x: Array, kernel: Array, bias: Array | None) -> list[Array]:
+            return jnp.split(_project(x, kernel, bias, self.dtype), count, axis=-1)
+
+        def parts(x: Array, kernel: Array, bias: Array | None) -> list[Array]:
+            kernels = jnp.split(kernel, count, axis=-1)
+            biases = [None] * count if bias is None else jnp.split(bias, count)
+            return [_project(x, *each, self.dtype) for each in zip(kernels, biases, strict=True)]
+
+        bias = None if self.bias is None else self.bias[...]
+        return jax.lax.platform_dependent(x, self.kernel[...], bias, cuda=whole, default=parts)
 
 
 class Conv(nnx.Module):

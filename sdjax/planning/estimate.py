@@ -4,12 +4,11 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from sdjax.flops import flops
 from sdjax.planning.chips import Chip
-from sdjax.planning.fit import Fit
+from sdjax.planning.compiled import Compiled
+from sdjax.planning.fit import Fitted
 from sdjax.planning.hlo import Cost, HloError
 from sdjax.planning.record import Recorded
-from sdjax.planning.tpu import Compiled, Compiler
 
 
 def kernel_cycles(name: str, operands: tuple[tuple[int, ...], ...], chip: Chip) -> float:
@@ -48,46 +47,31 @@ class Estimate:
         cycles = self.cost.capped.total() + self.kernel_cycles
         return self.recorded.calls * cycles / self.chip.clock
 
-    @cached_property
-    def flops(self) -> float:
-        """Operations of all calls of a batch, as the networks define them."""
-        recorded = self.recorded
-        return recorded.calls * flops(recorded.function, *recorded.arguments, taken=recorded.taken)
-
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch of one chip.
-
-    memory: bytes on the chip while the greediest program runs, of all that it can use.
-    """
+    """How long a batch of one chip would take."""
 
     chip: Chip
-    batch_size: int
-    programs: tuple[Estimate, ...]
-    memory: int
+    fitted: Fitted
+
+    @cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """By program."""
+        programs = self.fitted.programs
+        return {placed.recorded.name: Estimate(placed.recorded, placed.compiled, self.chip) for placed in programs}
 
     @property
     def seconds(self) -> float:
         """Of a batch."""
-        return sum(program.seconds for program in self.programs)
+        return sum(estimate.seconds for estimate in self.estimates.values())
 
     @property
     def images_per_second(self) -> float:
         """Of one chip."""
-        return self.batch_size / self.seconds
+        return self.fitted.batch_size / self.seconds
 
     @property
     def share_of_peak(self) -> float:
         """Operations that the networks are defined by, over what the chip could do meanwhile."""
-        return sum(program.flops for program in self.programs) / self.seconds / self.chip.peak
-
-
-def plan(fit: Fit, compiler: Compiler, batch_size: int | None) -> Plan | None:
-    """The plan for a batch of one chip, by default the largest that fits; None if it, or one image, does not."""
-    batch_size = batch_size or fit.largest()
-    placed = [found for name in fit.names if batch_size and (found := fit.place(name, batch_size)) is not None]
-    if len(placed) < len(fit.names):
-        return None
-    programs = tuple(Estimate(found.recorded, found.compiled, compiler.chip) for found in placed)
-    return Plan(compiler.chip, batch_size, programs, max(found.memory for found in placed))
+        return self.fitted.flops / self.seconds / self.chip.peak

@@ -1,6 +1,7 @@
 """The largest batch that fits a device, by compiling the programs and reading how much memory they take."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -10,8 +11,8 @@ from flax import nnx
 from sdjax.generate import IN_FLIGHT
 from sdjax.networks import build
 from sdjax.parallel import Device
+from sdjax.planning.compiled import Compiled, compiled_for
 from sdjax.planning.record import Recorded, record
-from sdjax.planning.tpu import Compiled, compiled_for
 from sdjax.request import Request
 from sdjax.spec import Spec
 
@@ -61,6 +62,24 @@ class Placed(NamedTuple):
     memory: int
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A batch of one device, and its programs."""
+
+    batch_size: int
+    programs: tuple[Placed, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes on the device while the greediest program runs."""
+        return max(program.memory for program in self.programs)
+
+    @property
+    def flops(self) -> float:
+        """Operations that the networks are defined by."""
+        return sum(program.recorded.flops for program in self.programs)
+
+
 class Fit:
     """What fits a device.
 
@@ -75,6 +94,12 @@ class Fit:
         self._recorded: dict[int, list[Recorded]] = {}
         self._placed: dict[tuple[int, str, bool], Placed | None] = {}
         self.names = [recorded.name for recorded in self._programs(1)]
+
+    def fitted(self, batch_size: int | None) -> Fitted | None:
+        """A batch, by default the largest that fits; None if it, or one image, does not."""
+        batch_size = batch_size or self.largest()
+        placed = [found for name in self.names if batch_size and (found := self.place(name, batch_size)) is not None]
+        return Fitted(batch_size, tuple(placed)) if len(placed) == len(self.names) else None
 
     def largest(self) -> int:
         """What fits of every program, 0 if not one image does: found with drafts, then settled by the programs."""

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sdjax import programs
+from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
 from sdjax.networks import build
 from sdjax.parallel import Devices
@@ -39,6 +41,11 @@ class Recorded:
     calls: int
     asked: Bool[np.ndarray, "rows prompts"] | None = None
     deep: Bool[np.ndarray, "rows prompts"] | None = None
+
+    @cached_property
+    def flops(self) -> float:
+        """Operations of all calls of a batch, as the networks define them."""
+        return self.calls * flops(self.function, *self.arguments, taken=self.taken)
 
     @property
     def taken(self) -> dict[str, float]:

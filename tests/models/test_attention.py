@@ -79,7 +79,11 @@ def test_on_a_gpu_half_precision_goes_to_cudnn(monkeypatch, queries, causal, dty
         asked.append(implementation)
         return original(*args, implementation="xla", **kwargs)
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    def on_a_gpu(*args, default, cuda=None, **_):
+        return (cuda or default)(*args)
+
+    monkeypatch.setattr(attention_room, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_a_gpu)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     arrays = qkv(1, queries, 77, 2, 40)
     out = attention(*(x.astype(dtype) for x in arrays), causal=causal)

@@ -26,10 +26,12 @@ from sdjax.models.unet import UNet2DCondition
 from sdjax.parallel import Devices
 from sdjax.planning import fit
 from sdjax.planning.chips import CHIPS
+from sdjax.planning.compiled import Compiled, Memory
 from sdjax.planning.estimate import Estimate
 from sdjax.planning.fit import Fit, Local
+from sdjax.planning.gpu import GPUS, GpuCompiler
 from sdjax.planning.record import Recorded, record
-from sdjax.planning.tpu import Compiled, Compiler, Memory
+from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
 from sdjax.spec import Spec
 from tests import torch_models
@@ -38,6 +40,10 @@ from tests.test_controls import network
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="needs the TPU compiler, which the tpu extra brings (0.7 GB): pip install 'sdjax[tpu]'",
+)
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None,
+    reason="needs XLA's compiler for GPUs, which the cuda extra brings (4 GB): pip install 'sdjax[cuda]'",
 )
 REQUEST = Request(prompt="a red circle", num_inference_steps=7)
 EMPTY = "HloModule m\n\nENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n"
@@ -218,7 +224,7 @@ def test_a_controlnet_is_part_of_the_plan(tiny, tmp_path, monkeypatch):
     safetensors.torch.save_file(made.state_dict(), tmp_path / "canny.safetensors")
     Image.new("RGB", (32, 32)).save(tmp_path / "edges.png")
     given = {"model": tiny, "controlnet": tmp_path / "canny.safetensors", "control-image": tmp_path / "edges.png"}
-    monkeypatch.setattr(plan, "plan", lambda fit, compiler, batch_size: fit.names)
+    monkeypatch.setattr(Fit, "fitted", lambda fit, batch_size: fit.names)
     names, _ = plan.make(plan.parser().parse_args([f"--{name}={value}" for name, value in given.items()]))
     assert "embed_control" in names
 
@@ -243,7 +249,7 @@ def test_a_draft_is_told_from_what_it_is_of():
     """By a layer too large for anything but main memory."""
     shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(2**15, 2**13), (2**13, 2**15)])
     recorded = Recorded("layer", lambda x, kernel: jax.nn.gelu(x @ kernel) @ kernel.T, shapes, (), None, calls=1)
-    draft, program = (Compiler(CHIPS["v5e"]).compile(recorded, draft) for draft in (True, False))
+    draft, program = (TpuCompiler(CHIPS["v5e"]).compile(recorded, draft) for draft in (True, False))
     assert draft is not None
     assert program is not None
     assert 0.5 < draft.memory.temporaries / program.memory.temporaries < 2
@@ -256,7 +262,7 @@ def test_the_attention_kernel_fits_every_chips_vector_memory(target):
     """Of Stable Diffusion 2.1 at 768 px: 9,216 tokens and 5 heads, more keys than one step takes."""
     tokens = jax.ShapeDtypeStruct((1, 9216, 5, 64), jnp.bfloat16)
     recorded = Recorded("kernel", flash_attention, (tokens,) * 3, (), None, calls=1)
-    assert Compiler(CHIPS[target]).compile(recorded) is not None
+    assert TpuCompiler(CHIPS[target]).compile(recorded) is not None
 
 
 @needs_libtpu
@@ -268,7 +274,7 @@ def test_a_full_width_block_on_every_chip(target):
     block = TransformerBlock(Stage(640, 1, (1,), 10, 2048, False), **half)
     arguments = block, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(4, 4096, 640), (4, 77, 2048)])
     recorded = Recorded("block", lambda block, *inputs: block(*inputs, (64, 64)), arguments, (), None, calls=1)
-    compiled = Compiler(CHIPS[target]).compile(recorded)
+    compiled = TpuCompiler(CHIPS[target]).compile(recorded)
     assert compiled is not None
     found = Estimate(recorded, compiled, CHIPS[target])
     assert sum(found.cost.kernels.values()) == 1
@@ -276,6 +282,31 @@ def test_a_full_width_block_on_every_chip(target):
     multiplying = found.cost.capped["product"] + found.kernel_cycles
     assert multiplying > 0.5 * found.seconds * CHIPS[target].clock
     assert within_5_percent(found.cost.cycles.total(), CYCLES[target][1])
+
+
+@needs_cuda
+@pytest.mark.parametrize("target", GPUS)
+def test_the_bundled_model_on_every_gpu(target, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert plan.main(["--target", target, "--batch-size", "8", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["memory_bytes"] < found["usable_bytes"]
+    assert capsys.readouterr().out.startswith(f"bundled, 64x64, 30 steps, bfloat16, on one {target};")
+
+
+@needs_cuda
+def test_on_a_gpu_a_networks_convolutions_and_attention_are_cudnns_and_images_stay_as_they_are():
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": None}
+    network = UNet2DCondition(UNetConfig.from_dict(torch_models.UNET), **half)
+    shapes = [(2, 64, 64, 4), (2,), (2, 77, torch_models.UNET["cross_attention_dim"])]
+    arguments = network, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    recorded = Recorded("unet", lambda network, *inputs: network(*inputs), arguments, (), None, calls=1)
+    compiled = GpuCompiler(GPUS["h100"]).compile(recorded)
+    assert compiled is not None
+    convolutions = [line for line in compiled.text.splitlines() if '"__cudnn$conv' in line]
+    assert convolutions
+    assert all("dim_labels=b01f_o01i->b01f" in line for line in convolutions)
+    assert '"__cudnn$fmhaSoftmax"' in compiled.text
 
 
 @needs_libtpu
