@@ -63,7 +63,7 @@ def read_plan(path: Path, preset: Preset) -> dict[str, Any]:
     except OSError as error:
         raise LaunchError(f"{path}: {error.strerror}; `python -m sdjax.plan --json FILE` writes a plan") from None
     except (ValueError, TypeError, KeyError, ZeroDivisionError):
-        raise LaunchError(f"{path}: is not what `python -m sdjax.plan --json` writes") from None
+        raise LaunchError(f"{path}: is not what `python -m sdjax.plan --json` writes for a TPU") from None
     asked = {**preset.pipeline, "steps": preset.pipeline.get("num_inference_steps"), "target": preset.machine.chip}
     for name, value in found.items():
         if asked.get(name) not in (None, value):

@@ -19,6 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+_Attention = Callable[[Array, Array, Array], Array]
+
 FEW = 512  # tokens whose scores are few
 # On a CPU a chunk's products should be large, or packing their operands costs more than they do: 1024 queries over 4096
 # keys take 0.85 of the time of 512, and all queries over a prompt's 77 keys half of it.
@@ -47,14 +49,26 @@ def attention(
     """
     if keep is not None:
         return direct_attention(q, k, v, causal=causal, keep=keep)
-    on: dict[str, Callable[[Array, Array, Array], Array]] = {}
-    if _has_cudnn() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
-        on["cuda"] = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    if causal or q.shape[1] <= FEW:
-        default = functools.partial(direct_attention, causal=causal)
-    else:
+    on: dict[str, _Attention] = {}
+    default: _Attention = functools.partial(direct_attention, causal=causal)
+    if not causal and q.shape[1] > FEW:
         on["tpu"], default = _on_tpu, chunked_attention
+    if _has_cudnn() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
+        flash = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+        is_even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+        on["cuda"] = flash if is_even else _differentiated_as(default, flash)
     return lax.platform_dependent(q, k, v, **on, default=default) if on else default(q, k, v)
+
+
+def _differentiated_as(other: _Attention, flash: _Attention) -> _Attention:
+    """`flash`, with the gradient of `other`: JAX refuses cuDNN's for an odd number of tokens, such as a prompt's 77."""
+
+    @jax.custom_vjp
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        return flash(q, k, v)
+
+    attend.defvjp(functools.partial(jax.vjp, other), lambda vjp, gradient: vjp(gradient))
+    return attend
 
 
 @functools.cache

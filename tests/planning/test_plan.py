@@ -20,7 +20,7 @@ from sdjax.config import Stage, UNetConfig
 from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
-from sdjax.models.attention import flash_attention
+from sdjax.models.attention import attention, flash_attention
 from sdjax.models.blocks import TransformerBlock
 from sdjax.models.unet import UNet2DCondition
 from sdjax.parallel import Devices
@@ -307,6 +307,14 @@ def test_on_a_gpu_a_networks_convolutions_and_attention_are_cudnns_and_images_st
     assert convolutions
     assert all("dim_labels=b01f_o01i->b01f" in line for line in convolutions)
     assert '"__cudnn$fmhaSoftmax"' in compiled.text
+
+
+@needs_cuda
+@pytest.mark.parametrize(("queries", "keys"), [(1024, 1024), (1024, 77), (77, 77)])
+def test_attention_on_a_gpu_has_a_gradient(queries, keys):
+    shapes = tuple(jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (queries, keys, keys))
+    gradient = jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    assert GpuCompiler(GPUS["h100"]).compile(Recorded("gradient", gradient, shapes, (), None, calls=1)) is not None
 
 
 @needs_libtpu
