@@ -50,12 +50,15 @@ class Compiled:
         return Program(self.text)
 
 
-def compiled_for(recorded: Recorded, draft: bool, sharding: Sharding) -> Compiled | None:
-    """Compile a program, or its draft, for the device of a sharding; None where it needs more memory than that has."""
+def compiled_for(recorded: Recorded, draft: bool, sharding: Sharding, **options: Any) -> Compiled | None:
+    """Compile a program, or its draft, for the device of a sharding; None where it needs more memory than that has.
+
+    options: of XLA, beside those that programs here are compiled with.
+    """
     placed = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), recorded.arguments
     )
-    options = COMPILER_OPTIONS.get(next(iter(sharding.device_set)).platform, {})
+    options |= COMPILER_OPTIONS.get(next(iter(sharding.device_set)).platform, {})
     lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
     try:
         compiled = lowered.compile(options | _DRAFT if draft else options)

@@ -101,4 +101,5 @@ class GpuCompiler:
 
     def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
         """A program compiled for the GPU, or its draft."""
-        return compiled_for(recorded, draft, self._sharding)
+        # Which of Triton's tiles suit a product is found by trying on a device; without one some suit none.
+        return compiled_for(recorded, draft, self._sharding, xla_gpu_enable_triton_gemm=False)
