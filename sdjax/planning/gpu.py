@@ -11,7 +11,7 @@ from sdjax.planning.compiled import Compiled, PlanError, compiled_for
 from sdjax.planning.record import Recorded
 
 _SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-_CONFIG = """
+_CONFIG = """\
 gpu_device_info {{
   cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
   core_count: {gpu.cores} fpus_per_core: {gpu.fpus} clock_rate_ghz: {gpu.ghz}
@@ -23,7 +23,7 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 device_description_str: "{gpu.description}"
-dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} patch: {cudnn[2]} }}
+dnn_version_info {{ major: 9 minor: 10 }}
 """
 """XLA's `GpuTargetConfigProto`."""
 
@@ -38,8 +38,7 @@ class Gpu(NamedTuple):
         cores: streaming multiprocessors.
         fpus: of each, for float32.
         ghz: their greatest clock.
-        peak: bfloat16 operations a second, dense.
-        bytes: of its memory, as CUDA counts it.
+        bytes: of its memory, about as CUDA counts it.
         bandwidth: bytes a second of it.
         cache: bytes of the second level.
         shared: bytes of shared memory of each core.
@@ -52,7 +51,6 @@ class Gpu(NamedTuple):
     cores: int
     fpus: int
     ghz: float
-    peak: float
     bytes: int
     bandwidth: int
     cache: int
@@ -65,14 +63,14 @@ class Gpu(NamedTuple):
         return int(_SHARE * self.bytes)
 
 
-_HOPPER = {"capability": (9, 0), "cores": 132, "fpus": 128, "ghz": 1.98, "peak": 989e12, "cache": 50 << 20}
+_HOPPER = {"capability": (9, 0), "cores": 132, "fpus": 128, "ghz": 1.98, "cache": 50 << 20}
 _HOPPER |= {"shared": 228 << 10, "threads": 2048}
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("l4", "NVIDIA L4", (8, 9), 58, 128, 2.04, 121e12, 23_600_000_000, 300 * 10**9, 48 << 20, 100 << 10, 1536),
+        Gpu("l4", "NVIDIA L4", (8, 9), 58, 128, 2.04, 23_600_000_000, 300 * 10**9, 48 << 20, 100 << 10, 1536),
         Gpu(
-            *("a100", "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 1.41, 312e12),
+            *("a100", "NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 1.41),
             *(42_400_000_000, 1555 * 10**9, 40 << 20, 164 << 10, 2048),
         ),
         Gpu("h100", "NVIDIA H100 80GB HBM3", bytes=84_900_000_000, bandwidth=3350 * 10**9, **_HOPPER),
@@ -89,14 +87,13 @@ class GpuCompiler:
     """
 
     def __init__(self, gpu: Gpu) -> None:
-        block = gpu.shared - 1024  # what one block may have of it
-        config = _CONFIG.format(gpu=gpu, block=block, cudnn=(9, 10, 0))
+        config = _CONFIG.format(gpu=gpu, block=gpu.shared - 1024)  # the rest of what a block may have is CUDA's
         try:
             found = topologies.get_topology_desc(gpu.name, "cuda", target_config=config, topology="1x1x1")
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             message = f"planning for a GPU needs its compiler: pip install 'sdjax[cuda]' ({error})"
             raise PlanError(message) from None
-        self.chip, self.name, self.memory = gpu, gpu.name, gpu.memory
+        self.name, self.memory = gpu.name, gpu.memory
         self._sharding = NamedSharding(Mesh(np.array(found.devices), ("device",)), PartitionSpec())
 
     def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:

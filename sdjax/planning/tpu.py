@@ -37,7 +37,7 @@ class TpuCompiler:
             found = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **chip.options)
         except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
             raise PlanError(f"libtpu compiles nothing for {chip.topology} here: {error}") from None
-        self.chip, self.name, self.memory = chip, chip.name, chip.memory
+        self.name, self.memory = chip.name, chip.memory
         self._sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("device",)), PartitionSpec())
 
     def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
