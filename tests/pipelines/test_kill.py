@@ -65,10 +65,12 @@ def kill_a_worker(arguments, output, draw: random.Random, *, pool: int | None = 
     """
     process = start(arguments, output)
     wait_for_units(process, output, draw.randint(1, 4))
-    family = filter(lives, psutil.Process(pool or process.pid).children(recursive=True))
-    workers = [each for each in family if "sdk_worker" in " ".join(each.cmdline()) and not each.children()]
-    time.sleep(draw.random() * 0.08)
-    draw.choice(workers).kill()
+    workers = []
+    with suppress(psutil.NoSuchProcess):  # the job may be done before its worker is found
+        family = filter(lives, psutil.Process(pool or process.pid).children(recursive=True))
+        workers = [each for each in family if "sdk_worker" in " ".join(each.cmdline()) and not each.children()]
+        time.sleep(draw.random() * 0.08)
+        draw.choice(workers).kill()
     process.join(PATIENCE)
     process.kill()  # where the runner waits on for a worker that is gone
     process.join()
