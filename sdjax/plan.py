@@ -53,10 +53,10 @@ def parser() -> argparse.ArgumentParser:
     )
     targets = *sorted(CHIPS), *GPUS
     result.add_argument("--target", choices=targets, default="v5e", help="TPU chip or GPU (default: %(default)s)")
-    result.add_argument("--topology", default="2x2", help="chips of a TPU host, such as 2x4 (default: %(default)s)")
+    result.add_argument("--topology", help="chips of a TPU host, such as 2x4 (default: 2x2)")
     result.add_argument("--batch-size", type=int, help="images that a device makes at once (default: what fits)")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    result.add_argument("--price", type=float, help="US dollars a chip-hour (default: the list price on demand)")
+    result.add_argument("--price", type=float, help="US dollars a TPU chip-hour (default: the list price on demand)")
     result.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     add_request_options(result)
     return result
@@ -154,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     chip = CHIPS.get(options.target)
     device = chip or GPUS[options.target]
     try:
-        chips = chips_of(options.topology)
+        if chip is None and (options.topology, options.price) != (None, None):
+            raise PlanError(f"a {device.name}'s time is not estimated: --topology and --price are for TPUs")
+        chips = chips_of(options.topology or "2x2")
         fitted, request = make(options)
     except (ValueError, OSError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)

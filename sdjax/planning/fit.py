@@ -118,7 +118,7 @@ class Fit:
     def _greatest(self, batch_size: int, draft: bool) -> int:
         """Bytes on the device while the greediest program runs, 0 if one does not fit; the slowest compiles last."""
         greatest = 0
-        for name in sorted(self.names, key=lambda name: name == "advance"):
+        for name in sorted(self.names, key=lambda name: name.startswith("advance")):
             placed = self.place(name, batch_size, draft)
             if placed is None:
                 return 0

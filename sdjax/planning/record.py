@@ -25,7 +25,7 @@ from sdjax.spec import Spec
 class Recorded:
     """A program as one device runs it.
 
-    name: of the function in `sdjax.programs`.
+    name: of the function in `sdjax.programs`, and which of its programs this is where there are several.
     function, arguments: what to compile; leaves are `jax.ShapeDtypeStruct`s.
     donated: places of the arguments whose buffers it may reuse.
     result: shapes of what it returns.
@@ -95,9 +95,10 @@ class Recorder(Devices):
             key = function, tuple(fixed.values()), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
             if key not in self.programs:
                 program = _program(function, fixed)
-                self.programs[key] = Recorded(
-                    program.__name__, program, shapes, donated, jax.eval_shape(program, *shapes), 0
-                )
+                name = program.__name__
+                count = 1 + sum(other.function.__name__ == name for other in self.programs.values())
+                name = name if count == 1 else f"{name} {count}"
+                self.programs[key] = Recorded(name, program, shapes, donated, jax.eval_shape(program, *shapes), 0)
             recorded = self.programs[key]
             recorded.calls += 1
             for rows in (argument for argument in arguments if isinstance(argument, programs.Rows)):

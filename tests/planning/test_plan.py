@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_the_programs_recorded_are_those_that_run(tiny, monkeypatch):
     for program in programs:
         shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), program.arguments)
         assert given[program.name] == [jax.tree.leaves(shapes)] * program.calls
+
+
+def test_a_second_pass_has_programs_of_its_own(tiny):
+    programs = {program.name: program for program in record(Spec(tiny), replace(REQUEST, hires_scale=2), 2)}
+    assert {"advance", "advance 2", "enlarge", "decode"} <= programs.keys()
+    assert (
+        programs["advance 2"].flops / programs["advance 2"].calls
+        > 3 * programs["advance"].flops / programs["advance"].calls
+    )
 
 
 def test_flops_are_torchs_count():
@@ -202,6 +212,8 @@ def test_what_the_command_refuses(capsys):
     assert plan.main(["--topology", "2by2"]) == 2
     assert "topology '2by2' is not chips by chips" in capsys.readouterr().err
     assert plan.main(["--model", "/nowhere"]) == 2
+    assert plan.main(["--target", "l4", "--price", "1"]) == 2
+    assert "--topology and --price are for TPUs" in capsys.readouterr().err
 
 
 LIBTPU = "0.0.42.1"
