@@ -2,9 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sdjax.spec import BUNDLED
 
 _CLIP_L = {
     "hidden_act": "quick_gelu",
@@ -90,9 +94,24 @@ _CLASSES = {
     "vae": ("diffusers", "AutoencoderKL"),
 }
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-_VOCABULARY = Path(__file__).parent / "bundled" / "tokenizer"
+_VOCABULARY = Path(BUNDLED) / "tokenizer"
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SCHEDULE = {**_BETAS, "clip_sample": False, "steps_offset": 1}
+
+
+@contextmanager
+def checkpoint(model: str) -> Iterator[str]:
+    """What `Spec` is given for a model: an architecture's name, `bundled`, or a checkpoint's folder, hub id or URL.
+
+    An architecture is a folder without weights that is gone afterwards.
+    """
+    if model in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / model
+            write(model, folder)
+            yield str(folder)
+    else:
+        yield BUNDLED if model == "bundled" else model
 
 
 def write(name: str, folder: Path) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 
-from sdjax.architectures import ARCHITECTURES, write
+from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
 from sdjax.request import Request
 from sdjax.sample import add_request_options
-from sdjax.spec import BUNDLED, DTYPES, Spec
+from sdjax.spec import DTYPES, Spec
 
 _PROMPTS = ("prompt", "negative_prompt")
 
@@ -29,7 +29,7 @@ _PROMPTS = ("prompt", "negative_prompt")
 def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one."""
     result = argparse.ArgumentParser(prog="python -m sdjax.bench", description="How fast images are made here.")
-    names = ", ".join(ARCHITECTURES)
+    names = ", ".join(architectures.ARCHITECTURES)
     result.add_argument("--model", default="bundled", help=f"{names}, bundled (the default) or a checkpoint folder")
     result.add_argument("--batch-size", default="1", help="images a device makes at once, such as 4 or 1,2,4,8")
     result.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
@@ -132,11 +132,9 @@ def _run(options: argparse.Namespace) -> int:
     sizes = [int(size) for size in options.batch_size.split(",")]
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     request, _ = Request.from_row({"prompt": "a photo of a red circle", **given})
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(BUNDLED if options.model == "bundled" else options.model)
-        if options.model in ARCHITECTURES:
-            folder = Path(temporary) / options.model
-            write(options.model, folder)
+    with architectures.checkpoint(options.model) as source, tempfile.TemporaryDirectory() as temporary:
+        folder = Path(source)
+        if options.model in architectures.ARCHITECTURES:
             add_random(folder, options.dtype)
         request = Spec(folder, dtype=options.dtype).resolve(request)
         same = {"dtype": options.dtype, "repeats": options.repeats}

@@ -8,9 +8,7 @@ import argparse
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from sdjax.planning.gpu import GPUS, Gpu, GpuCompiler
 from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
 from sdjax.sample import add_request_options
-from sdjax.spec import BUNDLED, DTYPES, Spec
+from sdjax.spec import DTYPES, Spec
 
 _GIB = 2**30
 _ABOUT_TPUS = """\
@@ -78,11 +76,7 @@ def make(options: argparse.Namespace) -> tuple[Fitted | None, Request]:
     """
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
     request, _ = Request.from_row({"prompt": "a photo", **given})
-    with ExitStack() as stack:
-        source = BUNDLED if options.model == "bundled" else options.model
-        if source in architectures.ARCHITECTURES:
-            source = Path(stack.enter_context(tempfile.TemporaryDirectory())) / options.model
-            architectures.write(options.model, source)
+    with architectures.checkpoint(options.model) as source:
         spec = Spec(source, dtype=options.dtype, controlnets=options.controlnet)
         resolved = spec.resolve(request)
         target = options.target
