@@ -17,6 +17,7 @@ QUALITY = 95  # jpg and webp; 100 makes webp lossless
 
 _EXIF_USER_COMMENT = 0x9286
 _EXIF_IFD = 0x8769
+_EXIF_MOST = 65_000  # bytes of text; with what is around it a JPEG holds 65,533
 
 
 def parameters(request: Request, model: str) -> str:
@@ -48,7 +49,7 @@ def parameters(request: Request, model: str) -> str:
 def encode(
     pixels: UInt8[np.ndarray, "height width 3"], format: str = "png", *, text: str = "", quality: int = QUALITY
 ) -> bytes:
-    """One image file's bytes; `text` goes into the PNG chunk `parameters` or the EXIF user comment.
+    """One image file's bytes; `text` goes into the PNG chunk `parameters` or, as much as fits, the EXIF user comment.
 
     quality: 1 to 100, of jpg and webp; a webp of 100 is lossless. Equal arguments give equal bytes under one version of
     Pillow.
@@ -66,7 +67,8 @@ def encode(
         raise ValueError(f"image format {format!r} is unknown; allowed are {', '.join(FORMATS)}")
     exif = Image.Exif()
     if text:
-        exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+        fits = text.encode("utf-16-be")[:_EXIF_MOST].decode("utf-16-be", "ignore")
+        exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = b"UNICODE\0" + fits.encode("utf-16-be")
     lossless = {"lossless": True, "exact": True} if format == "webp" and quality == 100 else {}
     image.save(buffer, FORMATS[format].split("/")[1], quality=quality, exif=exif, **lossless)
     return buffer.getvalue()

@@ -39,6 +39,8 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
             file or than `MAX_PIXELS` in pixels, which is asked before anything is decoded.
     """
     shown = url if len(url) <= 80 else f"{url[:20]}...{url[-57:]}"
+    if "::" in url:  # some copy all of a file before its size can be asked
+        raise RequestError(f"{name} {shown} is a chain of file systems; give the picture's own path or URL")
     try:
         with fsspec.open(url, "rb") as file:
             data = file.read(MAX_BYTES + 1)  # type: ignore[reportAttributeAccessIssue]

@@ -25,6 +25,7 @@ OF_STEPS = ("sigmas", "timesteps", "guidance_scales")
 OF_CONTROLS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 """Fields that hold a number for all ControlNets, or list one for each."""
 _LIST = re.compile(r"[\[(\s]*[-+.\d]")  # how a list of numbers begins, and no name
+_NO_FRACTION = re.compile(r"\.0*\s*$")  # of 42.0, as tables write whole numbers in a column with gaps
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -79,9 +80,10 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
             return value
     elif value is not None and not isinstance(value, bool):
         try:
-            number = float(value) if kind is float or not isinstance(value, str) else int(value)
+            is_whole_text = kind is int and isinstance(value, str)
+            number = int(_NO_FRACTION.sub("", value)) if is_whole_text else float(value)
             if kind is int and number == int(number):
-                return int(value) if isinstance(value, (int, str)) else int(number)
+                return value if isinstance(value, int) else int(number)
             if kind is float and math.isfinite(number):
                 return number
         except (TypeError, ValueError, OverflowError):

@@ -53,6 +53,11 @@ def test_lossy_formats_stay_near_and_keep_text(format):
     assert np.abs(np.asarray(image.convert("RGB"), int) - smooth).max() <= 8
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment == b"UNICODE\0" + "円 circle".encode("utf-16-be")
+    longest = "\n".join(["a" + "\N{GRINNING FACE}" * 9_999] * 2)  # a prompt and a negative one of all that is allowed
+    image = Image.open(io.BytesIO(encode(PIXELS, format, text=longest)))
+    kept = image.getexif().get_ifd(0x8769)[0x9286].removeprefix(b"UNICODE\0").decode("utf-16-be")
+    assert longest.startswith(kept)
+    assert len(kept) > 16_000
 
 
 def test_quality_is_heeded_and_a_webp_of_100_is_lossless():

@@ -122,6 +122,14 @@ def test_any_url_gives_a_picture_or_a_request_error(url):
     assert len(str(refused.value)) < 400
 
 
+def test_a_chain_of_file_systems_is_not_followed(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *_: pytest.fail("something is copied"))
+    for chain in (f"simplecache::file://{tmp_path}/image.png", f"zip://a.png::simplecache::file://{tmp_path}/a.zip"):
+        with pytest.raises(RequestError, match="is a chain of file systems; give the picture's own path or URL"):
+            inputs.load(chain, "image")
+
+
 def test_a_hash_pins_the_content(tmp_path):
     path = saved(tmp_path, Image.fromarray(RGB))
     found = inputs.load(path, "image").sha256

@@ -25,6 +25,8 @@ REFUSED = [
     ({"seed": MAX_SEED + 1}, "allowed is 0 to 4294967295"),
     ({"seed": 1.5}, "seed=1.5 is not a whole number"),
     ({"seed": "9" * 5000}, "is not a whole number"),
+    ({"seed": "42.5"}, "seed='42.5' is not a whole number"),
+    ({"seed": ".0"}, "seed='.0' is not a whole number"),
     ({"seed": True}, "seed=True is not a whole number"),
     ({"num_inference_steps": 0}, "allowed is 1 to 1000"),
     ({"num_inference_steps": 10_000}, "allowed is 1 to 1000"),
@@ -110,7 +112,7 @@ def test_sizes_are_diffusers_pairs_or_text():
 
 
 def test_from_row_matches_columns_without_case_and_keeps_the_others():
-    row = {"Prompt": "a cat", "SEED": "7", " Guidance_Scale": "2.5", "width": 64.0, "steps": 3, "class": "cat"}
+    row = {"Prompt": "a cat", "SEED": "7.0", " Guidance_Scale": "2.5", "width": 64.0, "steps": 3, "class": "cat"}
     request, extras = Request.from_row(row)
     assert request == Request(prompt="a cat", seed=7, guidance_scale=2.5, width=64)
     assert extras == {"steps": 3, "class": "cat"}
