@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sdjax.prompts import Fragment, Token, in_chunks
+from sdjax.prompts import Chunking, Fragment, Token, in_chunks
 from sdjax.values import RequestError
 
 PLUS, MINUS = 1.1, 0.9
@@ -64,7 +64,7 @@ class Encoding(NamedTuple):
         return self.share == self.weight == 1 and all(token.weight == 1 for token in self.tokens)
 
 
-def encodings(prompt: str, tokenize: Callable[[str], list[int]], *, length: int, comma: int) -> list[list[Encoding]]:
+def encodings(prompt: str, tokenize: Callable[[str], list[int]], chunking: Chunking) -> list[list[Encoding]]:
     """For each chunk of a prompt the encodings that its states are a sum of, the prompt's own first.
 
     A phrase of weight w below 1 is also pulled towards the prompt without it, tan((1 - w) pi / 2) to 1.
@@ -77,7 +77,7 @@ def encodings(prompt: str, tokenize: Callable[[str], list[int]], *, length: int,
         column: list[list[Encoding]] = []  # of each encoding its chunks
         for share, words in part.blends:
             numbered = [Fragment(fragment.text, i) for i, fragment in enumerate(words)]
-            chunks = in_chunks([numbered], tokenize, length=length, comma=comma)
+            chunks = in_chunks([numbered], tokenize, chunking)
             there = sorted({int(token.weight) for chunk in chunks for token in chunk})
             pulls: dict[int | None, float] = {None: 1.0}
             pulls |= {i: _pull(words[i].weight) for i in there if words[i].weight < 1}

@@ -7,12 +7,15 @@
     a AND b :0.5            are two prompts whose guidance is added, the second at half weight (composable diffusion,
                             https://arxiv.org/abs/2206.01714)
 
-One thing differs: A1111 weighs what follows a round or square bracket that is never closed; here it is text.
+Two things differ: A1111 weighs what follows a round or square bracket that is never closed, and a prompt that is joined
+to no other by a number at its end; here both are text.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
+
+from sdjax.values import RequestError, shown
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_CLAUSES = 8
@@ -21,6 +24,7 @@ _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\bBREAK\b")
 _NUMBER = r"[-+]?(?:\d{1,3}(?:\.\d*)?|\.\d+)"
 _TOKEN = re.compile(rf"\\[\\()\[\]]|[(\[\])]|:\s*({_NUMBER})\s*\)|[^\\()\[\]:]+|[\\:]")
+_NETWORK = re.compile(r"<(lora|lyco|hypernet):[^<>]*>")
 _LOOK_BACK = 20  # tokens; a chunk ends after a comma that is at most so near to its end
 
 
@@ -45,8 +49,33 @@ class Token(NamedTuple):
     weight: float
 
 
+class Chunking(NamedTuple):
+    """How tokens are cut into chunks.
+
+    length: the most tokens of a chunk.
+    comma: the token after which a chunk would rather end.
+    inner: those that go with the token before them, as the vectors of one word of a textual inversion do.
+    """
+
+    length: int
+    comma: int
+    inner: Container[int] = ()
+
+
 def parse(prompt: str, *, join: bool = True) -> list[Clause]:
-    """The clauses of a prompt; any text is one. join: whether AND is heeded, which it is not in a negative prompt."""
+    """The clauses of a prompt; any text is one.
+
+    Args:
+        join: whether AND is heeded, which it is not in a negative prompt.
+
+    Raises:
+        RequestError: it names a network to load, as `<lora:name:1>` does.
+    """
+    if found := _NETWORK.search(prompt):
+        raise RequestError(
+            f"prompt has {shown(found[0])}, which loads nothing here: add LoRAs to the model (--lora PATH:WEIGHT) and "
+            "leave it out, or give prompt_language=plain if it is meant as text"
+        )
     texts = _AND.split(prompt) if join else [prompt]
     if len(texts) == 1:
         return [Clause(1.0, _parts(prompt))]
@@ -84,8 +113,8 @@ def fragments(text: str) -> list[Fragment]:
         closes = "(" if token.endswith(")") else "["
         if token in opened:
             opened[token].append(len(pieces))
-        elif len(token) == 2 and token[0] == "\\":
-            token = token[1]
+        elif token[0] == "\\":
+            token = token[1:]
         elif (token in (")", "]") or weight is not None) and opened[closes]:
             start = opened[closes].pop()
             factor = float(weight) if weight is not None else ROUND if closes == "(" else SQUARE
@@ -103,18 +132,19 @@ def fragments(text: str) -> list[Fragment]:
 
 
 def in_chunks(
-    parts: Sequence[Sequence[Fragment]], tokenize: Callable[[str], list[int]], *, length: int, comma: int
+    parts: Sequence[Sequence[Fragment]], tokenize: Callable[[str], list[int]], chunking: Chunking
 ) -> list[list[Token]]:
-    """The tokens of a clause in chunks of at most `length`, at least one; each part begins a chunk.
-
-    comma: the token after which a chunk would rather end.
-    """
+    """The tokens of a clause in chunks, at least one; each part begins a chunk."""
     result: list[list[Token]] = []
+    length, comma, inner = chunking
     for part in parts:
         left = [Token(id, fragment.weight) for fragment in part for id in tokenize(fragment.text)]
         while True:
             cut = length
-            if len(left) > length and left[length].id != comma:
+            while 0 < cut < len(left) and left[cut].id in inner:
+                cut -= 1
+            cut = cut or length  # what does not go together into any chunk
+            if cut == length < len(left) and left[length].id != comma:
                 near = range(length - 1, max(length - 1 - _LOOK_BACK, -1), -1)
                 cut = next((i + 1 for i in near if left[i].id == comma), length)
             result.append(left[:cut])

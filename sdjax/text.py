@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from sdjax import compel, vocabulary
 from sdjax.compel import Encoding
-from sdjax.prompts import Token, in_chunks, parse
+from sdjax.prompts import Chunking, Token, in_chunks, parse
 from sdjax.weights.safetensors import CheckpointError
 
 MAX_CHUNKS = 8
@@ -103,7 +103,8 @@ class Tokenizer:
         self._stands_for: dict[int, range] = {}
         for token, count in added:
             self._add(token, count)
-        self._comma = self.tokens(",")[-1]
+        inner = {id for ids in self._stands_for.values() for id in ids[1:]}
+        self._chunking = Chunking(length - 2, self.tokens(",")[-1], inner)
 
     def _add(self, token: str, count: int) -> None:
         if self._encoder.token_to_id(token) is not None:
@@ -142,13 +143,13 @@ class Tokenizer:
         if language == "plain":
             return [(1.0, [[Token(id, 1.0) for id in self.tokens(text)]]) for text in (prompt, negative_prompt)]
         return [
-            (clause.weight, in_chunks(clause.parts, self.tokens, length=self.length - 2, comma=self._comma))
+            (clause.weight, in_chunks(clause.parts, self.tokens, self._chunking))
             for clause in parse(prompt) + parse(negative_prompt, join=False)
         ]
 
     def encodings(self, prompt: str) -> list[list[Encoding]]:
         """For each chunk of a prompt in compel's language the encodings that its states are a sum of."""
-        return compel.encodings(prompt, self.tokens, length=self.length - 2, comma=self._comma)
+        return compel.encodings(prompt, self.tokens, self._chunking)
 
     def row(self, chunk: Sequence[Token]) -> tuple[list[int], list[float]]:
         """A chunk between start and end, padded, with the weights of all."""

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "sdjax/models": {"sdjax.config", "sdjax.models"},
     "sdjax/sampling": {"sdjax.sampling"},
     "sdjax/weights": {"sdjax.weights", "sdjax.config"},
-    "sdjax/prompts.py": set(),
+    "sdjax/prompts.py": {"sdjax.values"},
     "sdjax/compel.py": {"sdjax.prompts", "sdjax.values"},
     "sdjax/vocabulary.py": {"sdjax.files"},
     "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.vocabulary", "sdjax.weights"},

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdjax import Request, RequestError, StableDiffusion
-from sdjax.prompts import ROUND, SQUARE, Clause, Fragment, fragments, in_chunks, parse
+from sdjax.prompts import ROUND, SQUARE, Chunking, Clause, Fragment, fragments, in_chunks, parse
 from sdjax.spec import Spec
 from tests import checkpoints
 
@@ -24,7 +24,7 @@ MEANINGS = [
     ("((red:2) cat)", [("red", 2 * ROUND), (" cat", ROUND)]),
     ("( red : .5 )", [(" red ", 0.5)]),
     ("(red:-1)", [("red", -1)]),
-    (r"\(red\) \[a\] \\ \n", [(r"(red) [a] \ \n", 1)]),
+    (r"\(red\) \[a\] \\ \n", [(r"(red) [a] \ n", 1)]),
     (r"(\(red\):2)", [("(red)", 2)]),
     ("(red", [("(red", 1)]),
     ("red) (cat)", [("red) ", 1), ("cat", ROUND)]),
@@ -45,6 +45,15 @@ def test_brackets_weigh_and_lone_ones_are_text(prompt, expected):
     found = fragments(prompt)
     assert [fragment.text for fragment in found] == [text for text, _ in expected]
     assert [fragment.weight for fragment in found] == pytest.approx([weight for _, weight in expected])
+
+
+@pytest.mark.parametrize("named", ["<lora:add_detail:0.8>", "<lyco:x>", "<hypernet:y:1>"])
+def test_a_prompt_that_loads_a_network_is_refused(spec, named):
+    for fields in ({"prompt": f"a cat {named}"}, {"prompt": "a cat", "negative_prompt": named}):
+        with pytest.raises(RequestError, match=f"prompt has '{named}'.*--lora"):
+            spec.resolve(Request(**fields))
+    assert spec.resolve(Request(prompt=f"a cat {named}", prompt_language="plain"))
+    assert parse("<b> lora: <lora> 1 < 2")
 
 
 def test_break_and_and():
@@ -86,7 +95,7 @@ def test_escaped_text_is_itself(text):
 @given(st.lists(st.lists(st.integers(0, 5), max_size=80), min_size=1, max_size=3), st.integers(1, 30))
 def test_chunks_hold_every_token_once_in_order(parts, length):
     written = [[Fragment(" ".join(map(str, part)), 1)] for part in parts]
-    made = in_chunks(written, lambda text: list(map(int, text.split())), length=length, comma=0)
+    made = in_chunks(written, lambda text: list(map(int, text.split())), Chunking(length, comma=0))
     assert [token.id for chunk in made for token in chunk] == list(itertools.chain(*parts))
     assert all(len(chunk) <= length for chunk in made)
     assert len(made) >= len(parts)
@@ -97,7 +106,7 @@ def test_chunks_hold_every_token_once_in_order(parts, length):
 def test_a_chunk_ends_after_a_comma_that_is_near_its_end():
     def sizes(commas):
         tokens = [0 if i in commas else 1 for i in range(100)]
-        made = in_chunks([[Fragment("x", 1)]], lambda _: tokens, length=75, comma=0)
+        made = in_chunks([[Fragment("x", 1)]], lambda _: tokens, Chunking(75, comma=0))
         return [len(chunk) for chunk in made]
 
     assert sizes([]) == [75, 25]
@@ -105,6 +114,22 @@ def test_a_chunk_ends_after_a_comma_that_is_near_its_end():
     assert sizes([55, 54]) == [56, 44]
     assert sizes([54]) == [75, 25]
     assert sizes([60, 75]) == [75, 25]  # A1111 looks back only when no comma is next
+
+
+def test_vectors_of_one_word_are_in_one_chunk_where_they_fit():
+    def sizes(before, vectors, commas=()):
+        tokens = [0 if i in commas else 1 for i in range(before)] + [8] + [9] * (vectors - 1) + [1] * 10
+        made = in_chunks([[Fragment("x", 1)]], lambda _: tokens, Chunking(75, comma=0, inner={9}))
+        assert [token.id for chunk in made for token in chunk] == tokens
+        return [len(chunk) for chunk in made]
+
+    assert sizes(8, 70) == [8, 75, 5]
+    assert sizes(8, 70, commas=[2]) == [8, 75, 5]  # A1111 looks for no comma there
+    assert sizes(75, 3) == [75, 13]
+    assert sizes(75, 3, commas=[70]) == [71, 17]
+    assert sizes(0, 75) == [75, 10]
+    assert sizes(0, 80) == [75, 15]
+    assert sizes(1, 80) == [1, 75, 15]
 
 
 @pytest.fixture(scope="module")
