@@ -73,7 +73,6 @@ class AddonFile:
         return self._fs.cat_file(path) if self._fs.isfile(path) else None
 
     def tensors(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Some of the tensors, in float32."""
+        """Some of the tensors, in the dtype of the file."""
         with self._fs.open(self._path, "rb") as stream:
-            wanted = {key: self.entries[key] for key in keys}
-            return {key: tensor.astype(np.float32) for key, tensor in read_tensors(stream, wanted)}
+            return dict(read_tensors(stream, {key: self.entries[key] for key in keys}))

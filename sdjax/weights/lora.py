@@ -6,13 +6,16 @@ modules that the checkpoint has, so a key is either understood or refused. LoCon
 middle factor, LoHa and LoKr are other products of factors.
 """
 
+import functools
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdjax.config import UNetConfig
@@ -75,7 +78,8 @@ class Lora:
 
     def _refuse_another_width(self, unet: UNetConfig, what: str) -> None:
         """An SDXL LoRA on Stable Diffusion 1, in words rather than by the first key that is missing."""
-        widths = {entry.shape[1] for key, entry in self.file.entries.items() if _CONTEXT.search(key)}
+        shapes = [entry.shape for key, entry in self.file.entries.items() if _CONTEXT.search(key)]
+        widths = {shape[1] for shape in shapes if len(shape) > 1}
         if widths and unet.cross_attention_dim not in widths:
             theirs, ours = (
                 f"{width} channels" + (f" ({CONTEXT_WIDTHS[width]})" if width in CONTEXT_WIDTHS else "")
@@ -110,28 +114,54 @@ class Lora:
             alpha = float((own or [setting.get("lora_alpha") or rank])[0])
         return self.weight * alpha / (math.sqrt(rank) if setting.get("use_rslora") else rank)
 
-    def deltas(self, component: str) -> dict[str, np.ndarray]:
-        """What is added to each tensor of a component, by its key; as matrices [out, anything]."""
+    def deltas(self, component: str) -> dict[str, "Delta"]:
+        """What is added to each tensor of a component, by its key."""
         mine = {module: keys for module, keys in self._factors.items() if module[0] == component}
         tensors = self.file.tensors([key for keys in mine.values() for key in keys.values()])
         found = {}
         for module, keys in mine.items():
             factors = {role: tensors[key] for role, key in keys.items()}
             alpha = factors.pop("alpha", None)
-            if not factors:
-                continue
-            try:
-                product, rank = _product(factors)
-            except (KeyError, ValueError, IndexError):
-                shapes = ", ".join(f"{role} {list(factor.shape)}" for role, factor in factors.items())
-                raise CheckpointError(f"{self.file.source}: {module[1]} cannot be made of {shapes}") from None
-            scale = self._scale(module, rank, None if alpha is None else float(alpha.reshape(-1)[0]))
-            found[f"{module[1]}.weight"] = product * np.float32(scale)
+            if factors:
+                shape, rank = self._made(module[1], keys)
+                scale = self._scale(module, rank, None if alpha is None else float(alpha.reshape(-1)[0]))
+                found[f"{module[1]}.weight"] = Delta(factors, shape, scale)
         return found
+
+    def _made(self, module: str, keys: Mapping[str, str]) -> tuple[tuple[int, ...], int]:
+        """The shape and the rank of what a module's factors make. Raises CheckpointError where they make nothing."""
+        shapes = {role: self.file.entries[key].shape for role, key in keys.items()}
+        alpha = shapes.pop("alpha", ())
+        if math.prod(alpha) != 1:
+            raise CheckpointError(f"{self.file.source}: {module}.alpha {list(alpha)} is no number")
+        try:
+            return _made(tuple(shapes.items()))
+        except (KeyError, ValueError, IndexError, TypeError, ArithmeticError):
+            said = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+            raise CheckpointError(f"{self.file.source}: {module} cannot be made of {said}") from None
+
+
+class Delta(NamedTuple):
+    """What a LoRA adds to one tensor, kept as the factors that it is a product of.
+
+    shape: of the product, as a matrix [out, anything].
+    """
+
+    factors: dict[str, np.ndarray]
+    shape: tuple[int, ...]
+    scale: float
+
+    def product(self) -> np.ndarray:
+        """The product in float32."""
+        found, _ = _product({role: factor.astype(np.float32) for role, factor in self.factors.items()}, np)
+        return found * np.float32(self.scale)
 
 
 def fused(loras: Sequence[Lora], component: str) -> Edit:
-    """What adds all LoRAs to the tensors of a component: W + sum of weight * alpha / rank * up @ down, in float32."""
+    """What adds all LoRAs to the tensors of a component: W + sum of weight * alpha / rank * up @ down, in float32.
+
+    The factors are held until then, and one product at a time.
+    """
     deltas = [(lora.file.source, lora.deltas(component)) for lora in loras]
 
     def edit(key: str, tensor: np.ndarray) -> np.ndarray:
@@ -140,43 +170,60 @@ def fused(loras: Sequence[Lora], component: str) -> Edit:
             return tensor
         tensor = tensor.astype(np.float32)
         for source, delta in added:
-            if delta.size != tensor.size or delta.shape[0] != tensor.shape[0]:
+            if math.prod(delta.shape) != tensor.size or delta.shape[0] != tensor.shape[0]:
                 raise CheckpointError(
                     f"{source}: {key} would add {list(delta.shape)}; the checkpoint's is {list(tensor.shape)}"
                 )
-            tensor = tensor + delta.reshape(tensor.shape)
+            tensor += delta.product().reshape(tensor.shape)
         return tensor
 
     return edit
 
 
-def _product(factors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, int]:
-    """The change that factors stand for, as [out, anything], and their rank; 0 where they are whole."""
+@functools.lru_cache(maxsize=1024)
+def _made(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[tuple[int, ...], int]:
+    """The shape of `_product` and the rank, from the shapes of the factors alone."""
+    factors = {role: jax.ShapeDtypeStruct(shape, np.float32) for role, shape in shapes}
+    rank = 0
+
+    def product(factors: Mapping[str, Any]) -> Any:
+        nonlocal rank
+        found, rank = _product(factors, jnp)
+        return found
+
+    return jax.eval_shape(product, factors).shape, rank
+
+
+def _product(factors: Mapping[str, Any], xp: Any) -> tuple[Any, int]:
+    """The change that factors stand for, as [out, anything], and their rank; 0 where they are whole.
+
+    xp: numpy, or jax.numpy for factors of which only the shapes are known.
+    """
     if "up" in factors:
         up, down = (factors[name] for name in ("up", "down"))
         if set(factors) == {"up", "down"}:
             if up.ndim == 4 and up.shape[2:] != (1, 1):
                 raise ValueError("an up factor that is no 1x1 convolution")
-            return up.reshape(len(up), -1) @ down.reshape(len(down), -1), len(down)
+            return _flat(up) @ _flat(down), len(down)
         if set(factors) == {"up", "down", "mid"}:
-            up, down = up[:, :, 0, 0], down[:, :, 0, 0]
-            return _flat(np.einsum("oa,abkl,bi->oikl", up, factors["mid"], down, optimize=True)), len(down)
+            mid, rank = factors["mid"], len(down)
+            return _flat(xp.einsum("oa,abkl,bi->oikl", _flat(up), mid, _flat(down), optimize=True)), rank
     kind = "hada" if "hada_w1_b" in factors else "lokr"
-    one, two = (_half(factors, f"{kind}_{{}}{i}") for i in (1, 2))
+    one, two = (_half(factors, f"{kind}_{{}}{i}", xp) for i in (1, 2))
     ranks = [len(factors[f"{kind}_w{i}_b"]) for i in (1, 2) if f"{kind}_w{i}_b" in factors]
-    return (one * two if kind == "hada" else np.kron(one, two)), ranks[0] if ranks else 0
+    return (one * two if kind == "hada" else xp.kron(one, two)), ranks[0] if ranks else 0
 
 
-def _half(factors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+def _half(factors: Mapping[str, Any], name: str, xp: Any) -> Any:
     """One of the two matrices of LoHa and LoKr: whole, a product of two, or of two around a core."""
     if name.format("w") in factors:
         return _flat(factors[name.format("w")])
     a, b = factors[f"{name.format('w')}_a"], factors[f"{name.format('w')}_b"]
     core = factors.get(name.format("t"))
-    return a @ _flat(b) if core is None else _flat(np.einsum("ij...,ip,jr->pr...", core, a, b, optimize=True))
+    return a @ _flat(b) if core is None else _flat(xp.einsum("ij...,ip,jr->pr...", core, a, b, optimize=True))
 
 
-def _flat(array: np.ndarray) -> np.ndarray:
+def _flat(array: Any) -> Any:
     return array.reshape(len(array), -1)
 
 

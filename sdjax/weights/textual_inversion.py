@@ -82,7 +82,7 @@ class TextualInversion:
     def vectors(self, encoder: str) -> np.ndarray:
         """An encoder's vectors, [count, width]."""
         key = self._keys[encoder]
-        return np.atleast_2d(self.file.tensors([key])[key])
+        return np.atleast_2d(self.file.tensors([key])[key]).astype(np.float32)
 
 
 def extended(inversions: Sequence[TextualInversion], encoder: str, first: int) -> Edit:

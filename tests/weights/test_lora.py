@@ -1,7 +1,9 @@
 """LoRAs: every format against the formula and against diffusers' names, and the pairs that do not fit."""
 
+import dataclasses
 import json
 import pickle
+import tracemalloc
 
 import jax
 import numpy as np
@@ -10,6 +12,8 @@ import safetensors.torch
 import torch
 from diffusers.loaders import lora_conversion_utils
 from diffusers.utils import state_dict_utils
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdjax import StableDiffusion
 from sdjax.config import CLIPTextConfig, UNetConfig
@@ -136,7 +140,7 @@ def test_kohyas_names_mean_what_they_mean_to_diffusers(name, tmp_path):
     assert len(alphas) == len(modules)
     for module in modules:
         down, up = theirs[f"{module}.lora_A.weight"], theirs[f"{module}.lora_B.weight"]
-        delta = ours[f"{module.removeprefix('unet.').replace('.processor', '')}.weight"]
+        delta = ours[f"{module.removeprefix('unet.').replace('.processor', '')}.weight"].product()
         assert np.abs(delta - (2 / RANK * product(down, up)).reshape(delta.shape).numpy()).max() < 1e-5, module
 
 
@@ -146,7 +150,7 @@ def lone(tmp_path, stem: str, tensors: dict[str, torch.Tensor]) -> np.ndarray:
         {f"{stem}.{key}": t.contiguous() for key, t in tensors.items()}, tmp_path / "a.safetensors"
     )
     (delta,) = Lora(tmp_path / "a.safetensors", 1.0, FIRST, what="it").deltas("unet").values()
-    return delta
+    return delta.product()
 
 
 def test_a_middle_factor_is_a_convolution_between_two(tmp_path):
@@ -181,6 +185,48 @@ def test_products_of_hadamard_and_kronecker(tmp_path):
     assert np.abs(delta.reshape(expected.shape) - expected).max() < 1e-5
 
 
+def test_products_are_made_when_their_tensor_comes(tmp_path):
+    """What is held between tensors is of the file's size, not of the network's."""
+    tensors = {}
+    for i in range(4):
+        for end in ("mlp.fc1", "mlp.fc2", "self_attn.q_proj", "self_attn.k_proj"):
+            stem = f"lora_te_text_model_encoder_layers_{i}_{end.replace('.', '_')}"
+            tensors |= {f"{stem}.lora_down.weight": torch.ones(1, 512), f"{stem}.lora_up.weight": torch.ones(512, 1)}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    configs = {"unet": FIRST["unet"], "text_encoder": dataclasses.replace(FIRST["text_encoder"], num_hidden_layers=4)}
+    lora = Lora(tmp_path / "a.safetensors", 1.0, configs, what="it")
+    lora.deltas("text_encoder")  # what is traced once
+    tracemalloc.start()
+    try:
+        edit = fused([lora, lora], "text_encoder")
+        assert tracemalloc.get_traced_memory()[0] < 512 * 512 * 4
+        changed = edit("text_model.encoder.layers.0.mlp.fc1.weight", np.zeros((512, 512), np.float16))
+    finally:
+        tracemalloc.stop()
+    assert (changed == 2).all()
+
+
+SHAPES_OF_FACTORS = st.lists(st.integers(0, 3), max_size=4).map(tuple)
+ROLES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    **{name: name for half in ("hada_w1", "hada_w2") for name in (f"{half}_a", f"{half}_b")},
+    **{name: name for name in ("hada_t1", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha")},
+}
+
+
+@given(st.dictionaries(st.sampled_from([*ROLES]), SHAPES_OF_FACTORS, min_size=1))
+def test_factors_of_any_shape_make_what_they_say_or_are_refused(tmp_path_factory, shapes):
+    file = tmp_path_factory.mktemp("factors") / "a.safetensors"
+    safetensors.torch.save_file({f"{GOOD}.{name}": torch.ones(shape) for name, shape in shapes.items()}, file)
+    try:
+        for delta in Lora(file, 1.0, FIRST, what="it").deltas("unet").values():
+            assert delta.product().shape == delta.shape
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize("where", ["beside", "inside"])
 def test_pefts_settings_give_the_alphas_that_the_file_lacks(where, tmp_path):
     module, other = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k"
@@ -200,8 +246,8 @@ def test_pefts_settings_give_the_alphas_that_the_file_lacks(where, tmp_path):
         safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
     deltas = Lora(tmp_path, 1.0, FIRST, what="it").deltas("unet")
     divisor = 2 if where == "beside" else 4  # the root of the rank, or the rank
-    assert deltas[f"{module}.weight"][0, 0] == 4 * 8 / divisor
-    assert deltas[f"{other}.weight"][0, 0] == 4 * 2 / divisor
+    assert deltas[f"{module}.weight"].product()[0, 0] == 4 * 8 / divisor
+    assert deltas[f"{other}.weight"].product()[0, 0] == 4 * 2 / divisor
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +326,11 @@ REFUSED = {
     "with half of its factors": (
         {f"{GOOD}.lora_down.weight": torch.ones(2, 32)},
         r"attn1.to_q cannot be made of down \[2, 32\]",
+    ),
+    "with an alpha that is no number": (weights(GOOD) | {f"{GOOD}.alpha": torch.ones(0)}, r"alpha \[0\] is no number"),
+    "with a factor of one axis": (
+        weights(GOOD) | {f"{CONTEXT}.lora_down.weight": torch.ones(3)},
+        r"attn2.to_k cannot be made of down \[3\]",
     ),
     "empty": ({}, "holds no LoRA"),
 }
