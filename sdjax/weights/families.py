@@ -68,6 +68,7 @@ FAMILIES = (
     ),
 )
 UNET, VAE, CONTROLNET = "model.diffusion_model.", "first_stage_model.", "control_model."
+_EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 class Part(NamedTuple):
@@ -109,6 +110,10 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], prediction_type: str 
     found = [f for f in FAMILIES if all(below(shapes, encoder.prefix) for encoder in f.encoders.values())]
     if not found or not below(shapes, UNET):
         raise CheckpointError(f"is no Stable Diffusion in the original layout; {_what_else(shapes)}")
+    if edm := [key for key in _EDM if key in shapes]:
+        raise CheckpointError(
+            f"is a {found[0].name} trained as EDM ({', '.join(edm)}), whose noise levels and scaling are not supported"
+        )
     try:
         return _recognised(found[0], shapes, metadata, prediction_type)
     except KeyError as error:
@@ -211,7 +216,10 @@ def _what_else(shapes: Shapes) -> str:
         return "it may be a textual inversion"
     if "conv_in.weight" in shapes:
         return "it is one component in the diffusers layout; name the folder that has them all"
-    return f"no keys {UNET}* and {', '.join(f'{e.prefix}*' for f in FAMILIES[1:] for e in f.encoders.values())}"
+    encoders = ", ".join(f"{encoder.prefix}*" for family in FAMILIES[1:] for encoder in family.encoders.values())
+    if below(shapes, UNET):
+        return f"it has a UNet, and no text encoder: no keys {encoders}"
+    return f"no keys {UNET}* and {encoders}"
 
 
 def _prediction(family: Family, shapes: Shapes, metadata: Mapping[str, str], asked: str | None, kind: str) -> str:

@@ -267,12 +267,24 @@ def test_what_a_network_predicts_is_said_or_asked_for(tmp_path):
     assert SingleFile(xl).json("scheduler", "scheduler_config.json")["rescale_betas_zero_snr"] is True
 
 
+@pytest.mark.parametrize("names", [("edm_mean", "edm_std"), ("edm_vpred.sigma_max", "edm_vpred.sigma_min")])
+def test_edms_parametrisation_is_refused_by_name(tmp_path, names):
+    """As Playground 2.5 and CosXL have it."""
+    file = write("XL", tmp_path / "a.safetensors", **{name: torch.ones(1) for name in names})
+    with pytest.raises(CheckpointError, match=rf"a Stable Diffusion XL trained as EDM \({names[0]}, {names[1]}\)"):
+        SingleFile(file, prediction_type="v_prediction")
+
+
 NO_CHECKPOINTS = {
     "a lora": ({"lora_unet_mid_block.lora_down.weight": torch.ones(1)}, "in the original layout; it is a LoRA"),
     "an embedding": ({"emb_params": torch.ones(1, 32)}, "it may be a textual inversion"),
     "a component": (
         {name: torch.ones(1) for name in ("conv_in.weight", "conv_in.bias", "conv_out.weight")},
         "it is one component in the diffusers layout",
+    ),
+    "a UNet alone": (
+        {f"model.diffusion_model.{name}": torch.ones(1) for name in "abc"},
+        r"it has a UNet, and no text encoder: no keys conditioner\.embedders\.0\.model\.\*, cond_stage_model",
     ),
     "something else": (
         {name: torch.ones(1) for name in "abc"},
