@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple
 import fsspec
 import pyarrow.parquet as pq
 
-from pipelines import sources
-from pipelines.sources import RowError
+from pipelines import sources, tables
+from pipelines.records import RowError
 from pipelines.storage import retry
 from sdjax import inputs
 from sdjax.training.data import CAPTIONS, IMAGES, sample_key
@@ -69,7 +69,7 @@ def _listed_file(root: str, row: dict[str, Any] | RowError) -> Sample:
         raise row
     caption, extras = _split_caption(row)
     name = extras.pop("file_name", None)
-    if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/") or "://" in name:
+    if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name:
         raise RowError(f"file_name={name!r:.200} is no file below {root}")
     file = posixpath.join(root, name)
     return Sample(file, 0, 0, name, _whole_file(file), caption, extras)
@@ -134,14 +134,17 @@ def _of_members(file: str, key: str, image: tuple[int, bytes] | None, contents: 
 def of_parquet(file: str, group: int, first_row: int) -> Samples:
     """A row group whose column `image` holds image files' bytes, or the {bytes, path} of the datasets library."""
     for number, row in enumerate(_rows(file, group)):
+        if isinstance(row, RowError):
+            yield partial(_raise, row)
+            continue
         caption, extras = _split_caption({name: value for name, value in row.items() if not _is_image(name)})
         key = f"row {first_row + number}"
         yield partial(Sample, file, group, number, key, _image(row), caption, extras)
 
 
 def images_of_group(file: str, group: int) -> Iterator[Any]:
-    """The images of a row group's rows."""
-    return map(_image, _rows(file, group, only_images=True))
+    """The images of a row group's rows; None of a row that cannot be read."""
+    return (None if isinstance(row, RowError) else _image(row) for row in _rows(file, group, only_images=True))
 
 
 def columns(file: str) -> set[str]:
@@ -150,12 +153,12 @@ def columns(file: str) -> set[str]:
         return {name.lower() for name in pq.ParquetFile(stream).schema_arrow.names}
 
 
-def _rows(file: str, group: int, *, only_images: bool = False) -> Iterator[dict[str, Any]]:
+def _rows(file: str, group: int, *, only_images: bool = False) -> Iterator[dict[str, Any] | RowError]:
     with open_file(file) as stream:
         parquet = pq.ParquetFile(stream)
         names = [name for name in parquet.schema_arrow.names if _is_image(name) or not only_images]
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=names):
-            yield from batch.to_pylist()
+            yield from tables.rows(batch)
 
 
 def _is_image(column: str) -> bool:
@@ -190,8 +193,10 @@ def _whole_file(file: str) -> bytes:
     fs, path = fsspec.core.url_to_fs(file)
     try:
         data = retry(lambda: bytes(fs.cat_file(path, 0, inputs.MAX_BYTES + 1)))  # type: ignore[arg-type]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RowError(f"{file} is not there") from None
+    except IsADirectoryError:
+        raise RowError(f"{file} is a folder") from None
     if len(data) > inputs.MAX_BYTES:
         raise RowError(f"{file} is larger than {inputs.MAX_BYTES >> 20} MiB, which is the most")
     return data

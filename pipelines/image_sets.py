@@ -19,7 +19,8 @@ from PIL import Image
 
 from pipelines import image_samples, sources
 from pipelines.image_samples import Sample
-from pipelines.sources import Place, RowError, Source, SourceError
+from pipelines.records import MAX_RECORD, RowError
+from pipelines.sources import Place, Source, SourceError
 from pipelines.storage import retry
 from sdjax import inputs
 from sdjax.training.data import CAPTIONS, IMAGES
@@ -177,11 +178,12 @@ def _samples(piece: Piece) -> image_samples.Samples:
 def _checked(part: str, sample: Callable[[], Sample]) -> Found | RowError:
     try:
         file, start, stop, key, data, caption, extras = sample()
+        key.encode()
         if not data or not isinstance(data, bytes):
             raise RowError(f"sample {key} holds no image's bytes ({', '.join(IMAGES)})")
         if not isinstance(caption, str):
             raise RowError(f"sample {key} has no caption; {', '.join(CAPTIONS)} may hold one")
-        if len(caption) > sources.MAX_RECORD:
+        if len(caption) > MAX_RECORD:
             raise RowError(f"sample {key} has a caption of {len(caption):,} characters")
         picture = Picture(file, start, stop, part, key, caption.strip(), hashlib.sha256(data).hexdigest())
         picture.decode(data)
@@ -190,6 +192,8 @@ def _checked(part: str, sample: Callable[[], Sample]) -> Found | RowError:
         return error
     except RequestError as error:
         return RowError(str(error))
+    except UnicodeEncodeError:
+        return RowError("a file's name that is not valid UTF-8")
 
 
 def load(pictures: Iterable[Picture], use: Callable[[Picture, bytes], T]) -> Iterator[T]:

@@ -21,10 +21,10 @@ from safetensors.numpy import save
 
 from pipelines import image_sets
 from pipelines.image_sets import Found, Picture
-from pipelines.sinks import Encoded, Provenance, commit, extras_json, place, shard_name
+from pipelines.sinks import Encoded, Provenance, commit, place, shard_name
 from pipelines.sources import Place, RowError
 from pipelines.storage import Store
-from pipelines.units import Row, Unit
+from pipelines.units import Row, Unit, extras_json
 from sdjax.training.data import square
 from sdjax.training.encoded import NETWORKS
 
@@ -128,11 +128,11 @@ class PlanPicture:
     planner: LatentSpec
 
     def __call__(self, place: Place, found: Found | RowError) -> Row:
-        """Raises RowError for one that cannot be used."""
+        """Raises any of `units.UNUSABLE` for one that cannot be used."""
         if isinstance(found, RowError):
             raise found
         picture, extras = found
-        return Row(self.planner.id(picture), self.planner.program(picture), 1, picture, extras, place)
+        return Row(self.planner.id(picture), self.planner.program(picture), 1, picture, extras_json(extras), place)
 
 
 class LatentPipe:
@@ -199,7 +199,7 @@ class Latents:
                 "sha256": item.sha256,
                 "flags": list(item.flags),
                 "seconds": seconds / len(encoded),
-                "extras": extras_json(row),
+                "extras": row.extras,
                 "input_file": row.place.file,
                 "input_row": row.place.row,
             }

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.storage import Store
-from pipelines.units import Row, Unit
+from pipelines.units import Unit
 from sdjax.images import encode, parameters
 from sdjax.request import Request, field_types
 
@@ -122,10 +122,6 @@ def committed(store: Store, unit: str) -> int | None:
         return None
 
 
-def extras_json(row: Row) -> str:
-    return json.dumps(row.extras, ensure_ascii=False, sort_keys=True, default=str)
-
-
 def make_tar(unit: Unit, images: list[Encoded], image_format: str, fingerprint: str) -> tuple[bytes, list[int]]:
     """The unit as a WebDataset tar, and where each image's bytes begin in it; equal images give equal bytes."""
     buffer = io.BytesIO()
@@ -140,7 +136,7 @@ def make_tar(unit: Unit, images: list[Encoded], image_format: str, fingerprint: 
                 "model_fingerprint": fingerprint,
                 "sha256": image.sha256,
                 "flags": ",".join(image.flags),
-                "extras": extras_json(row),
+                "extras": row.extras,
             }
             offsets.append(tar.offset + tarfile.BLOCKSIZE)
             _add(tar, f"{row.id}.{image_format}", image.data)
@@ -196,7 +192,7 @@ class Images:
                 "sha256": image.sha256,
                 "flags": list(image.flags),
                 "seconds": seconds / len(encoded),
-                "extras": extras_json(row),
+                "extras": row.extras,
                 "input_file": row.place.file,
                 "input_row": row.place.row,
             }

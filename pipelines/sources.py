@@ -4,25 +4,23 @@ A row is a mapping of the file's columns. Text files are cut at byte offsets, Pa
 row numbers, so a piece is a few numbers and any worker may read it.
 """
 
-import csv
 import io
 import json
 import math
-from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from glob import has_magic
 from typing import IO, Any, NamedTuple
 
 import fsspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines import tables
+from pipelines.records import RowError, records
 from pipelines.storage import retry
 from pipelines.templates import Template, TemplateError
 
 PIECE_ROWS = 16_384
-MAX_RECORD = 2**20  # bytes of one record of a text file; a longer one is refused, and read past
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -30,10 +28,6 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 class SourceError(ValueError):
     """Prompt files that no job can run on; one line that names the file."""
-
-
-class RowError(ValueError):
-    """A row that cannot be read; one line."""
 
 
 class Source(NamedTuple):
@@ -92,9 +86,11 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
     try:
         if source.suffix in _DELIMITERS:
             with _open(file) as stream:
-                end, fields = next(_records(stream, 0, None, _DELIMITERS[source.suffix]), (0, []))
+                end, fields = next(records(stream, 0, None, _DELIMITERS[source.suffix]), (0, []))
             if isinstance(fields, RowError):
                 raise SourceError(f"{file}: its header cannot be read: {fields}")
+            if not _is_text(fields):
+                raise SourceError(f"{file}: its header is not valid UTF-8")
             header = tuple(name.removeprefix("\ufeff").strip() for name in fields)
             if len(set(header)) < len(header):
                 raise SourceError(f"{file}: two columns have the same name")
@@ -168,7 +164,7 @@ def cut(source: Source, rows: int = PIECE_ROWS) -> Iterator[Piece]:
             return
         start, first, held = source.start, 1, 0
         end = start
-        for end, _ in _records(stream, start, None, _DELIMITERS.get(source.suffix)):
+        for end, _ in records(stream, start, None, _DELIMITERS.get(source.suffix)):
             held += 1
             if held == rows:
                 yield Piece(source, start, end, first)
@@ -194,27 +190,15 @@ def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
         if source.suffix == ".parquet":
             groups = list(range(piece.start, piece.stop))
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024, row_groups=groups):
-                yield from _parquet_rows(batch)
+                yield from tables.rows(batch)
             return
-        for _, record in _records(stream, piece.start, piece.stop, _DELIMITERS.get(source.suffix)):
+        for _, record in records(stream, piece.start, piece.stop, _DELIMITERS.get(source.suffix)):
             yield record if isinstance(record, RowError) else _row(source, record)
-
-
-def _parquet_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | RowError]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        if batch.num_rows == 1:
-            return [RowError("not valid UTF-8")]
-        return [row for i in range(batch.num_rows) for row in _parquet_rows(batch.slice(i, 1))]
 
 
 def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
     """A text file's record as a row."""
-    try:
-        for text in record:
-            text.encode()
-    except UnicodeEncodeError:
+    if not _is_text(record):
         return RowError("not valid UTF-8")
     if source.suffix == ".txt":
         return {"prompt": record[0].removeprefix("\ufeff")}
@@ -229,77 +213,12 @@ def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
     return dict(zip(source.header, record, strict=False))
 
 
-class _Line(NamedTuple):
-    end: int  # the byte after it
-    text: str
-    too_long: bool
-
-
-def _lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[_Line]:
-    """Lines from byte `start` to `stop`, with undecodable bytes as lone surrogates; a long line's rest is skipped."""
-    stream.seek(start)
-    end = start
-    while stop is None or end < stop:
-        line = stream.readline(MAX_RECORD)
-        if not line:
-            return
-        end += len(line)
-        last = line
-        while len(last) == MAX_RECORD and not last.endswith(b"\n"):
-            last = stream.readline(MAX_RECORD)
-            end += len(last)
-        yield _Line(end, line.decode("utf-8", "surrogateescape"), last is not line)
-
-
-def _records(
-    stream: IO[bytes], start: int, stop: int | None, delimiter: str | None
-) -> Iterator[tuple[int, list[str] | RowError]]:
-    """Records with the byte after each: lines without their end, or a CSV's cells where a delimiter is given."""
-    too_long = RowError(f"a line of more than {MAX_RECORD:,} bytes")
-    lines = _lines(stream, start, stop)
-    if delimiter is None:
-        for line in lines:
-            yield line.end, too_long if line.too_long else [line.text.rstrip("\r\n")]
-        return
-    waiting: deque[_Line] = deque()
-    while line := waiting.popleft() if waiting else next(lines, None):
-        if line.too_long:
-            yield line.end, too_long
-            continue
-        taken = [line]
-        try:
-            cells = _cells(taken, waiting, lines, delimiter)
-            yield taken[-1].end, cells
-        except csv.Error as error:
-            # The row that cannot be read is its first line alone; whatever its open quote swallowed is read again.
-            waiting.extendleft(reversed(taken[1:]))
-            yield line.end, RowError(f"not a row: {error}")
-
-
-def _cells(taken: list[_Line], waiting: deque[_Line], lines: Iterator[_Line], delimiter: str) -> list[str]:
-    """The cells of the record that begins with `taken[0]`; lines inside its quotes are moved to `taken`.
-
-    Raises:
-        csv.Error: a quote opens and does not close within MAX_RECORD bytes.
-    """
-    text = taken[0].text
-    if '"' not in text:
-        return next(csv.reader([text], delimiter=delimiter), [])
-    open_quote = csv.Error("a quote opens and never closes")
-
-    def feed() -> Iterator[str]:
-        size = len(text)
-        yield text
-        while size <= MAX_RECORD:
-            line = waiting.popleft() if waiting else next(lines, None)
-            if line is None:
-                break
-            taken.append(line)
-            size += len(line.text)
-            yield line.text
-        raise open_quote
-
-    return next(csv.reader(feed(), delimiter=delimiter))
+def _is_text(record: list[str]) -> bool:
+    try:
+        "".join(record).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _open(file: str) -> IO[bytes]:

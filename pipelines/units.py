@@ -37,6 +37,10 @@ SHARD_ROWS = 16_384
 COUNTS = "counts"  # the tagged output of each stage's share of the account
 NAMESPACE = "sdjax"
 
+UNUSABLE = (RowError, RequestError, UnicodeEncodeError, RecursionError)
+"""What planning may raise for a row, which is then rejected alone; the last two of what no file can hold."""
+_REASONS = {UnicodeEncodeError: "half of a surrogate pair, which is no text", RecursionError: "nested too deeply"}
+
 _SHOWN = 1_000  # characters of a cell that a rejected row's record keeps
 
 
@@ -56,7 +60,7 @@ class Row(NamedTuple):
     program: str  # equal where one compiled program serves; opaque
     calls: int  # network rows that its batch must run for it
     request: Any  # the Request, without None where the checkpoint has a default; or the picture to encode
-    extras: dict[str, Any]  # the input's other columns
+    extras: str  # the input's other columns, as a JSON object
     place: Place
 
 
@@ -73,6 +77,17 @@ class PackedUnit(NamedTuple):
     name: str
     images: int
     blob: bytes
+
+
+def extras_json(extras: dict[str, Any]) -> str:
+    """A row's other columns as the manifest keeps them.
+
+    Raises:
+        UnicodeEncodeError, RecursionError: a value that no file can hold.
+    """
+    text = json.dumps(extras, ensure_ascii=False, sort_keys=True, default=str)
+    text.encode()
+    return text
 
 
 def pack(value: Any) -> bytes:
@@ -134,11 +149,11 @@ class PlanRequest:
     prompt_column: str | None
 
     def __call__(self, place: Place, values: dict[str, Any]) -> Row:
-        """Raises RowError or RequestError for a row that cannot be used."""
+        """Raises any of `UNUSABLE` for a row that cannot be used."""
         request, extras = Request.from_row(select_prompt(values, self.prompt_column), **self.defaults)
         request = self.planner.resolve(request)
         program = repr(self.planner.program(request))
-        return Row(self.planner.id(request), program, self.planner.calls(request), request, extras, place)
+        return Row(self.planner.id(request), program, self.planner.calls(request), request, extras_json(extras), place)
 
 
 class PlanRows(beam.DoFn):
@@ -146,7 +161,7 @@ class PlanRows(beam.DoFn):
 
     Args:
         read: a piece's rows in order, each with its place; a row that cannot be read is its RowError.
-        plan: makes a Row of one, or raises RowError or RequestError.
+        plan: makes a Row of one, or raises any of `UNUSABLE`.
         shards: of the plan.
         out: the output.
     """
@@ -176,7 +191,7 @@ class PlanRows(beam.DoFn):
                 if isinstance(values, RowError):
                     raise values
                 row = self._plan(place, values)
-            except (RowError, RequestError) as error:
+            except UNUSABLE as error:
                 rejected.append(rejection(place, values, error))
                 continue
             if row.id in seen:
@@ -292,13 +307,17 @@ def _packed(units: Iterable[Unit]) -> Iterator[PackedUnit]:
 def rejection(place: Place, values: Any, error: Exception) -> dict[str, Any]:
     """A line of rejected/*.jsonl."""
     shown = {_shown(k): _shown(v) for k, v in values.items()} if isinstance(values, dict) else None
-    return {"file": place.file, "row": place.row, "reason": " ".join(_shown(str(error)).split()), "values": shown}
+    reason = _REASONS.get(type(error)) or " ".join(_shown(str(error)).split())
+    return {"file": place.file, "row": place.row, "reason": reason, "values": shown}
 
 
 def _shown(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    text = value if isinstance(value, str) else repr(value)
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__}, {_REASONS[RecursionError]}"
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 

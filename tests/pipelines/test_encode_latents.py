@@ -191,6 +191,12 @@ def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
         ({"file_name": "000.png"}, "has no caption"),
         ({"file_name": "000.png", "text": 5}, "has no caption"),
         ("{", "not JSON"),
+        ({"file_name": "\ud83d.png", "text": "x"}, "name that is not valid UTF-8"),
+        ({"file_name": "a\0.png", "text": "x"}, "is no file below"),
+        ({"file_name": ".", "text": "x"}, "is a folder"),
+        ({"file_name": "000.png/x", "text": "x"}, "is not there"),
+        ({"file_name": "000.png", "text": "half \ud83d"}, "half of a surrogate pair"),
+        ({"file_name": "000.png", "text": "x", "note": "half \ud83d"}, "half of a surrogate pair"),
     ]
     with (folder / "metadata.jsonl").open("a") as file:
         file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row, _ in bad)
@@ -203,6 +209,20 @@ def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
         assert line["file"].endswith("metadata.jsonl")
     kept = {(id, row["sha256"]) for id, row in manifest(tmp_path / "out").items()}
     assert kept == {(id, row["sha256"]) for id, row in manifest(encoded / "metadata").items()}
+
+
+def test_a_bad_caption_in_parquet_costs_its_row_only(tmp_path):
+    images = [png(pixels) for pixels in list(PICTURES.values())[:3]]
+    captions = pa.StringArray.from_buffers(
+        3, pa.py_buffer(np.array([0, 1, 3, 4], "int32")), pa.py_buffer(b"a\xff\xfeb")
+    )
+    path = str(tmp_path / "set.parquet")
+    pq.write_table(pa.table({"image": images, "text": captions}), path)
+    [piece] = image_sets.cut(path)
+    (first, _), bad, (last, _) = [found for _, found in image_sets.read(piece)]
+    assert "not valid UTF-8" in str(bad)
+    decoded = list(image_sets.load([first, last], lambda picture, data: (picture.caption, data)))
+    assert decoded == [("a", images[0]), ("b", images[2])]
 
 
 def test_a_tar_that_is_cut_short_gives_what_it_holds(encoded):

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import sources
-from pipelines.sources import Place, RowError, Source, SourceError
+from pipelines.records import MAX_RECORD, RowError
+from pipelines.sources import Place, Source, SourceError
 
 
 def rows(path, piece=3, column=None):
@@ -79,7 +80,7 @@ def test_where_a_csv_is_cut_never_matters_however_broken_it_is(tmp_path_factory,
 
 
 def test_bad_rows_of_text_files_are_alone(tmp_path):
-    long = b"y" * (sources.MAX_RECORD + 5)
+    long = b"y" * (MAX_RECORD + 5)
     path = written(
         tmp_path / "p.csv",
         b"prompt,seed\na,1\n\xff\xfe,2\nb,3,surplus\n" + long + b",4\n" + b'"in two\nlines",5\n"open,6\nc,7\nd,8\n',
@@ -116,6 +117,7 @@ def test_short_rows_leave_the_last_columns_open(tmp_path):
         ("p.csv", "prompt,seed\n", "holds no prompts"),
         ("p.csv", "caption,seed\na,1\n", "no column 'prompt' among 'caption', 'seed'; --prompt-column"),
         ("p.csv", "prompt,prompt\na,b\n", "two columns have the same name"),
+        ("p.csv", "prompt,größe\na,1\n".encode("latin-1"), "its header is not valid UTF-8"),
         ("p.jsonl", '{"text": "a"}\n', "no column 'prompt' among 'text'"),
         ("p.parquet", b"PAR1", "p.parquet: "),
         ("p.toml", "prompts = []", "prompts must be a list"),

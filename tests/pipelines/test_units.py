@@ -16,7 +16,7 @@ SPEC = standin.Spec()
 
 def planned(**fields) -> Row:
     request = SPEC.resolve(Request(**{"prompt": "a", **fields}))
-    return Row(SPEC.id(request), repr(SPEC.program(request)), SPEC.calls(request), request, {}, Place("f", 1))
+    return Row(SPEC.id(request), repr(SPEC.program(request)), SPEC.calls(request), request, "{}", Place("f", 1))
 
 
 def mixed(n: int) -> list[Row]:

@@ -1,0 +1,42 @@
+"""Parquet to rows: what Python cannot hold costs its own row."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines import tables
+from pipelines.records import RowError
+
+SECONDS_OF_YEAR_9999 = 253_370_764_800
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (pa.date32(), 0, 4_000_000),
+        (pa.timestamp("s"), 0, 400_000_000_000),
+        (pa.timestamp("us"), 0, -(10**18)),
+        (pa.duration("s"), 0, 10**16),
+        (pa.struct([("t", pa.date64())]), {"t": 0}, {"t": 10**15}),
+    ],
+)
+def test_a_time_that_python_does_not_know_spoils_its_row_only(kind, good, bad):
+    storage = {pa.date32(): pa.int32()}.get(kind)
+    column = pa.array([good, bad, good], storage).cast(kind) if storage else pa.array([good, bad, good], kind)
+    first, error, last = tables.rows(pa.record_batch({"prompt": ["a", "b", "c"], "t": column}))
+    assert (first["prompt"], last["prompt"]) == ("a", "c")
+    assert isinstance(error, RowError)
+    assert "cannot be read" in str(error)
+
+
+def test_a_time_zone_that_is_none_spoils_rows_and_no_job():
+    batch = pa.record_batch({"prompt": ["a"], "t": pa.array([0], pa.timestamp("us", tz="Mars/Base"))})
+    assert isinstance(tables.rows(batch)[0], RowError)
+
+
+@given(nanoseconds=st.lists(st.integers(0, SECONDS_OF_YEAR_9999), min_size=1, max_size=20))
+def test_nanoseconds_come_as_text_and_none_is_lost(nanoseconds):
+    batch = pa.record_batch({"prompt": ["a"] * len(nanoseconds), "t": pa.array(nanoseconds, pa.timestamp("ns"))})
+    found = [row["t"] for row in tables.rows(batch)]
+    assert pa.array(found).cast(pa.timestamp("ns")).cast(pa.int64()).to_pylist() == nanoseconds
