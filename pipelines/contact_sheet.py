@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipelines import layout
 from pipelines.storage import Store
 
 NAME = "index.html"
@@ -23,7 +24,7 @@ _COLUMNS += ["height", "flags", "file", "shard", "offset", "bytes"]
 
 def write(store: Store, limit: int) -> None:
     """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept."""
-    manifests = store.find("manifest")
+    manifests = layout.find(store, "manifest")
     old = _cards_of(store)
     cards: list[dict[str, Any]] = []
     for name in manifests:

@@ -18,11 +18,12 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
 
-from pipelines import image_sets, latents, units
+from pipelines import image_sets, latents, leftovers, units
 from pipelines import job as jobs
 from pipelines.generate_images import load_spec
 from pipelines.handler import UnitHandler
 from pipelines.options import EncodeOptions, parse
+from pipelines.storage import Store
 from sdjax.model_options import model_options
 
 
@@ -40,6 +41,7 @@ def main(
         job = parse(list(sys.argv[1:] if argv is None else argv), EncodeOptions)
         model = latents.LatentSpec(spec(job.model, dtype=job.dtype, **model_options(job)), job.size)
         sets = image_sets.find(job.images)
+        leftovers.refuse_inputs(Store(job.output), sets)
         shards = units.shard_count(sum(map(image_sets.count, sets)))
     except (ValueError, OSError) as error:
         return jobs.refuse(EncodeOptions.command, error)

@@ -17,11 +17,12 @@ import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
 
 from pipelines import job as jobs
-from pipelines import sources, units
+from pipelines import leftovers, sources, units
 from pipelines.handler import UnitHandler, load_stable_diffusion
 from pipelines.options import GenerateOptions, parse
 from pipelines.sinks import Images
 from pipelines.sources import Source
+from pipelines.storage import Store
 from sdjax.model_options import model_options
 from sdjax.request import Request
 
@@ -46,6 +47,7 @@ def main(
     try:
         job = parse(list(sys.argv[1:] if argv is None else argv), GenerateOptions)
         files = sources.find(job.prompts, job.prompt_column)
+        leftovers.refuse_inputs(Store(job.output), [source.file for source in files])
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         model.resolve(Request.from_row({"prompt": "any"}, **job.request_defaults())[0])
     except (ValueError, OSError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import apache_beam as beam
 
-from pipelines import leftovers, progress, report, units
+from pipelines import layout, leftovers, progress, report, units
 from pipelines.options import JobOptions
 from pipelines.storage import Store
 
@@ -53,7 +53,7 @@ def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], store: Store, s
 
 def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, out: str) -> Any:
     """Rows by shard of the plan, beside the ids that the output's manifests commit."""
-    manifests = [name for name in Store(out).find("manifest") if name.endswith(".parquet")]
+    manifests = layout.find(Store(out), "manifest")
     batches = [manifests[i : i + _MANIFESTS_A_READER] for i in range(0, len(manifests), _MANIFESTS_A_READER)]
     done = (
         pipeline

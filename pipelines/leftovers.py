@@ -1,65 +1,92 @@
 """What killed runs leave behind: files that no manifest commits. Found for verify, swept before a job begins."""
 
+import os
+from collections.abc import Iterable
+
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import contact_sheet, progress, report
+from pipelines import contact_sheet, layout, progress, report
 from pipelines.storage import Store
-
-SHARDS = (".tar", ".safetensors")
-_OURS = ("manifest", "shards", "images", "rejected", progress.FOLDER)
-_TEMPORARY = tuple(f".{name}." for name in (report.SUMMARY, contact_sheet.NAME))
 
 
 def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     """Shards and images without a manifest, and temporary files that a killed write left.
 
+    Files that are named otherwise than jobs name theirs are none of either.
+
     Raises:
         ValueError: a manifest cannot be read, so that it is unknown what it commits; `tolerant` passes it over.
     """
-    manifests = store.find("manifest")
-    temporary = _temporary(store)
-    units = {name.rsplit("/", 1)[1].removesuffix(".parquet") for name in manifests}
-    shards = [name for name in store.find("shards") if name.endswith(SHARDS)]
-    found = [name for name in shards if name.rsplit("/", 1)[1].rsplit(".", 1)[0] not in units]
-    images = [name for name in store.find("images") if name not in temporary]
+    names = {folder: store.find(folder) for folder in layout.RESULTS}
+    ours = {folder: list(filter(layout.is_ours, found)) for folder, found in names.items()}
+    units = {_stem(name) for name in ours["manifest"]}
+    shards = [name for name in ours["shards"] if _stem(name) not in units]
+    images = set(ours["images"])
     if images:
-        committed: set[str] = set()
-        for name in set(manifests) - set(temporary):
+        for name in ours["manifest"]:
             try:
                 table = pq.read_table(pa.BufferReader(store.read(name)), columns=["file"])
             except pa.ArrowInvalid as error:
                 if tolerant:
                     continue
                 raise ValueError(f"{name} cannot be read: {error}") from None
-            committed.update(table["file"].to_pylist())
-        found += [name for name in images if name not in committed]
-    return sorted({*found, *temporary})
+            if table.num_columns:  # one of latents has no files
+                images.difference_update(table["file"].to_pylist())
+    return sorted([*shards, *images, *_temporary(store, [name for found in names.values() for name in found])])
 
 
-def _temporary(store: Store) -> list[str]:
-    """What a killed write left in the folders of jobs, and beside what else there may be in the output."""
-    found = [name for folder in _OURS for name in store.find(folder) if name.rsplit("/", 1)[1].startswith(".")]
-    return found + [name for name in store.find("", maxdepth=1) if name.startswith(_TEMPORARY)]
+def _stem(name: str) -> str:
+    return name.rsplit("/", 1)[1].partition(".")[0]
+
+
+def _temporary(store: Store, names: Iterable[str]) -> list[str]:
+    """What a killed write left among these names, and beside the folders."""
+    whole = {name: layout.whole_of(name) for name in [*names, *store.find("", maxdepth=1)]}
+    beside = (report.SUMMARY, contact_sheet.NAME)
+    return [name for name, made in whole.items() if made and (layout.is_ours(made) or made in beside)]
 
 
 def sweep(store: Store, *, everything: bool = False) -> str:
     """Make the output ready for a job: delete what no manifest commits, the last job's rejects and its progress.
 
-    Looks for leftovers only where the last job did not finish. With `everything`, deletes what jobs wrote and nothing
-    else; manifests go first, so that a reader never meets one whose images are gone.
+    Looks for leftovers only where a job has begun and not finished. With `everything`, deletes what jobs wrote and
+    nothing else; manifests go first, so that a reader never meets one whose images are gone. What jobs wrote is known
+    by its name: other files in the same folders stay.
 
     Returns:
         What was deleted, in words; empty where nothing worth a word was.
     """
     if everything:
-        names = [name for folder in _OURS for name in store.find(folder)]
-        store.delete([name for name in names if name.startswith("manifest/")])
-        store.delete([name for name in names if not name.startswith("manifest/")])
-        store.delete([report.SUMMARY, contact_sheet.NAME, *_temporary(store)])
+        found = [name for folder in layout.RESULTS for name in store.find(folder)]
+        names = list(filter(layout.is_ours, found))
+        manifests = [name for name in names if name.startswith("manifest/")]
+        store.delete(manifests)
+        store.delete(names[len(manifests) :] + _temporary(store, found) + [report.SUMMARY, contact_sheet.NAME])
+        progress.clear(store)
         return f"--overwrite deleted {len(names):,} files of earlier jobs" if names else ""
     last = store.read_json(report.SUMMARY)
-    left = [] if last is not None and last.get("finished") else orphans(store)
-    store.delete(left + store.find("rejected"))
-    store.remove_folder(progress.FOLDER)
+    left = [] if last is None or last.get("finished") else orphans(store)
+    store.delete(left + layout.find(store, "rejected"))
+    progress.clear(store)
     return f"deleted {len(left):,} files that a killed run left without a manifest" if left else ""
+
+
+def refuse_inputs(store: Store, files: Iterable[str]) -> None:
+    """Refuse a job whose input lies where it sweeps.
+
+    Raises:
+        ValueError: naming the file and the folder.
+    """
+    swept = {folder: _real(store, store.path(folder)) for folder in layout.FOLDERS}
+    for file in files:
+        fs, path = fsspec.core.url_to_fs(file)
+        inside = [folder for folder, root in swept.items() if f"{_real(store, path)}/".startswith(f"{root}/")]
+        if inside and fs == store.fs:
+            where = f"{store.url.rstrip('/')}/{inside[0]}"
+            raise ValueError(f"{file} lies in {where}, where jobs delete what others left; choose another --output")
+
+
+def _real(store: Store, path: str) -> str:
+    return os.path.realpath(path) if store.is_local else path.rstrip("/")

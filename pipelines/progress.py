@@ -5,6 +5,7 @@ Files, because they work for any runner: threads, processes and machines that ca
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import IO
 from pipelines.storage import Store
 
 FOLDER = ".progress"
+_OURS = re.compile(rf"{re.escape(FOLDER)}/[^/]+-[0-9]+-[0-9a-f]{{8}}\.json")
 _EVERY = {True: 1.0, False: 15.0}  # seconds between writes, on a disk and in a bucket
 
 
@@ -102,6 +104,16 @@ def totals(store: Store) -> Counter[str]:
     except Exception:  # as in Heartbeat
         pass
     return counts
+
+
+def clear(store: Store) -> None:
+    """Delete the files of all processes, and their folder where it holds nothing else."""
+    found = store.find(FOLDER)
+    ours = [name for name in found if _OURS.fullmatch(name)]
+    if ours == found:
+        store.remove_folder(FOLDER)
+    else:
+        store.delete(ours)
 
 
 def _clock(seconds: float) -> str:

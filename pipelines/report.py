@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 
-from pipelines import contact_sheet
-from pipelines.progress import FOLDER
+from pipelines import contact_sheet, progress
 from pipelines.storage import Store
 
 SUMMARY = "summary.json"
@@ -113,7 +112,7 @@ class WriteReport(beam.DoFn):
         limit = self._job.contact_sheet
         if limit is not None and (summary["images"] or not self._store.exists(contact_sheet.NAME)):
             contact_sheet.write(self._store, limit)
-        self._store.remove_folder(FOLDER)
+        progress.clear(self._store)
         self._store.write_json(SUMMARY, summary)
         yield summary
 

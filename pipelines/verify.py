@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from pipelines import latents, leftovers, report
+from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import Store
 from pipelines.units import unit_name
@@ -45,7 +45,8 @@ def verify(output: str) -> Findings:
     """
     store = Store(output)
     found = Findings(orphans=leftovers.orphans(store, tolerant=True))
-    manifests = [name for name in store.find("manifest") if name not in found.orphans]
+    orphans = set(found.orphans)
+    manifests = [name for name in store.find("manifest") if name not in orphans]
     ids: Counter[str] = Counter()
     with ThreadPoolExecutor(4) as pool:
         for name, (rows, faults) in zip(manifests, pool.map(lambda n: _unit(store, n), manifests), strict=True):
@@ -56,7 +57,7 @@ def verify(output: str) -> Findings:
             found.flagged += sum(bool(row["flags"]) for row in rows)
             ids.update(row["id"] for row in rows)
     found.faults += [f"image {id} is in {n} manifests" for id, n in ids.items() if n > 1]
-    found.rejected = sum(len(store.read(name).splitlines()) for name in store.find("rejected"))
+    found.rejected = sum(len(store.read(name).splitlines()) for name in layout.find(store, "rejected"))
     summary = store.read_json(report.SUMMARY)
     if summary and summary.get("finished"):
         if summary["rejected"] != found.rejected:

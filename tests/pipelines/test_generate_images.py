@@ -162,7 +162,7 @@ def test_only_new_prompts_are_made_and_what_a_killed_run_left_goes(made, tmp_pat
     lost = sorted((output / "manifest").iterdir())[0]
     lost.unlink()  # its shard was written, and then the run was killed
     (output / "summary.json").write_text('{"finished": false}')
-    for name in ("shards/.x.tar.123", ".summary.json.123", ".index.html.123"):
+    for name in (f"shards/.{'1' * 32}.tar.123", ".summary.json.123", ".index.html.123"):
         (output / name).write_bytes(b"half a file")
     (output / ".notes").write_text("mine")
     prompts = write_csv(tmp_path / "more.csv", table(ROWS + 20))

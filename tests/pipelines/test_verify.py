@@ -115,14 +115,15 @@ def test_damage_is_found(dataset, damage, capsys):
 
 
 def test_leftovers_are_reported_and_are_no_fault(dataset, capsys):
-    (dataset / "shards").mkdir(exist_ok=True)
-    (dataset / "shards" / "0123.tar").write_bytes(b"of a killed run")
-    (dataset / "manifest" / ".0123.parquet.77").write_bytes(b"half")
+    shard, half = f"shards/{'1' * 32}.tar", f"manifest/.{'1' * 32}.parquet.77"
+    for name in (shard, half, "shards/own.tar", "rejected/own.jsonl"):
+        (dataset / name).parent.mkdir(exist_ok=True)
+        (dataset / name).write_bytes(b"of a killed run, or the user's own")
     found = verify.verify(str(dataset))
-    assert found.orphans == ["manifest/.0123.parquet.77", "shards/0123.tar"]
+    assert found.orphans == [half, shard]
     assert found.faults == []
     assert verify.main([str(dataset)]) == 0
-    assert "leftover: shards/0123.tar" in capsys.readouterr().out
+    assert f"leftover: {shard}" in capsys.readouterr().out
 
 
 def test_what_is_no_dataset_is_refused(tmp_path, capsys):

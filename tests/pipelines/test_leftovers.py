@@ -1,0 +1,111 @@
+"""A job deletes what jobs wrote, and nothing else."""
+
+import shutil
+
+import pytest
+
+from pipelines import encode_latents, layout
+from pipelines.sinks import image_name, manifest_name, shard_name
+from tests.pipelines import standin
+from tests.pipelines.test_encode_latents import write_set
+
+ID, OTHER = "ab" + "0" * 30, "cd" + "1" * 30
+OWN = [
+    *("manifest/notes.parquet", "manifest/README.md", f"manifest/old/{ID}.parquet", f"manifest/{ID}.parquet.bak"),
+    *("shards/train-0001.tar", f"shards/{ID}.zip", "shards/.hidden", "shards/.train-0001.tar.77"),
+    *("images/photo.png", f"images/{ID}.png", f"images/ab/{OTHER}.png", f"images/ab/{ID}.bmp", "images/ab/.x.png.77"),
+    *("rejected/essay.jsonl", f"rejected/{ID}.txt", ".progress/mine.json", "notes.md", ".notes.77"),
+]
+"""A user's own files."""
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A folder with files of a user's own; its prompts lie beside it."""
+    (tmp_path / "p.txt").write_text("one\ntwo\n\n")
+    for name in OWN:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(name)
+    return tmp_path / "out"
+
+
+def run(output, *options: str) -> None:
+    assert standin.run("--prompts", output.parent / "p.txt", "--output", output, *options) == 0
+
+
+def files(output) -> dict[str, bytes]:
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def own(output) -> list[str]:
+    """Which of the user's files are as they were."""
+    return [name for name in OWN if (output / name).is_file() and (output / name).read_text() == name]
+
+
+@pytest.mark.parametrize("format", ["tar", "files"])
+def test_files_of_other_names_stay_wherever_they_lie(output, format, capsys):
+    for options in ((), (), ("--overwrite",)):
+        run(output, "--format", format, *options)
+        (output / "summary.json").write_text('{"finished": false}')  # as a killed run leaves it
+    assert own(output) == OWN
+    assert "that a killed run left" not in capsys.readouterr().err
+
+
+def test_what_a_killed_run_left_goes(output, capsys):
+    run(output)
+    (output / "summary.json").write_text('{"finished": false}')
+    left = [shard_name(ID), shard_name(ID, "safetensors"), image_name(ID, "webp"), f"manifest/.{ID}.parquet.1a"]
+    left += [f"shards/.{ID}.tar.1a", f"images/ab/.{ID}.png.1a", f"rejected/.{ID}.jsonl.1a", ".index.html.1a"]
+    for name in left:
+        (output / name).write_bytes(b"")
+    run(output)
+    assert f"deleted {len(left)} files" in capsys.readouterr().err
+    assert [name for name in left if (output / name).exists()] == []
+    assert own(output) == OWN
+
+
+def test_nothing_is_left_over_where_no_job_ever_ran(output):
+    mine = [image_name(ID, "png"), shard_name(ID)]
+    for name in mine:
+        (output / name).write_bytes(b"named as jobs name theirs")
+    run(output)
+    assert [name for name in mine if not (output / name).exists()] == []
+
+
+def test_overwrite_takes_all_that_jobs_wrote(output):
+    run(output, "--format", "files")
+    theirs = {name for name in files(output) if name not in OWN and "/" in name}
+    (output.parent / "p.txt").write_text("three\n")
+    run(output, "--overwrite")
+    assert len(theirs) == 4  # two images, a manifest and a file of rejects
+    assert not theirs & files(output).keys()
+    assert own(output) == OWN
+
+
+def test_every_name_that_a_sink_gives_is_known():
+    for name in (manifest_name(ID), shard_name(ID), shard_name(ID, "safetensors"), f"rejected/{ID}.jsonl"):
+        assert layout.is_ours(name)
+    for image_format in ("png", "jpg", "webp"):
+        assert layout.is_ours(image_name(ID, image_format))
+
+
+@pytest.mark.parametrize("folder", ["images", "shards/mine"])
+def test_pictures_where_a_job_sweeps_are_refused(tmp_path, folder, capsys):
+    (tmp_path / "out" / folder).mkdir(parents=True)
+    images = write_set(tmp_path / "out" / folder, "folder")
+    before = files(tmp_path / "out")
+    for named in (images, f"file://{images}", f"{tmp_path}/out/./{folder}"):
+        assert encode_latents.main(["--images", named, "--output", str(tmp_path / "out"), "--overwrite"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{named} lies in {tmp_path}/out/{folder.split('/')[0]}" in line
+    assert files(tmp_path / "out") == before
+
+
+def test_prompts_where_a_job_sweeps_are_refused(output, capsys):
+    run(output)
+    (rejects,) = (name for name in files(output) if name.startswith("rejected/") and name not in OWN)
+    shutil.copytree(output, output.parent / "elsewhere")
+    arguments = ("--prompts", output / rejects, "--prompt-column", "reason", "--output")
+    assert standin.run(*arguments, output) == 2
+    assert "where jobs delete what others left; choose another --output" in capsys.readouterr().err
+    assert standin.run(*arguments, output.parent / "elsewhere") == 0
