@@ -35,12 +35,16 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies in a file: bytes from `start` to `end`."""
+    """Where one tensor lies in a file: bytes from `start` to `end`.
+
+    axes: in the order in which they lie, the outermost first; None where that is their own.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    axes: tuple[int, ...] | None = None
 
 
 def read_header(file: IO[bytes], name: str) -> dict[str, Entry]:
@@ -65,7 +69,7 @@ def read_header_and_metadata(file: IO[bytes], name: str) -> tuple[dict[str, Entr
         entries = {key: _entry(key, value, 8 + length) for key, value in header.items()}
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CheckpointError(f"{name} is not a safetensors file: its header cannot be read") from None
     for key, entry in entries.items():
         if entry.end > size:
@@ -90,4 +94,6 @@ def read_tensors(file: IO[bytes], entries: Mapping[str, Entry]) -> Iterator[tupl
         data = bytearray(file.read(entry.end - entry.start))
         if len(data) != entry.end - entry.start:
             raise CheckpointError(f"{key} is truncated: {len(data):,} of {entry.end - entry.start:,} bytes")
-        yield key, np.frombuffer(data, entry.dtype).reshape(entry.shape)
+        axes = entry.axes or range(len(entry.shape))
+        lies = np.frombuffer(data, entry.dtype).reshape([entry.shape[axis] for axis in axes])
+        yield key, lies.transpose(np.argsort(axes))

@@ -84,6 +84,7 @@ def with_header(header: object, body: bytes = b"\0" * 64) -> bytes:
         ({"dtype": "Q4", "shape": [2], "data_offsets": [0, 1]}, "w is Q4; readable are F64"),
         ({"dtype": "F32", "shape": [99], "data_offsets": [0, 396]}, "truncated: w ends at byte"),
         ({"dtype": "F32"}, "header cannot be read"),
+        ({"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 4]}, "header cannot be read"),
         ([], "header cannot be read"),
     ],
 )
@@ -96,3 +97,8 @@ def test_a_header_that_lies_is_refused(entry, message):
 def test_a_header_that_claims_to_be_huge_is_not_read():
     with pytest.raises(CheckpointError, match="a header of"):
         read((2**62).to_bytes(8, "little") + b"{}")
+
+
+def test_a_header_of_endless_lists_is_refused():
+    with pytest.raises(CheckpointError, match="header cannot be read"):
+        read((10**5).to_bytes(8, "little") + b"[" * 10**5)
