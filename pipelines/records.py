@@ -7,9 +7,15 @@ from typing import IO, NamedTuple
 
 MAX_RECORD = 2**20  # bytes of one record of a text file; a longer one is refused, and read past
 
+csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_RECORD))  # the module's own would refuse an eighth of a record
+
 
 class RowError(ValueError):
     """A row that cannot be read; one line."""
+
+
+class _NeverCloses(csv.Error):
+    """A quote opens, and does not close within MAX_RECORD bytes."""
 
 
 class _Line(NamedTuple):
@@ -53,22 +59,23 @@ def records(
         try:
             cells = _cells(taken, waiting, lines, delimiter)
             yield taken[-1].end, cells
-        except csv.Error as error:
+        except _NeverCloses:
             # The row that cannot be read is its first line alone; whatever its open quote swallowed is read again.
             waiting.extendleft(reversed(taken[1:]))
-            yield line.end, RowError(f"not a row: {error}")
+            yield line.end, RowError("not a row: a quote opens and never closes")
+        except csv.Error as error:
+            yield taken[-1].end, RowError(f"not a row: {error}")
 
 
 def _cells(taken: list[_Line], waiting: deque[_Line], lines: Iterator[_Line], delimiter: str) -> list[str]:
     """The cells of the record that begins with `taken[0]`; lines inside its quotes are moved to `taken`.
 
     Raises:
-        csv.Error: a quote opens and does not close within MAX_RECORD bytes.
+        csv.Error: they are no row; _NeverCloses where the lines after the first are rows of their own.
     """
     text = taken[0].text
     if '"' not in text:
         return next(csv.reader([text], delimiter=delimiter), [])
-    open_quote = csv.Error("a quote opens and never closes")
 
     def feed() -> Iterator[str]:
         size = len(text)
@@ -78,8 +85,10 @@ def _cells(taken: list[_Line], waiting: deque[_Line], lines: Iterator[_Line], de
             if line is None:
                 break
             taken.append(line)
+            if line.too_long:
+                break
             size += len(line.text)
             yield line.text
-        raise open_quote
+        raise _NeverCloses
 
     return next(csv.reader(feed(), delimiter=delimiter))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipelines import sources
@@ -70,7 +70,7 @@ def test_a_csv_cut_anywhere_reads_as_the_csv_module_reads_it_whole(tmp_path_fact
 
 
 @given(
-    data=st.lists(st.sampled_from([b"a", b'"', b",", b"\n", b"\xff", b"\r\n", b'","']), max_size=40),
+    data=st.lists(st.sampled_from([b"a", b'"', b",", b"\n", b"\xff", b"\r\n", b"\r", b'","']), max_size=40),
     piece=st.integers(1, 9),
 )
 @settings(max_examples=300, deadline=None)
@@ -94,6 +94,28 @@ def test_bad_rows_of_text_files_are_alone(tmp_path):
     expected = [{"prompt": "a"}, "not JSON", "not a JSON object", "not valid UTF-8", {"prompt": "b"}, "not JSON"]
     for wanted, row in zip(expected, values(path), strict=True):
         assert row == wanted or wanted in str(row)
+
+
+@example(lines=20_000, length=12)
+@example(lines=1, length=200_000)
+@given(lines=st.integers(1, 2_000), length=st.integers(0, 500))
+@settings(max_examples=20, deadline=None)
+def test_a_quoted_cell_of_up_to_a_mebibyte_is_one_cell(tmp_path_factory, lines, length):
+    long = "\n".join(["y" * length] * lines)
+    path = written(tmp_path_factory.mktemp("csv") / "p.csv", f'prompt,note\na,"{long}"\nb,\n')
+    if len(long) < MAX_RECORD - 10:
+        assert values(path) == [{"prompt": "a", "note": long}, {"prompt": "b", "note": ""}]
+
+
+def test_a_record_that_is_no_row_is_one_row_that_is_none(tmp_path):
+    path = written(
+        tmp_path / "p.csv", b'prompt,note\n"a\nb"\rc,1\n"d\ne",2\n"f\n",' + b"x" * MAX_RECORD + b',"3"\ng,4\n'
+    )
+    bad, good, never, long, last = values(path)
+    assert "not a row" in str(bad)
+    assert "never closes" in str(never)
+    assert "a line of more than" in str(long)
+    assert (good["prompt"], last["prompt"]) == ("d\ne", "g")
 
 
 def test_invalid_utf8_in_parquet_spoils_its_row_only(tmp_path):
