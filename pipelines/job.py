@@ -1,12 +1,15 @@
 """What every job does around its pipeline: sweeps the output, starts the stages, follows them, tells how it ended."""
 
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
 
 from pipelines import layout, leftovers, progress, report, units
 from pipelines.options import JobOptions
@@ -39,16 +42,68 @@ def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], store: Store, s
     store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     pipeline = beam.Pipeline(options=job.beam)
     build(pipeline)
+    result = None
     try:
-        with progress.ProgressLine(store):
-            pipeline.run().wait_until_finish()
+        with progress.ProgressLine(store), _interruptible():
+            result = pipeline.run()
+            result.wait_until_finish()
     except KeyboardInterrupt:
-        print(f"{job.command}: interrupted; the same command goes on from the last whole unit", file=sys.stderr)
+        print(f"{job.command}: {_interrupted(job, result)}", file=sys.stderr)
         return 130
     summary = store.read_json(report.SUMMARY)
     if summary and summary["finished"]:
         print(report.text(summary))
     return 0
+
+
+class _Interrupt(KeyboardInterrupt):
+    """Ctrl-C, marked so that Beam passes it on from a DoFn; another it logs at length, and wraps."""
+
+    _tagged_with_step = True
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C a KeyboardInterrupt wherever in the pipeline it is heard."""
+    usual = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    heard = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal heard
+        heard = True
+        raise _Interrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception:
+        if heard:  # what was interrupted may have made another error of it
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _interrupted(job: JobOptions, result: Any) -> str:
+    """How the job stands after Ctrl-C: at its end where it ran here, else on its way."""
+    cloud = job.beam.view_as(GoogleCloudOptions)
+    if "Dataflow" in str(job.beam.view_as(StandardOptions).runner):
+        if result is None:
+            listed = f"gcloud dataflow jobs list --status=active --project={cloud.project} --region={cloud.region}"
+            return f"interrupted while the job was sent; whether it runs says: {listed}"
+        job_id = result.job_id()
+        return f"no longer followed; {job_id} runs on; to stop it: {cancelling(job_id, cloud.project, cloud.region)}"
+    if result is not None:
+        return "no longer followed; the job may run on where it was sent"
+    return "interrupted; the same command goes on from the last whole unit"
+
+
+def cancelling(job_id: str, project: str | None, region: str | None) -> str:
+    """The command that stops a Dataflow job."""
+    return f"gcloud dataflow jobs cancel {job_id} --project={project} --region={region}"
 
 
 def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, out: str) -> Any:

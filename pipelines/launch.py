@@ -26,6 +26,7 @@ from google.cloud import dataflow_v1beta3 as api
 
 from pipelines import estimates, generate_images
 from pipelines.dataflow import Deployment, Job, LaunchError, Preset, arguments, faults, flex_request
+from pipelines.job import cancelling
 from pipelines.options import OptionError, parse
 from pipelines.progress import ProgressLine
 from pipelines.storage import Store
@@ -179,6 +180,8 @@ def main(
 ) -> int:
     """Plan, ask, submit and follow; returns the exit status: 0 done, planned or declined, 1 failed, 2 refused.
 
+    A job that is followed directly returns 130 where it is interrupted, and runs on.
+
     `ask` puts the question and `generate` submits a direct job; tests put their own in.
     """
     options = _parser().parse_args(argv)
@@ -205,8 +208,7 @@ def main(
     except (GoogleAPICallError, GoogleAuthError, requests.ConnectionError) as error:
         print(f"not started: {error}", file=sys.stderr)
         return 1
-    where = f"--project={job.deployment.project} --region={job.deployment.region}"
-    print(f"started {job_id}; to stop it: gcloud dataflow jobs cancel {job_id} {where}")
+    print(f"started {job_id}; to stop it: {cancelling(job_id, job.deployment.project, job.deployment.region)}")
     try:
         return 0 if follow(service, job, job_id) else 1
     except (KeyboardInterrupt, GoogleAPICallError, GoogleAuthError, requests.ConnectionError) as stop:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -43,8 +44,14 @@ def run_quietly(arguments):
     sys.exit(status)
 
 
-def start(arguments, output):
-    process = PROCESSES.Process(target=run_quietly, args=([*arguments, "--output", str(output)],))
+def run_telling(arguments, told):
+    with open(told, "w") as file, redirect_stdout(file), redirect_stderr(file):
+        status = standin.run(*arguments, load=standin.load_slowly)
+    sys.exit(status)
+
+
+def start(arguments, output, run=run_quietly, *more):
+    process = PROCESSES.Process(target=run, args=([*arguments, "--output", str(output)], *more))
     process.start()
     return process
 
@@ -152,3 +159,20 @@ def test_a_job_that_is_not_killed_is_the_same_in_a_process_of_its_own(job, tmp_p
     process.join()
     assert process.exitcode == 0
     assert files(tmp_path / "out") == files(whole)
+
+
+def test_ctrl_c_ends_a_job_with_one_line(job, tmp_path):
+    arguments, _ = job
+    output, told = tmp_path / "out", tmp_path / "told.txt"
+    process = start(arguments, output, run_telling, told)
+    wait_for_units(process, output, 2)
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)
+    process.join(PATIENCE)
+    assert process.exitcode == 130, told.read_text()
+    assert told.read_text().splitlines() == [
+        "generate_images: interrupted; the same command goes on from the last whole unit"
+    ]
+    found = verify.verify(str(output))
+    assert 0 < found.images < IMAGES
+    assert found.faults == []
