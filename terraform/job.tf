@@ -1,5 +1,6 @@
-# An optional job that Terraform starts, or that a schedule starts. A scheduled run over the same output makes only what
-# is missing there, and is refused by Dataflow while the last one still runs, as it has the same name.
+# An optional job that an apply starts, or that a schedule starts. To the provider a job that has ended is gone, so each
+# apply after that starts it again. Another run over the same output makes only what is missing there; a scheduled one is
+# refused by Dataflow while the last one still runs, as it has the same name.
 
 locals {
   # In a set, so that every expression below is only evaluated where there is a job.
@@ -9,8 +10,13 @@ locals {
         local.environments[job.target].additionalExperiments,
         ["worker_accelerator=${job.accelerator}"],
       )
-      parameters = merge(job.parameters, { prompts = job.prompts, output = job.output, sdk_location = "container" })
-      template   = "gs://${google_storage_bucket.staging.name}/${google_storage_bucket_object.template[job.target].name}"
+      # What pipelines.launch and its presets pass, for the job's own parameters to overrule.
+      parameters = merge(
+        { compilation_cache = local.compilation_cache, number_of_worker_harness_threads = "4" },
+        job.parameters,
+        { prompts = job.prompts, output = job.output, sdk_location = "container" },
+      )
+      template = "gs://${google_storage_bucket.staging.name}/${google_storage_bucket_object.template[job.target].name}"
     })
   }
 }

@@ -37,7 +37,7 @@ output "temp_location" {
 
 output "compilation_cache" {
   description = "Where the workers keep compiled programs for each other and for the next job."
-  value       = "${local.staging}/compilation-cache"
+  value       = local.compilation_cache
 }
 
 output "dataset" {

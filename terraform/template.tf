@@ -5,6 +5,8 @@ locals {
   images     = { for target in var.targets : target => "${local.repository}/${var.name}-${target}:${var.image_tag}" }
   staging    = "gs://${google_storage_bucket.staging.name}"
 
+  compilation_cache = "${local.staging}/compilation-cache"
+
   # What holds for every job, in the API's words. Jobs add machine, accelerator, zone and number of workers.
   environments = {
     for target, image in local.images : target => merge(

@@ -150,7 +150,7 @@ variable "budget" {
 }
 
 variable "job" {
-  description = "A job to run: once, as part of the apply, or by cron where schedule is set. Null (the default): jobs are started by pipelines.launch."
+  description = "A job to run: by the apply, and again by every apply that finds it ended (take it out once it is done), or by cron where schedule is set. Null (the default): jobs are started by pipelines.launch."
   type = object({
     name         = string
     target       = string

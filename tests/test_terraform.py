@@ -16,6 +16,7 @@ import pytest
 from pipelines.dataflow import Deployment
 from pipelines.machines import MACHINES
 from pipelines.options import GenerateOptions
+from tests.pipelines.test_dataflow import DEPLOYMENT
 
 ROOT = Path(__file__).parents[1]
 TERRAFORM = ROOT / "terraform"
@@ -47,7 +48,8 @@ def test_valid():
 def test_examples_are_valid(example, tmp_path):
     """In a copy with the module inside: the stand-in sees one folder only."""
     shutil.copytree(TERRAFORM, tmp_path / "module", ignore=shutil.ignore_patterns("examples", "tests", ".terraform*"))
-    main = (TERRAFORM / "examples" / example / "main.tf").read_text()
+    shutil.copytree(TERRAFORM / "examples" / example, tmp_path, dirs_exist_ok=True)
+    main = (tmp_path / "main.tf").read_text()
     assert main.count('source = "../.."') == 1
     (tmp_path / "main.tf").write_text(main.replace('"../.."', '"./module"'))
     assert "The configuration is valid" in run(OFFLINE, tmp_path)
@@ -69,9 +71,24 @@ def test_policy_checks_find_nothing():
 
 def test_outputs_are_what_the_launcher_reads():
     """And one more, for signing in as the launcher."""
-    outputs = set(re.findall(r'^output "(\w+)"', (TERRAFORM / "outputs.tf").read_text(), re.MULTILINE))
     read = {field.name for field in dataclasses.fields(Deployment)}
-    assert outputs == read | {"launcher_service_account"}
+    assert outputs_of(TERRAFORM).keys() == read | {"launcher_service_account"}
+
+
+def outputs_of(folder) -> dict[str, str]:
+    """A configuration's outputs, by name, as the expressions that they are."""
+    text = "".join(path.read_text() for path in sorted(folder.glob("*.tf")))
+    return dict(re.findall(r'^output "(\w+)" \{.*?^  value += (.*?)$', text, re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("example", ["tpu-v5e", "gpu-l4"])
+def test_an_examples_outputs_are_the_modules_own(example, tmp_path):
+    """So `terraform output -json` of one is what the launcher reads."""
+    outputs = outputs_of(TERRAFORM / "examples" / example)
+    assert outputs == {name: f"module.sdjax.{name}" for name in outputs_of(TERRAFORM)}
+    printed = {name: {"value": getattr(DEPLOYMENT, name, "")} for name in outputs}
+    (tmp_path / "outputs.json").write_text(json.dumps(printed))
+    assert Deployment.read(tmp_path / "outputs.json") == DEPLOYMENT
 
 
 def test_template_declares_every_option_of_the_job():

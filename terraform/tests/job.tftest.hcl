@@ -55,9 +55,15 @@ run "once_on_tpu" {
 
   assert {
     condition = google_dataflow_flex_template_job.this["circles"].parameters == tomap({
-      prompts = "gs://b/prompts.csv", output = "gs://b/out", sdk_location = "container", worker_zone = "us-central1-a", disk_size_gb = "100",
+      prompts                          = "gs://b/prompts.csv"
+      output                           = "gs://b/out"
+      sdk_location                     = "container"
+      worker_zone                      = "us-central1-a"
+      disk_size_gb                     = "100"
+      compilation_cache                = output.compilation_cache
+      number_of_worker_harness_threads = "4"
     })
-    error_message = "The job must pass prompts, output, zone and disk to the pipeline."
+    error_message = "The job must pass prompts, output, zone, disk, compilation cache and threads to the pipeline."
   }
 }
 
@@ -74,7 +80,7 @@ run "scheduled_on_l4" {
       prompts      = "gs://b/prompts/*.parquet"
       output       = "gs://b/out"
       max_workers  = 4
-      parameters   = { model = "gs://b/models/sd15" }
+      parameters   = { model = "gs://b/models/sd15", compilation_cache = "gs://b/cache", number_of_worker_harness_threads = "2", output = "gs://b/other" }
       schedule     = "0 2 * * *"
     }
   }
@@ -95,6 +101,8 @@ run "scheduled_on_l4" {
       containerSpecGcsPath = "gs://test-project-sdjax-staging/templates/abc1234/cuda.json"
       parameters = {
         model = "gs://b/models/sd15", prompts = "gs://b/prompts/*.parquet", output = "gs://b/out", sdk_location = "container"
+        # The job's own, and not the defaults.
+        compilation_cache = "gs://b/cache", number_of_worker_harness_threads = "2"
       }
       environment = {
         additionalExperiments = ["no_use_multiple_sdk_containers", "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"]
@@ -129,7 +137,7 @@ run "example_tpu_v5e" {
   }
 
   assert {
-    condition     = keys(output.job.sdk_container_image) == ["tpu"]
+    condition     = keys(output.sdk_container_image) == ["tpu"]
     error_message = "The example needs the tpu image only."
   }
 }
@@ -146,7 +154,7 @@ run "example_gpu_l4" {
   }
 
   assert {
-    condition     = keys(output.job.sdk_container_image) == ["cuda"]
+    condition     = keys(output.sdk_container_image) == ["cuda"]
     error_message = "The example needs the cuda image only."
   }
 }

@@ -52,8 +52,3 @@ module "sdjax" {
     schedule     = "0 2 * * *"
   }
 }
-
-output "job" {
-  description = "What pipelines.launch would read, to watch or repeat the job with."
-  value       = module.sdjax
-}

@@ -1,4 +1,4 @@
-# One job on TPU v5e, four chips a worker, started by the apply:
+# One job on TPU v5e, four chips a worker, started by the apply, and by each later one that finds it ended:
 #   terraform -chdir=terraform/examples/tpu-v5e apply -var project=PROJECT -var image_tag=TAG
 
 terraform {
@@ -44,9 +44,4 @@ module "sdjax" {
     output       = "gs://${var.project}-sdjax-dataset/runs/circles"
     max_workers  = 2
   }
-}
-
-output "job" {
-  description = "What pipelines.launch would read, to watch or repeat the job with."
-  value       = module.sdjax
 }
