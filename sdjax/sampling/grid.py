@@ -13,6 +13,7 @@ from sdjax.sampling.schedule import SPACINGS, Schedule
 from sdjax.sampling.trace import Level
 
 CLEAN = Level(0.0, 1.0, 0.0)
+_LEAST, _MOST = 1e-4, 1e4  # of listed sigmas: the tables are float32
 
 # Sabour et al. 2024 (arXiv 2404.14507), the ten-step schedules optimised for Stable Diffusion 1.5 and for SDXL.
 _AYS = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
@@ -155,6 +156,8 @@ def _free_levels(
     index = np.arange(len(table))
     if not isinstance(sigmas, str):
         ratios = np.array([sigma for sigma in sigmas if sigma != 0], np.float64)
+        for beyond in ratios[~((ratios >= _LEAST) & (ratios <= _MOST))]:
+            raise SamplingError(f"sigmas must lie in {_LEAST:g} to {_MOST:g}, which {beyond:g} does not")
         return schedule.timestep_of(ratios), ratios
     if sigmas in SIGMAS:
         ends = table

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,8 @@ def test_align_your_steps_is_the_published_list_at_ten(name, published):
         ({"sampler": "lcm", "num_inference_steps": 80}, "original_inference_steps"),
         ({"sigmas": "carras"}, "carras"),
         ({"sigmas": [1.0, 5.0], "num_inference_steps": None}, "5 follows 1"),
-        ({"sigmas": [1.0, float("nan")], "num_inference_steps": None}, "must fall"),
+        ({"sigmas": [1.0, float("nan")], "num_inference_steps": None}, "which nan does not"),
+        ({"sigmas": [1e30, 1.0], "num_inference_steps": None}, "must lie in 0.0001 to 10000, which 1e\\+30 does not"),
         ({"sigmas": [5.0, -1.0], "num_inference_steps": None}, "-1"),
         ({"sigmas": [], "num_inference_steps": None}, "0 levels"),
         ({"sigmas": [5.0, 1.0]}, "2 levels"),
@@ -213,6 +215,25 @@ def test_what_cannot_be_had_is_refused_by_name(changes, names):
     with pytest.raises(SamplingError, match=names) as caught:
         make_table(schedule, **{"sampler": "dpmpp_2m", "num_inference_steps": 20, **changes})
     assert "\n" not in str(caught.value)
+
+
+SIGMA = st.floats(allow_nan=True) | st.floats(1e-4, 1e4)
+CLOSE = st.floats(0.1, 10).map(lambda sigma: [14.6, sigma, sigma * (1 - 1e-14), sigma / 3])
+
+
+@given(st.sampled_from(sorted(SAMPLERS)), st.lists(SIGMA, min_size=1, max_size=5) | CLOSE, st.booleans(), st.booleans())
+def test_any_list_of_sigmas_makes_a_table_or_is_refused(sampler, listed, ordered, lower):
+    schedule = Schedule.from_config(config(lower_order_final=lower))
+    listed = sorted(listed, reverse=True) if ordered else listed
+    with suppress(SamplingError):
+        table = make_table(schedule, sampler=sampler, sigmas=listed)
+        assert all(np.all(np.isfinite(column)) for column in (table.a, table.b, table.cx, table.cm, table.cn))
+
+
+def test_uni_pc_ends_at_first_order_where_the_image_is_clean():
+    ends = [Schedule.from_config(config(lower_order_final=lower)) for lower in (True, False)]
+    full, lower = (make_table(schedule, sampler="uni_pc", num_inference_steps=2) for schedule in ends)
+    assert np.array_equal(full.cm, lower.cm)
 
 
 def test_names_of_all_kinds_are_understood():

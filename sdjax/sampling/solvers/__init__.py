@@ -191,7 +191,12 @@ def make_table(
     solver_type = spec.solver_type or schedule.option("solver_type", "")
     plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type, listed=timesteps is not None)
     trace = Trace(schedule.prediction_type)
-    spec.loop(trace, plan)
+    try:
+        spec.loop(trace, plan)
+    except SamplingError:
+        raise
+    except (ArithmeticError, LookupError, ValueError) as error:  # levels so near or so far that a formula has no value
+        raise SamplingError(f"{name} has no steps through these levels ({type(error).__name__}: {error})") from None
     start = trace.rows[0].level
     scaled = spec.grid.scaled and spacing != "leading"
     signal, noise = (0.0, start.sigma if scaled else 1.0) if strength is None else (start.alpha, start.sigma)

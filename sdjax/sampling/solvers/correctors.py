@@ -24,7 +24,7 @@ def uni_pc(trace: Trace, plan: Plan) -> None:
         if done > 0 and i - 1 not in uncorrected:
             x = trace.settle(_uni_pc(saved, here, outputs[:order], variant, output))
         outputs = [(here, output), *outputs[:2]]
-        saved, order = x, min(plan.order, done + 1, plan.total - i if lower else plan.order)
+        saved, order = x, min(plan.order, done + 1, plan.total - i if lower or there.sigma == 0 else plan.order)
         x = _uni_pc(x, there, outputs[:order], variant)
     trace.finish(x)
 
