@@ -86,10 +86,10 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
     try:
         if source.suffix in _DELIMITERS:
             with _open(file) as stream:
-                end, fields = next(records(stream, 0, None, _DELIMITERS[source.suffix]), (0, []))
+                end, fields = _header(stream, _DELIMITERS[source.suffix])
             if isinstance(fields, RowError):
                 raise SourceError(f"{file}: its header cannot be read: {fields}")
-            if not _is_text(fields):
+            if not _is_text("".join(fields)):
                 raise SourceError(f"{file}: its header is not valid UTF-8")
             header = tuple(name.removeprefix("\ufeff").strip() for name in fields)
             if len(set(header)) < len(header):
@@ -112,6 +112,15 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
         except RowError as error:
             raise SourceError(f"{file}: {error}") from None
     return source
+
+
+def _header(stream: IO[bytes], delimiter: str) -> tuple[int, list[str] | RowError]:
+    """The first record that is not blank, and the byte after it."""
+    end = 0
+    for end, fields in records(stream, 0, None, delimiter):
+        if isinstance(fields, RowError) or "".join(fields).strip("\ufeff \t\r\n"):
+            return end, fields
+    return end, []
 
 
 def select_prompt(row: dict[str, Any], prompt_column: str | None) -> dict[str, Any]:
@@ -198,10 +207,13 @@ def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
 
 def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
     """A text file's record as a row."""
-    if not _is_text(record):
+    text = "".join(record)
+    if not _is_text(text):
         return RowError("not valid UTF-8")
     if source.suffix == ".txt":
         return {"prompt": record[0].removeprefix("\ufeff")}
+    if not record or (source.suffix == ".jsonl" and not text.strip()):
+        return RowError("a blank line")
     if source.suffix == ".jsonl":
         try:
             row = json.loads(record[0].removeprefix("\ufeff"))
@@ -213,9 +225,9 @@ def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
     return dict(zip(source.header, record, strict=False))
 
 
-def _is_text(record: list[str]) -> bool:
+def _is_text(text: str) -> bool:
     try:
-        "".join(record).encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -226,10 +238,13 @@ def _open(file: str) -> IO[bytes]:
     return retry(lambda: io.BufferedReader(fsspec.open(file, "rb").open()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@lru_cache(maxsize=16)
 def _template(file: str) -> Template:
     with _open(file) as stream:
-        try:
-            return Template.parse(stream.read().decode())
-        except TemplateError as error:
-            raise SourceError(f"{file}: {error}") from None
+        text = stream.read().decode("utf-8-sig")
+    try:
+        return _parsed(text)
+    except TemplateError as error:
+        raise SourceError(f"{file}: {error}") from None
+
+
+_parsed = lru_cache(maxsize=16)(Template.parse)

@@ -1,6 +1,6 @@
 """Prompt templates: a TOML file that stands for the product of its lists, any row of it made on demand.
 
-    images_per_prompt = 4                     # seeds 0, 1, 2, 3 (counted from `seed` below); 1 where left out
+    images_per_prompt = 4                     # seeds 0, 1, 2, 3 (counted from `seed`); 1 where left out
     prompts = ["a photo of a {animal} in {place}", "a drawing of a {animal}"]
 
     [lists]
@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 from sdjax.request import field_types
+from sdjax.values import RequestError, coerce
 
 _FIELDS = frozenset(field_types())
 
@@ -43,7 +44,8 @@ class Template:
         """Read the TOML text.
 
         Raises:
-            TemplateError: not TOML, an unknown key, no prompts, a list that is empty or missing.
+            TemplateError: not TOML, an unknown key, no prompts, a list that is empty or missing, a value of another
+                type, or a prompt that formats a list's value.
         """
         try:
             spec = tomllib.loads(text)
@@ -57,6 +59,9 @@ class Template:
         prompts, lists, request = spec.get("prompts", []), spec.get("lists", {}), spec.get("request", {})
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) for p in prompts):
             raise TemplateError("prompts must be a list of one or more texts")
+        for name, table in (("lists", lists), ("request", request)):
+            if not isinstance(table, dict):
+                raise TemplateError(f"{name} must be a table, [{name}]")
         for name, values in lists.items():
             if not isinstance(values, list) or not values:
                 raise TemplateError(f"lists.{name} must be a list of one or more values")
@@ -66,7 +71,10 @@ class Template:
         images = spec.get("images_per_prompt", 1)
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
             raise TemplateError(f"images_per_prompt={images!r} must be a whole number of 1 or more")
-        template = cls(tuple(prompts), {k: tuple(v) for k, v in lists.items()}, request, images)
+        if "seed" in request:
+            request["seed"] = _seed(request["seed"])
+        lists = {k: tuple(map(_seed, v) if k.lower() == "seed" else v) for k, v in lists.items()}
+        template = cls(tuple(prompts), lists, request, images)
         for prompt in prompts:
             for name in _names(prompt):
                 if name not in lists:
@@ -94,17 +102,35 @@ class Template:
             index, place = divmod(index, len(self.lists[name]))
             values[name] = self.lists[name][place]
         columns = {name: value for name, value in reversed(values.items()) if name.lower() not in _FIELDS}
-        seed = self.request.get("seed", 0)
-        fields = {**self.request, "seed": seed + image if isinstance(seed, int) else seed}
+        fields = {"seed": 0, **self.request}
         fields |= {name.lower(): value for name, value in values.items() if name.lower() in _FIELDS}
-        return {**columns, **fields, "prompt": prompt.format_map(values)}
+        fields["seed"] += image
+        texts = [text + ("" if name is None else str(values[name])) for text, name in _parts(prompt)]
+        return {**columns, **fields, "prompt": "".join(texts)}
+
+
+def _seed(value: Any) -> int:
+    """A seed that can be counted from."""
+    try:
+        return coerce("seed", value, (int, False))
+    except RequestError as error:
+        raise TemplateError(str(error)) from None
 
 
 @cache
 def _names(prompt: str) -> tuple[str, ...]:
     """The lists a prompt uses, in the order of their first use."""
+    return tuple(dict.fromkeys(name for _, name in _parts(prompt) if name is not None))
+
+
+@cache
+def _parts(prompt: str) -> tuple[tuple[str, str | None], ...]:
+    """A prompt as texts, each with the list whose value follows it."""
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(prompt) if field is not None]
+        parts = list(string.Formatter().parse(prompt))
     except ValueError as error:
         raise TemplateError(f"the prompt {prompt!r}: {error}; write {{{{ and }}}} for braces") from None
-    return tuple(dict.fromkeys(fields))
+    for _, name, spec, conversion in parts:
+        if spec or conversion:
+            raise TemplateError(f"the prompt {prompt!r} formats {{{name}}}; a list's value goes in as it is")
+    return tuple((text, name) for text, name, _, _ in parts)

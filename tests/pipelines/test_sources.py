@@ -127,6 +127,21 @@ def test_invalid_utf8_in_parquet_spoils_its_row_only(tmp_path):
     assert (a, str(bad), b) == ({"prompt": "a"}, "not valid UTF-8", {"prompt": "b"})
 
 
+def test_blank_lines_before_a_header_are_none_and_after_it_are_named(tmp_path):
+    path = written(tmp_path / "p.csv", "\ufeff\n , \nprompt,seed\n\na,1\n,\n")
+    blank, *others = values(path)
+    assert str(blank) == "a blank line"
+    assert others == [{"prompt": "a", "seed": "1"}, {"prompt": "", "seed": ""}]
+    assert [str(row) for row in values(written(tmp_path / "p.jsonl", '{"prompt": "a"}\n\n'))][1] == "a blank line"
+
+
+def test_a_template_that_is_changed_is_read_again(tmp_path):
+    path = written(tmp_path / "p.toml", '\ufeffprompts = ["old"]')
+    assert [row["prompt"] for row in values(path)] == ["old"]
+    written(path, 'prompts = ["new", "too"]')
+    assert [row["prompt"] for row in values(path)] == ["new", "too"]
+
+
 def test_short_rows_leave_the_last_columns_open(tmp_path):
     assert values(written(tmp_path / "p.csv", "prompt,seed\na\n")) == [{"prompt": "a"}]
 
@@ -137,6 +152,7 @@ def test_short_rows_leave_the_last_columns_open(tmp_path):
         ("p.txt", "", "holds no prompts"),
         ("p.csv", "", "holds no prompts"),
         ("p.csv", "prompt,seed\n", "holds no prompts"),
+        ("p.csv", "\n\n", "holds no prompts"),
         ("p.csv", "caption,seed\na,1\n", "no column 'prompt' among 'caption', 'seed'; --prompt-column"),
         ("p.csv", "prompt,prompt\na,b\n", "two columns have the same name"),
         ("p.csv", "prompt,größe\na,1\n".encode("latin-1"), "its header is not valid UTF-8"),

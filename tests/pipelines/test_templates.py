@@ -46,6 +46,22 @@ def test_a_list_named_as_a_field_sets_that_field():
     assert template[1]["sampler"] == "euler"
 
 
+@pytest.mark.parametrize("text", ['[request]\nseed = "5"', "[request]\nseed = 5.0", '[lists]\nseed = ["5"]'])
+def test_images_per_prompt_count_from_a_seed_however_it_is_written(text):
+    template = Template.parse(f'images_per_prompt = 3\nprompts = ["a{"{seed}" if "lists" in text else ""}"]\n{text}')
+    assert [template[i]["seed"] for i in range(len(template))] == [5, 6, 7]
+
+
+name = st.text(st.characters(codec="utf-8", exclude_characters="{}[!:"), min_size=1, max_size=6)
+
+
+@given(name=name, value=st.integers() | st.booleans() | st.dates() | st.text(), around=st.text(max_size=4))
+def test_a_list_of_any_name_and_values_goes_in_as_it_is(name, value, around):
+    prompt = around.replace("{", "{{").replace("}", "}}") + f"{{{name}}}"
+    template = Template((prompt,), {name: (value,)}, {}, 1)
+    assert template[0]["prompt"] == f"{around}{value}"
+
+
 @given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), images=st.integers(1, 3))
 def test_every_row_is_another(sizes, images):
     names = [f"l{i}" for i in range(len(sizes))]
@@ -71,6 +87,14 @@ def test_a_template_of_a_million_rows_makes_any_of_them_at_once():
         ("prompts = []", "prompts must be a list"),
         ('prompts = ["a {b}"]', "uses {b}, and there is no list"),
         ('prompts = ["a {"]', "write {{ and }} for braces"),
+        ('prompts = ["a {b:d}"]\n[lists]\nb = [1, "c"]', "formats {b}; a list's value goes in as it is"),
+        ('prompts = ["a {b:{c}}"]\n[lists]\nb = [1]', "formats {b}"),
+        ('prompts = ["a {b!r}"]\n[lists]\nb = [1]', "formats {b}"),
+        ('prompts = ["a {b.real}"]\n[lists]\nb = [1]', "uses {b.real}, and there is no list"),
+        ('prompts = ["a"]\nlists = [1]', "lists must be a table"),
+        ('prompts = ["a"]\nrequest = 3', "request must be a table"),
+        ('prompts = ["a"]\n[request]\nseed = "x"', "seed='x' is not a whole number"),
+        ('prompts = ["a{seed}"]\n[lists]\nseed = [1, true]', "seed=True is not a whole number"),
         ('prompts = ["a"]\nimages = 3', "unknown key 'images'"),
         ('prompts = ["a"]\nimages_per_prompt = 0', "images_per_prompt=0"),
         ('prompts = ["a"]\n[lists]\nb = []', "lists.b must be a list"),
