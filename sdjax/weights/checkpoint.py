@@ -94,7 +94,7 @@ class Checkpoint:
             value = json.loads(self._read(posixpath.join(*names)))
         except FileNotFoundError:
             raise CheckpointError(f"{self.source} lacks {'/'.join(names)}") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CheckpointError(f"{'/'.join(names)} of {self.source} is not JSON") from None
         if not isinstance(value, dict):
             raise CheckpointError(f"{'/'.join(names)} of {self.source} is not a JSON object")

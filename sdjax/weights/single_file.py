@@ -245,5 +245,5 @@ def _split_tokenizer(data: bytes, path: str) -> dict[str, bytes]:
             "vocab.json": json.dumps(model["vocab"]).encode(),
             "merges.txt": "\n".join(["#version: 0.2", *merges, ""]).encode(),
         }
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} has no byte-pair encoding") from None

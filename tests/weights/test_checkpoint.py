@@ -160,6 +160,10 @@ UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 BROKEN = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "no model_index.json"),
     "index is no JSON": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json of .* is not JSON"),
+    "index never ends": (
+        lambda f: (f / "model_index.json").write_text("[" * 100_000),
+        "model_index.json of .* is not JSON",
+    ),
     "index is a list": (lambda f: (f / "model_index.json").write_text("[]"), "is not a JSON object"),
     "another pipeline": (
         lambda f: checkpoints.edit(f / "model_index.json", _class_name="FluxPipeline"),
