@@ -42,8 +42,36 @@ _KOHYA = {
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv][._].*(?:down|A)(?:\.\w+)?\.weight$")
 
 
+# A file's patterns may come from anyone, and a regular expression with repeats can take forever.
+_PATTERN = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?")
+_MAX_ALPHA = 1e30
+
+
+class _Alphas(NamedTuple):
+    """What PEFT's settings say of a component's alphas.
+
+    patterns: of modules' names, each with the alpha of those that it matches.
+    common: that of all others; None where it is the rank.
+    by_root: whether it is divided by the rank's square root (rsLoRA).
+    """
+
+    patterns: list[tuple[re.Pattern[str], float]]
+    common: float | None
+    by_root: bool
+
+    def scale(self, module: str, rank: int, alpha: float | None) -> float:
+        """Alpha by rank, where the file itself has no other `alpha`."""
+        if alpha is None:
+            common = rank if self.common is None else self.common
+            alpha = next((own for pattern, own in self.patterns if pattern.match(module)), common)
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
 class Lora:
-    """One LoRA, matched with a checkpoint's modules. Its tensors are read by `fused`.
+    r"""One LoRA, matched with a checkpoint's modules. Its tensors are read by `fused`.
+
+    Where PEFT's settings lie beside it or in it, their alphas count as in PEFT. Their `alpha_pattern` is of regular
+    expressions; read are those of a name, in which `.` is any character, perhaps with `\.`, `^` and `$`.
 
     Args:
         source: see `AddonFile`.
@@ -52,7 +80,7 @@ class Lora:
         what: what errors call the checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, is for another kind of model, or has keys that nothing here has.
+        CheckpointError: it cannot be read, is for another kind of model, is a DoRA, or has keys that nothing here has.
     """
 
     def __init__(self, source: str | os.PathLike[str], weight: float, configs: Mapping[str, Any], *, what: str) -> None:
@@ -74,7 +102,9 @@ class Lora:
             more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             has = f"has keys that {what} does not: {', '.join(sorted(unmatched)[:3])}{more}"
             raise CheckpointError(f"{source} {has if unmatched else 'holds no LoRA'}")
-        self._settings = self._read_settings()
+        settings = self._read_settings()
+        components = {component for component, _ in self._factors}
+        self._alphas = {component: self._read_alphas(settings, component) for component in components}
 
     def _refuse_another_width(self, unet: UNetConfig, what: str) -> None:
         """An SDXL LoRA on Stable Diffusion 1, in words rather than by the first key that is missing."""
@@ -94,7 +124,7 @@ class Lora:
         text = self.file.beside("adapter_config.json") or self.file.metadata.get("lora_adapter_metadata") or "{}"
         try:
             settings = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):
             raise CheckpointError(f"the settings of {self.file.source} are not a JSON object")
@@ -102,17 +132,25 @@ class Lora:
             raise CheckpointError(f"{self.file.source} is a DoRA, which is not supported")
         return settings
 
-    def _scale(self, module: tuple[str, str], rank: int, alpha: float | None) -> float:
-        """What the product of the factors is multiplied with; factors that are whole have no rank."""
-        if rank == 0:
-            return self.weight
-        component, path = module
-        setting = {key.removeprefix(f"{component}."): value for key, value in self._settings.items()}
-        if alpha is None:
-            patterns = setting.get("alpha_pattern") or {}
-            own = [value for key, value in patterns.items() if path == key or path.endswith(f".{key}")]
-            alpha = float((own or [setting.get("lora_alpha") or rank])[0])
-        return self.weight * alpha / (math.sqrt(rank) if setting.get("use_rslora") else rank)
+    def _read_alphas(self, settings: Mapping[str, Any], component: str) -> _Alphas:
+        """What PEFT's settings say of a component."""
+        setting = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
+        patterns = setting.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"alpha_pattern of {self.file.source} is no JSON object")
+        for pattern in patterns:
+            if not _PATTERN.fullmatch(pattern):
+                raise CheckpointError(
+                    f"alpha_pattern of {self.file.source} has {pattern!r}; read are names, with ., \\., ^ and $ as in "
+                    "regular expressions"
+                )
+        common = setting.get("lora_alpha")
+        numbers = [*patterns.values()] + ([] if common is None else [common])
+        if not all(isinstance(number, int | float) and abs(number) < _MAX_ALPHA for number in numbers):
+            raise CheckpointError(f"an alpha in the settings of {self.file.source} is no number")
+        # As PEFT puts them together, where the first that matches counts.
+        compiled = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha)) for pattern, alpha in patterns.items()]
+        return _Alphas(compiled, None if common is None else float(common), bool(setting.get("use_rslora")))
 
     def deltas(self, component: str) -> dict[str, "Delta"]:
         """What is added to each tensor of a component, by its key."""
@@ -124,7 +162,9 @@ class Lora:
             alpha = factors.pop("alpha", None)
             if factors:
                 shape, rank = self._made(module[1], keys)
-                scale = self._scale(module, rank, None if alpha is None else float(alpha.reshape(-1)[0]))
+                own = None if alpha is None else float(alpha.reshape(-1)[0])
+                # Factors that are whole have no rank.
+                scale = self.weight * (self._alphas[component].scale(module[1], rank, own) if rank else 1)
                 found[f"{module[1]}.weight"] = Delta(factors, shape, scale)
         return found
 

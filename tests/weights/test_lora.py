@@ -250,6 +250,68 @@ def test_pefts_settings_give_the_alphas_that_the_file_lacks(where, tmp_path):
     assert deltas[f"{other}.weight"].product()[0, 0] == 4 * 2 / divisor
 
 
+def with_patterns(tmp_path, patterns: object, **settings: object) -> dict[str, float]:
+    """The scale of each of two modules' products, of rank 2."""
+    modules = (f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k")
+    tensors = {f"unet.{m}.lora_{end}.weight": torch.ones(2, 32) for m in modules for end in "AB"}
+    tensors = {key: t if "_A" in key else t.T.contiguous() for key, t in tensors.items()}
+    text = json.dumps({"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": patterns, **settings})
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
+    deltas = Lora(tmp_path / "a.safetensors", 1.0, FIRST, what="it").deltas("unet")
+    return {module[-4:]: deltas[f"{module}.weight"].scale for module in modules}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "q", "k"),
+    [
+        ({}, 4, 4),
+        ({"to_q": 1}, 0.5, 4),
+        ({f"^{BLOCK}.attn1.to_q": 1}, 0.5, 4),
+        ({"^attn1.to_q": 1}, 4, 4),
+        ({r"attn1\.to_q$": 1, "to_k": 2}, 0.5, 1),
+        ({"attn1.to..": 6, "to_k": 2}, 3, 3),
+        ({"to_k": 2, "attn1.to..": 6}, 3, 1),
+        ({"n1.to_q": 1}, 4, 4),
+    ],
+)
+def test_patterns_of_alphas_are_matched_as_peft_matches_them(patterns, q, k, tmp_path):
+    assert with_patterns(tmp_path, patterns) == {"to_q": q, "to_k": k}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"(a+)+b": 1}, r"alpha_pattern of .*a.safetensors has '\(a\+\)\+b'; read are names"),
+        ({"": 1}, "alpha_pattern of .* has ''"),
+        ({"to_q": "8"}, "an alpha in the settings of .* is no number"),
+        ({"to_q": float("nan")}, "an alpha in the settings of .* is no number"),
+        ({"to_q": 10**400}, "an alpha in the settings of .* is no number"),
+        ([1], "alpha_pattern of .* is no JSON object"),
+    ],
+)
+def test_other_patterns_are_refused(patterns, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        with_patterns(tmp_path, patterns)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda v: (
+            st.lists(v)
+            | st.dictionaries(
+                st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.use_rslora", "to_q", "to_.", "x"]), v
+            )
+        ),
+    )
+)
+def test_any_settings_are_read_or_refused(tmp_path_factory, settings):
+    try:
+        with_patterns(tmp_path_factory.mktemp("settings"), {}, **(settings if isinstance(settings, dict) else {}))
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+
+
 @pytest.fixture(scope="module")
 def two(tiny, tmp_path_factory):
     """Two LoRAs for the small checkpoint, and what each adds to one tensor of the UNet and one of the text encoder."""
