@@ -33,7 +33,8 @@ def write(store: Store, limit: int) -> None:
         cards += _cards(store, name, old, limit - len(cards))
     total = sum(pq.read_metadata(pa.BufferReader(store.read(name))).num_rows for name in manifests)
     page = files("pipelines").joinpath("index.html").read_text(encoding="utf-8")
-    data = json.dumps(cards, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    # No "<" at all: what may end or open a script element is more than "</script>".
+    data = json.dumps(cards, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     shown = f"{len(cards):,} of {total:,} images" if len(cards) < total else f"{total:,} images"
     store.write(NAME, page.replace("__SHOWN__", html.escape(shown)).replace("__CARDS__", data).encode())
 
