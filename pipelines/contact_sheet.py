@@ -5,7 +5,7 @@ import html
 import io
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import layout
-from pipelines.storage import Store
+from pipelines.storage import Store, spread
 
 NAME = "index.html"
 SIDE = 160  # pixels of a thumbnail's longer side
@@ -24,14 +24,14 @@ _COLUMNS += ["height", "flags", "file", "shard", "offset", "bytes"]
 
 def write(store: Store, limit: int) -> None:
     """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept."""
-    manifests = layout.find(store, "manifest")
     old = _cards_of(store)
-    cards: list[dict[str, Any]] = []
-    for name in manifests:
-        if len(cards) >= limit:
-            break
-        cards += _cards(store, name, old, limit - len(cards))
-    total = sum(pq.read_metadata(pa.BufferReader(store.read(name))).num_rows for name in manifests)
+    rows: list[dict[str, Any]] = []
+    total = 0
+    for manifest in spread(partial(_manifest, store), layout.find(store, "manifest")):
+        total += manifest.metadata.num_rows
+        if len(rows) < limit:
+            rows += manifest.read(columns=_COLUMNS).slice(0, limit - len(rows)).to_pylist()
+    cards = list(spread(partial(_card, store, old), rows))
     page = files("pipelines").joinpath("index.html").read_text(encoding="utf-8")
     # No "<" at all: what may end or open a script element is more than "</script>".
     data = json.dumps(cards, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -39,25 +39,23 @@ def write(store: Store, limit: int) -> None:
     store.write(NAME, page.replace("__SHOWN__", html.escape(shown)).replace("__CARDS__", data).encode())
 
 
-def _cards(store: Store, manifest: str, old: dict[str, dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    rows = pq.read_table(pa.BufferReader(store.read(manifest)), columns=_COLUMNS).slice(0, limit).to_pylist()
+def _manifest(store: Store, name: str) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.BufferReader(store.read(name)))
 
-    def card(row: dict[str, Any]) -> dict[str, Any]:
-        if row["id"] in old:
-            return old[row["id"]]
-        facts = f"seed {row['seed']}, {row['sampler']}, {row['num_inference_steps']} steps, "
-        facts += f"guidance {row['guidance_scale']:g}, {row['width']}x{row['height']}"
-        if row["negative_prompt"]:
-            facts += f", not: {row['negative_prompt']}"
-        if row["flags"]:
-            facts += f" [{', '.join(row['flags'])}]"
-        path = row["shard"] or row["file"]
-        data = store.read(path, row["offset"], row["offset"] + row["bytes"])
-        place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
-        return {"id": row["id"], "prompt": row["prompt"], "facts": facts, "file": place, "thumb": thumbnail(data)}
 
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(card, rows))
+def _card(store: Store, old: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+    if row["id"] in old:
+        return old[row["id"]]
+    facts = f"seed {row['seed']}, {row['sampler']}, {row['num_inference_steps']} steps, "
+    facts += f"guidance {row['guidance_scale']:g}, {row['width']}x{row['height']}"
+    if row["negative_prompt"]:
+        facts += f", not: {row['negative_prompt']}"
+    if row["flags"]:
+        facts += f" [{', '.join(row['flags'])}]"
+    path = row["shard"] or row["file"]
+    data = store.read(path, row["offset"], row["offset"] + row["bytes"])
+    place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
+    return {"id": row["id"], "prompt": row["prompt"], "facts": facts, "file": place, "thumb": thumbnail(data)}
 
 
 def thumbnail(data: bytes) -> str:

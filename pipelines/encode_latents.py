@@ -77,7 +77,7 @@ def build(
         load=load,
     )
     made = planned | "Spread units" >> beam.Reshuffle() | "Encode" >> RunInference(handler)
-    jobs.write_report(job, model, [read[units.COUNTS], left[units.COUNTS], made], contact_sheet=None)
+    jobs.write_report(job, model, [read[units.COUNTS], left[units.COUNTS], made], contact_sheet=0)
 
 
 if __name__ == "__main__":

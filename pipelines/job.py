@@ -119,7 +119,7 @@ def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, out: str) -> Any:
     return (rows, done) | "Join" >> beam.Flatten() | "Gather shards" >> beam.GroupByKey()
 
 
-def write_report(job: JobOptions, model: Any, counts: Iterable[Any], *, contact_sheet: int | None) -> None:
+def write_report(job: JobOptions, model: Any, counts: Iterable[Any], *, contact_sheet: int) -> None:
     """Add the stages from each stage's share of the account to summary.json, and to index.html of so many images."""
     facts = report.Job(
         started=time.time(),

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterable
+from functools import partial
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import contact_sheet, layout, progress, report
-from pipelines.storage import Store
+from pipelines.storage import Store, spread
 
 
 def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
@@ -25,16 +26,20 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     shards = [name for name in ours["shards"] if _stem(name) not in units]
     images = set(ours["images"])
     if images:
-        for name in ours["manifest"]:
-            try:
-                table = pq.read_table(pa.BufferReader(store.read(name)), columns=["file"])
-            except pa.ArrowInvalid as error:
-                if tolerant:
-                    continue
-                raise ValueError(f"{name} cannot be read: {error}") from None
-            if table.num_columns:  # one of latents has no files
-                images.difference_update(table["file"].to_pylist())
+        for committed in spread(partial(_files, store, tolerant), ours["manifest"]):
+            images.difference_update(committed)
     return sorted([*shards, *images, *_temporary(store, [name for found in names.values() for name in found])])
+
+
+def _files(store: Store, tolerant: bool, manifest: str) -> list[str]:
+    """The files of images that a manifest commits; one of latents commits none."""
+    try:
+        table = pq.read_table(pa.BufferReader(store.read(manifest)), columns=["file"])
+    except pa.ArrowInvalid as error:
+        if tolerant:
+            return []
+        raise ValueError(f"{manifest} cannot be read: {error}") from None
+    return table["file"].to_pylist() if table.num_columns else []
 
 
 def _stem(name: str) -> str:

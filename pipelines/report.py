@@ -54,7 +54,7 @@ class Job(NamedTuple):
     fingerprint: str
     options: dict[str, Any]
     price_per_hour: float
-    contact_sheet: int | None  # images on it; None for none
+    contact_sheet: int  # images on it; 0 for none
 
 
 def summarize(job: Job, account: dict[str, Any], now: float) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class WriteReport(beam.DoFn):
     def process(self, element: dict[str, Any]) -> Iterator[dict[str, Any]]:
         summary = summarize(self._job, element, time.time())
         limit = self._job.contact_sheet
-        if limit is not None and (summary["images"] or not self._store.exists(contact_sheet.NAME)):
+        if limit and (summary["images"] or not self._store.exists(contact_sheet.NAME)):
             contact_sheet.write(self._store, limit)
         progress.clear(self._store)
         self._store.write_json(SUMMARY, summary)

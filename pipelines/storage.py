@@ -7,8 +7,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +24,12 @@ from sdjax.files import write_whole
 
 ATTEMPTS = 9
 FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
+READERS = 32  # files that are fetched at once: a bucket answers in tens of milliseconds, however small they are
 
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -51,6 +54,18 @@ def retry(call: Callable[[], T]) -> T:
             # Full jitter: a hundred hosts that failed together do not come back together.
             time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))
     raise AssertionError("unreachable")
+
+
+def spread(call: Callable[[S], T], items: Iterable[S], threads: int = READERS) -> Iterator[T]:
+    """The call's value for each item, in order, by many threads; never more than twice as many values wait."""
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[Future[T]] = deque()
+        for item in items:
+            begun.append(pool.submit(call, item))
+            if len(begun) > 2 * threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 @dataclass(frozen=True)

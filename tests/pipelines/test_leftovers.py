@@ -1,11 +1,13 @@
 """A job deletes what jobs wrote, and nothing else."""
 
 import shutil
+import threading
 
 import pytest
 
-from pipelines import encode_latents, layout
+from pipelines import encode_latents, layout, leftovers
 from pipelines.sinks import image_name, manifest_name, shard_name
+from pipelines.storage import Store
 from tests.pipelines import standin
 from tests.pipelines.test_encode_latents import write_set
 
@@ -80,6 +82,20 @@ def test_overwrite_takes_all_that_jobs_wrote(output):
     assert len(theirs) == 4  # two images, a manifest and a file of rejects
     assert not theirs & files(output).keys()
     assert own(output) == OWN
+
+
+def test_manifests_are_read_together(output, monkeypatch):
+    (output.parent / "p.txt").write_text("one\ntwo\nthree\n")
+    run(output, "--format", "files", "--unit-size", "1")
+    (output / image_name(ID, "png")).write_bytes(b"of a killed run")
+    read, together = Store.read, threading.Barrier(3)
+
+    def wait_for_the_others(self, name, *range):
+        together.wait(60)
+        return read(self, name, *range)
+
+    monkeypatch.setattr(Store, "read", wait_for_the_others)
+    assert leftovers.orphans(Store(str(output))) == [image_name(ID, "png")]
 
 
 def test_every_name_that_a_sink_gives_is_known():

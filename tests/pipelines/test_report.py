@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import threading
 from collections import Counter
 
 import fsspec
@@ -99,7 +101,13 @@ def cards(page: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    prompts = ["</script><script>alert(1)</script>", "<!-- <script> &lt;", "<b>bold</b> & 'quoted'", "a Bär 🐻", *map(str, range(8))]
+    prompts = [
+        "</script><script>alert(1)</script>",
+        "<!-- <script> &lt;",
+        "<b>bold</b> & 'quoted'",
+        "a Bär 🐻",
+        *map(str, range(8)),
+    ]
     (folder / "p.txt").write_text("\n".join(prompts))
     assert standin.run("--prompts", folder / "p.txt", "--output", folder / "out", "--unit-size", 5) == 0
     return folder / "out", prompts
@@ -126,3 +134,25 @@ def test_a_longer_output_is_shown_in_part_and_thumbnails_are_kept(made, monkeypa
     page = (output / "index.html").read_text(encoding="utf-8")
     assert len(cards(page)) == 7
     assert f"7 of {len(prompts)} images" in page
+
+
+def test_manifests_are_read_together(made, monkeypatch):
+    output, prompts = made
+    read, together = Store.read, threading.Barrier(3)  # as many as there are units
+
+    def wait_for_the_others(self, name, *range):
+        if name.startswith("manifest/"):
+            together.wait(60)
+        return read(self, name, *range)
+
+    monkeypatch.setattr(Store, "read", wait_for_the_others)
+    contact_sheet.write(Store(str(output)), 2)
+    assert f"2 of {len(prompts)} images" in (output / "index.html").read_text(encoding="utf-8")
+
+
+def test_no_page_reads_nothing(made, tmp_path, monkeypatch):
+    shutil.copytree(made[0] / "manifest", tmp_path / "manifest")
+    monkeypatch.setattr(Store, "read", None)
+    (told,) = report.WriteReport(JOB._replace(contact_sheet=0), str(tmp_path)).process({"rows": 1, "images": 1})
+    assert told["images"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest", "summary.json"]

@@ -7,7 +7,7 @@ import fsspec
 import pytest
 
 from pipelines import storage
-from pipelines.storage import Store, is_transient, retry
+from pipelines.storage import Store, is_transient, retry, spread
 from tests.pipelines.faulty import HttpError
 
 
@@ -34,6 +34,20 @@ def test_files_are_written_listed_read_and_deleted(store):
     assert store.find("a") == []
     with pytest.raises(FileNotFoundError):
         store.read("a/x.txt")
+
+
+def test_values_come_in_order_and_few_of_them_wait():
+    taken = 0
+
+    def items():
+        for item in range(100):
+            assert item - taken <= 9  # twice the threads, and the one that is about to wait
+            yield item
+
+    for value in spread(lambda item: item * item, items(), threads=4):
+        assert value == taken * taken
+        taken += 1
+    assert taken == 100
 
 
 def test_create_writes_once(store):
