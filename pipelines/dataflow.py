@@ -151,13 +151,14 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Job:
-    """A preset, with what is read and written and under which name."""
+    """A preset, with what is read and written and under which name; `direct` is submitted without the Flex Template."""
 
     name: str
     preset: Preset
     deployment: Deployment
     prompts: str
     output: str
+    direct: bool = False
 
     @property
     def image(self) -> str:
@@ -191,6 +192,9 @@ def faults(job: Job) -> Iterator[str]:
     for place, has in (("image", deployment.sdk_container_image), ("template", deployment.template_file_gcs_location)):
         if machine.target not in has:
             yield f"terraform made no {place} for {machine.target}: add {machine.target!r} to its variable targets"
+
+    if machine.target == "cuda" and options.get("resource_hints") and not job.direct:
+        yield "resource_hints: the Flex Template service takes none; pass --direct, or leave them out"
 
     zone = options.get("worker_zone")
     if not zone:

@@ -130,7 +130,7 @@ def prepare(options: argparse.Namespace) -> Job:
         estimate={**preset.estimate, **estimate},
     )
     name = f"sdjax-{preset.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}".lower().replace("_", "-").replace(".", "-")
-    job = Job(name, preset, Deployment.read(options.terraform), options.prompts, options.output)
+    job = Job(name, preset, Deployment.read(options.terraform), options.prompts, options.output, options.direct)
     wrong = list(faults(job))
     if not wrong:
         try:

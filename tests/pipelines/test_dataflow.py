@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines import estimates
+from pipelines import estimates, launch
 from pipelines.dataflow import Deployment, Job, LaunchError, Preset, arguments, faults, flex_request
 from pipelines.machines import MACHINES
 
@@ -146,6 +146,20 @@ def test_what_cannot_work_is_named_in_one_line(wrong, says):
     (line,) = faults(wrong())
     assert says in line
     assert "\n" not in line
+
+
+def test_resource_hints_reach_a_direct_job_and_are_refused_elsewhere(tmp_path, capsys):
+    (tmp_path / "outputs.json").write_text(outputs(DEPLOYMENT))
+    preset = (Path(__file__).parents[2] / "configs/dataflow-l4-sd15.toml").read_text()
+    (tmp_path / "dataflow-hints.toml").write_text(
+        preset.replace("[dataflow]", '[dataflow]\nresource_hints = ["min_ram=64GB"]')
+    )
+    argv = [f"--config={tmp_path}/dataflow-hints.toml", f"--terraform={tmp_path}/outputs.json", "--dry-run"]
+    argv += ["--prompts=gs://dataset/p.csv", "--output=gs://dataset/out"]
+    assert launch.main(argv) == 2
+    assert capsys.readouterr().err.startswith("refused: resource_hints: the Flex Template service takes none")
+    assert launch.main([*argv, "--direct"]) == 0
+    assert "--resource_hints=min_ram=64GB" in arguments(job("g2-standard-8", resource_hints=["min_ram=64GB"]))
 
 
 def test_every_fault_is_named_at_once():
