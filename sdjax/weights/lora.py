@@ -47,6 +47,16 @@ _PATTERN = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?")
 _MAX_ALPHA = 1e30
 
 
+_DORA = "is a DoRA, which is not supported"
+# Parts of keys that say what else than a LoRA a file is.
+_REFUSED = {
+    "dora_scale": _DORA,
+    "lora_magnitude_vector": _DORA,
+    "bundle_emb.": "holds embeddings too (bundle_emb.*), without which its prompts mean something else; save them as "
+    "textual inversions, and the LoRA without them",
+}
+
+
 class _Alphas(NamedTuple):
     """What PEFT's settings say of a component's alphas.
 
@@ -78,15 +88,27 @@ class Lora:
         weight: how much of it is added; any number.
         configs: the checkpoint's, by component.
         what: what errors call the checkpoint.
+        allow_pickle: see `AddonFile`.
 
     Raises:
         CheckpointError: it cannot be read, is for another kind of model, is a DoRA, or has keys that nothing here has.
     """
 
-    def __init__(self, source: str | os.PathLike[str], weight: float, configs: Mapping[str, Any], *, what: str) -> None:
-        self.file, self.weight = AddonFile(source, NAMES), float(weight)
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        weight: float,
+        configs: Mapping[str, Any],
+        *,
+        what: str,
+        allow_pickle: bool = False,
+    ) -> None:
+        self.file, self.weight = AddonFile(source, NAMES, allow_pickle=allow_pickle), float(weight)
         if not math.isfinite(self.weight):
             raise CheckpointError(f"the weight {weight} of {source} is no number")
+        for part, what_else in _REFUSED.items():
+            if any(part in key for key in self.file.entries):
+                raise CheckpointError(f"{source} {what_else}")
         self._refuse_another_width(configs["unet"], what)
         self._factors: dict[tuple[str, str], dict[str, str]] = {}
         names, unmatched = _names(configs), []
@@ -129,7 +151,7 @@ class Lora:
         if not isinstance(settings, dict):
             raise CheckpointError(f"the settings of {self.file.source} are not a JSON object")
         if settings.get("use_dora") or any(v for key, v in settings.items() if key.endswith(".use_dora")):
-            raise CheckpointError(f"{self.file.source} is a DoRA, which is not supported")
+            raise CheckpointError(f"{self.file.source} {_DORA}")
         return settings
 
     def _read_alphas(self, settings: Mapping[str, Any], component: str) -> _Alphas:

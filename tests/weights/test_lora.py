@@ -383,7 +383,15 @@ REFUSED = {
         weights(GOOD) | {f"x{i}": torch.ones(1) for i in range(5)},
         "has keys that tiny does not: x0, x1, x2 and 2 more",
     ),
-    "with DoRA's magnitudes": (weights(GOOD) | {f"{GOOD}.dora_scale": torch.ones(1)}, "does not: .*dora_scale"),
+    "of kohya's DoRA": (weights(GOOD) | {f"{GOOD}.dora_scale": torch.ones(1)}, "a.safetensors is a DoRA, which is not"),
+    "of PEFT's DoRA": (
+        weights(GOOD) | {f"unet.{BLOCK}.attn1.to_q.lora_magnitude_vector.default.weight": torch.ones(32)},
+        "a.safetensors is a DoRA, which is not",
+    ),
+    "of OneTrainer with its embeddings": (
+        weights(GOOD) | {"bundle_emb.thing.string_to_param.*": torch.ones(1, 32)},
+        r"a.safetensors holds embeddings too \(bundle_emb",
+    ),
     "of another shape": (weights(GOOD, (64, 32)), r"to_q.weight would add \[64, 32\]; the checkpoint's is \[32, 32\]"),
     "with half of its factors": (
         {f"{GOOD}.lora_down.weight": torch.ones(2, 32)},
@@ -411,7 +419,7 @@ def test_what_is_no_lora_file_is_refused(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere\.safetensors is no file"):
         Spec(tiny, loras=[tmp_path / "nowhere.safetensors"])
     (tmp_path / "a.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"a\.pt is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"a\.pt is no safetensors file; a pickle is read with allow_pickle only"):
         Spec(tiny, loras=[tmp_path / "a.pt"])
     with pytest.raises(CheckpointError, match="has 0 safetensors files; name one"):
         Spec(tiny, loras=[tmp_path])
