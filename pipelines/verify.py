@@ -74,9 +74,9 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
         table = pq.read_table(pa.BufferReader(store.read(name)))
     except pa.ArrowInvalid as error:
         return [], [f"not a manifest: {error}"]
-    if table.schema not in (MANIFEST, latents.MANIFEST):
+    check = next((check for check, schema, used in _KINDS if _fits(table.schema, schema, used)), None)
+    if check is None:
         return [], ["its columns are not those of a manifest"]
-    check = _shard if table.schema == MANIFEST else _latents
     rows, faults = table.to_pylist(), []
     if unit_name(row["id"] for row in rows) != name.rsplit("/", 1)[1].removesuffix(".parquet"):
         faults.append("its ids are not those that named it")
@@ -135,6 +135,19 @@ def _latents(store: Store, shard: str, rows: list[dict[str, Any]]) -> list[str]:
         if (example.bytes, example.sha256) != (row["bytes"], row["sha256"]):
             faults.append(f"{shard} does not hold the example {row['id']} that its manifest describes")
     return faults
+
+
+_CHECKED = ("id", "shard", "bytes", "sha256", "flags")
+_KINDS = (
+    (_shard, MANIFEST, (*_CHECKED, "prompt", "file", "offset")),
+    (_latents, latents.MANIFEST, (*_CHECKED, "caption", "index")),
+)
+"""How shards are checked, the manifests' schema today, and which of its columns a manifest of any version has."""
+
+
+def _fits(found: pa.Schema, schema: pa.Schema, used: tuple[str, ...]) -> bool:
+    known = [column for column in found if column.name in schema.names]
+    return set(used) <= set(found.names) and all(schema.field(column.name).type == column.type for column in known)
 
 
 def _image(row: dict[str, Any], data: bytes) -> list[str]:

@@ -81,7 +81,14 @@ def double_manifest(dataset):
 
 def drop_column(dataset):
     path = first_manifest(dataset)
-    pq.write_table(pq.read_table(path).drop_columns("seed"), path)
+    pq.write_table(pq.read_table(path).drop_columns("offset"), path)
+
+
+def change_type(dataset):
+    path = first_manifest(dataset)
+    table = pq.read_table(path)
+    place = table.column_names.index("bytes")
+    pq.write_table(table.set_column(place, "bytes", table["bytes"].cast("string")), path)
 
 
 def lose_unit(dataset):
@@ -103,6 +110,7 @@ def lose_rejects(dataset):
         change_prompt_hash,
         double_manifest,
         drop_column,
+        change_type,
         lose_unit,
         lose_rejects,
     ],
@@ -112,6 +120,16 @@ def test_damage_is_found(dataset, damage, capsys):
     assert verify.verify(str(dataset)).faults != []
     assert verify.main([str(dataset)]) == 1
     assert "fault: " in capsys.readouterr().out
+
+
+def test_a_dataset_of_another_version_is_proven_too(dataset):
+    for path in (dataset / "manifest").iterdir():
+        table = pq.read_table(path).drop_columns(["token_merging_ratio", "seed"])
+        pq.write_table(table.append_column("a_later_field", [["x"] * len(table)]), path)
+    found = verify.verify(str(dataset))
+    assert (found.images, found.faults) == (20, [])
+    break_bytes(dataset)
+    assert verify.verify(str(dataset)).faults != []
 
 
 def test_leftovers_are_reported_and_are_no_fault(dataset, capsys):
