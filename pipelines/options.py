@@ -122,7 +122,9 @@ class GenerateOptions(JobOptions):
         job.add_argument("--prompt-column", help="the column that holds the prompts; default: prompt")
         job.add_argument("--format", default="tar", help=f"{' or '.join(sinks.FORMATS)}; default: %(default)s")
         job.add_argument("--image-format", default="png", help=f"{', '.join(FORMATS)}; default: %(default)s")
-        job.add_argument("--contact-sheet", type=int, default=2000, help="images in index.html; default: %(default)s")
+        job.add_argument(
+            "--contact-sheet", type=int, default=2000, help="images in index.html, 0 for no page; default: %(default)s"
+        )
         request = parser.add_argument_group("request", "values for rows that leave them open")
         for name in field_types():
             if name != "prompt":
