@@ -67,8 +67,11 @@ def sweep(store: Store, *, everything: bool = False) -> str:
         found = [name for folder in layout.RESULTS for name in store.find(folder)]
         names = list(filter(layout.is_ours, found))
         manifests = [name for name in names if name.startswith("manifest/")]
+        others = [name for name in names if not name.startswith("manifest/")]
+        if names:  # killed amid this, the next run must not take the last job's word that nothing is left
+            store.write_json(report.SUMMARY, {"finished": False})
         store.delete(manifests)
-        store.delete(names[len(manifests) :] + _temporary(store, found) + [report.SUMMARY, contact_sheet.NAME])
+        store.delete([*others, *_temporary(store, found), report.SUMMARY, contact_sheet.NAME])
         progress.clear(store)
         return f"--overwrite deleted {len(names):,} files of earlier jobs" if names else ""
     last = store.read_json(report.SUMMARY)

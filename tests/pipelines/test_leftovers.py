@@ -84,6 +84,27 @@ def test_overwrite_takes_all_that_jobs_wrote(output):
     assert own(output) == OWN
 
 
+def test_a_killed_overwrite_is_swept_by_the_next_run(output, monkeypatch, capsys):
+    run(output)
+    shard = next(name for name in files(output) if name.startswith("shards/") and name not in OWN)
+    (output.parent / "p.txt").write_text("three\n")
+
+    def only_manifests(self, names):
+        if not all(name.startswith("manifest/") for name in names):
+            raise KeyboardInterrupt
+        delete(self, names)
+
+    delete = Store.delete
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "delete", only_manifests)
+        with pytest.raises(KeyboardInterrupt):
+            run(output, "--overwrite")
+    assert (output / shard).exists()
+    run(output)
+    assert "deleted 1 files that a killed run left" in capsys.readouterr().err
+    assert not (output / shard).exists()
+
+
 def test_manifests_are_read_together(output, monkeypatch):
     (output.parent / "p.txt").write_text("one\ntwo\nthree\n")
     run(output, "--format", "files", "--unit-size", "1")
