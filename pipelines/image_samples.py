@@ -153,9 +153,16 @@ def columns(file: str) -> set[str]:
         return {name.lower() for name in pq.ParquetFile(stream).schema_arrow.names}
 
 
+def row_groups(file: str) -> list[int]:
+    """How many rows each row group of a Parquet file holds."""
+    with open_file(file) as stream:
+        metadata = pq.ParquetFile(stream).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+
 def _rows(file: str, group: int, *, only_images: bool = False) -> Iterator[dict[str, Any] | RowError]:
     with open_file(file) as stream:
-        parquet = pq.ParquetFile(stream)
+        parquet = tables.open_parquet(stream)
         names = [name for name in parquet.schema_arrow.names if _is_image(name) or not only_images]
         for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=names):
             yield from tables.rows(batch)

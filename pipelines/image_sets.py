@@ -96,9 +96,8 @@ def find(patterns: list[str]) -> list[str]:
             raise SourceError(f"{path}: no such file")
         else:
             found[path] = None
-    for path in found:
-        if path.endswith(".parquet"):
-            _check_columns(path)
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(_check_columns, (path for path in found if path.endswith(".parquet"))))
     return list(found)
 
 
@@ -148,7 +147,13 @@ def cut(path: str) -> Iterator[Piece]:
     """The set in pieces."""
     if path.endswith(".tar"):
         yield Piece(path)
-    elif path.endswith((".parquet", _METADATA)):
+    elif path.endswith(".parquet"):
+        first = 1
+        for group, rows in enumerate(image_samples.row_groups(path)):
+            if rows:
+                yield Piece(path, group, group + 1, first)
+            first += rows
+    elif path.endswith(_METADATA):
         yield from (Piece(path, *piece[1:]) for piece in sources.cut(Source(path), FOLDER_FILES))
     else:
         images = [name for name in _names(path) if name.lower().endswith(IMAGES)]

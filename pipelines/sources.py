@@ -1,15 +1,17 @@
 """Prompt files to rows: found, checked, cut into pieces that workers read alone, read in bounded memory.
 
-A row is a mapping of the file's columns. Text files are cut at byte offsets, Parquet files at row groups, templates at
-row numbers, so a piece is a few numbers and any worker may read it.
+A row is a mapping of the file's columns. Text files are cut at byte offsets, Parquet files and templates at row
+numbers, so a piece is a few numbers and any worker may read it.
 """
 
 import io
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from glob import has_magic
+from itertools import repeat
 from typing import IO, Any, NamedTuple
 
 import fsspec
@@ -23,6 +25,8 @@ from pipelines.templates import Template, TemplateError
 PIECE_ROWS = 16_384
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
 
+_READERS = 16  # files that are looked into at once
+_SAMPLE = 2**16  # bytes by which a text file's rows are counted
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -31,11 +35,15 @@ class SourceError(ValueError):
 
 
 class Source(NamedTuple):
-    """A prompt file; `header` holds a CSV's or TSV's column names, `start` the byte where its rows begin."""
+    """A prompt file; `header` holds a CSV's or TSV's column names, `start` the byte where its rows begin.
+
+    `rows` is about how many it holds, exactly of Parquet and templates; None where nobody has looked.
+    """
 
     file: str
     header: tuple[str, ...] = ()
     start: int = 0
+    rows: int | None = None
 
     @property
     def suffix(self) -> str:
@@ -43,7 +51,7 @@ class Source(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Rows of one file, the first of them numbered `first_row`: bytes, row groups or rows `start` up to `stop`."""
+    """Rows of one file, the first of them numbered `first_row`: bytes or rows `start` up to `stop`."""
 
     source: Source
     start: int
@@ -61,11 +69,19 @@ class Place(NamedTuple):
 def find(patterns: list[str], prompt_column: str | None = None) -> list[Source]:
     """The files that paths, globs and fsspec URLs name, each looked into, in the order of their names.
 
+    Of a glob's matches those without rows are left out: jobs that export tables write empty parts.
+
     Raises:
-        SourceError: nothing matches, a file of another kind, without rows, or without a column of prompts.
+        SourceError: nothing matches, or nothing with rows; a file of another kind, or without a column of prompts.
     """
-    files = dict.fromkeys(file for pattern in patterns for file in expand(pattern))
-    return [_look_into(file, prompt_column) for file in files]
+    matches = {pattern: expand(pattern) for pattern in patterns}
+    files = dict.fromkeys(file for matched in matches.values() for file in matched)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = dict(zip(files, pool.map(_look_into, files, repeat(prompt_column)), strict=True))
+    for pattern, matched in matches.items():
+        if not any(found[file].rows for file in matched):
+            raise SourceError(f"{pattern}: it holds no prompts")
+    return [source for source in found.values() if source.rows]
 
 
 def expand(pattern: str) -> list[str]:
@@ -82,30 +98,14 @@ def expand(pattern: str) -> list[str]:
 def _look_into(file: str, prompt_column: str | None) -> Source:
     if not file.lower().endswith(SUFFIXES):
         raise SourceError(f"{file}: not a prompt file; allowed are {', '.join(SUFFIXES)}")
-    source = Source(file)
     try:
-        if source.suffix in _DELIMITERS:
-            with _open(file) as stream:
-                end, fields = _header(stream, _DELIMITERS[source.suffix])
-            if isinstance(fields, RowError):
-                raise SourceError(f"{file}: its header cannot be read: {fields}")
-            if not _is_text("".join(fields)):
-                raise SourceError(f"{file}: its header is not valid UTF-8")
-            header = tuple(name.removeprefix("\ufeff").strip() for name in fields)
-            if len(set(header)) < len(header):
-                raise SourceError(f"{file}: two columns have the same name")
-            source = Source(file, header, end)
-        piece = next(cut(source, 1), None)
-        first = None if piece is None else next(read(piece), None)
+        source, row = _first_row(Source(file))
     except FileNotFoundError:
         raise SourceError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{file}: {str(error).splitlines()[0]}") from None
-    if first is None:
-        raise SourceError(f"{file}: it holds no prompts")
-    row = first[1]
     if isinstance(row, dict):
         try:
             select_prompt(row, prompt_column)
@@ -114,13 +114,47 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
     return source
 
 
-def _header(stream: IO[bytes], delimiter: str) -> tuple[int, list[str] | RowError]:
-    """The first record that is not blank, and the byte after it."""
+def _first_row(source: Source) -> tuple[Source, dict[str, Any] | RowError | None]:
+    """The file with what it says of itself, and its first row; of Parquet its columns, without their values."""
+    if source.suffix == ".toml":
+        template = _template(source.file)
+        return source._replace(rows=len(template)), template[0]
+    with _open(source.file) as stream:
+        if source.suffix == ".parquet":
+            parquet = pq.ParquetFile(stream)
+            return source._replace(rows=parquet.metadata.num_rows), dict.fromkeys(parquet.schema_arrow.names)
+        delimiter = _DELIMITERS.get(source.suffix)
+        if delimiter is not None:
+            source = _with_header(source, stream, delimiter)
+        _, record = next(records(stream, source.start, None, delimiter), (0, None))
+        if record is None:
+            return source._replace(rows=0), None
+        row = record if isinstance(record, RowError) else _row(source, record)
+        return source._replace(rows=_estimate(stream, source.start)), row
+
+
+def _with_header(source: Source, stream: IO[bytes], delimiter: str) -> Source:
+    """The source with its first record that is not blank as its header."""
     end = 0
     for end, fields in records(stream, 0, None, delimiter):
-        if isinstance(fields, RowError) or "".join(fields).strip("\ufeff \t\r\n"):
-            return end, fields
-    return end, []
+        if isinstance(fields, RowError):
+            raise SourceError(f"{source.file}: its header cannot be read: {fields}")
+        if not _is_text("".join(fields)):
+            raise SourceError(f"{source.file}: its header is not valid UTF-8")
+        header = tuple(name.removeprefix("\ufeff").strip() for name in fields)
+        if any(header):
+            if len(set(header)) < len(header):
+                raise SourceError(f"{source.file}: two columns have the same name")
+            return source._replace(header=header, start=end)
+    return source._replace(start=end)
+
+
+def _estimate(stream: IO[bytes], start: int) -> int:
+    """About how many lines there are from byte `start`."""
+    size = stream.seek(0, 2) - start
+    stream.seek(start)
+    sample = stream.read(_SAMPLE)
+    return math.ceil(sample.count(b"\n") * size / max(len(sample), 1)) + 1
 
 
 def select_prompt(row: dict[str, Any], prompt_column: str | None) -> dict[str, Any]:
@@ -142,35 +176,21 @@ def select_prompt(row: dict[str, Any], prompt_column: str | None) -> dict[str, A
 
 
 def count(source: Source) -> int:
-    """About how many rows the file holds, from its footer or its size."""
-    if source.suffix == ".toml":
-        return len(_template(source.file))
-    if source.suffix == ".parquet":
-        with _open(source.file) as stream:
-            return pq.ParquetFile(stream).metadata.num_rows
-    with _open(source.file) as stream:
-        size = stream.seek(0, 2)
-        stream.seek(source.start)
-        sample = stream.read(2**16)
-    return math.ceil(sample.count(b"\n") * (size - source.start) / max(len(sample), 1)) + 1
+    """About how many rows the file holds."""
+    if source.rows is None:
+        source, _ = _first_row(source)
+    assert source.rows is not None, "it has been looked into"
+    return source.rows
 
 
 def cut(source: Source, rows: int = PIECE_ROWS) -> Iterator[Piece]:
-    """The file in pieces of `rows` rows, or of whole row groups; together they are the file."""
-    if source.suffix == ".toml":
-        total = len(_template(source.file))
+    """The file in pieces of `rows` rows; together they are the file."""
+    if source.suffix in (".parquet", ".toml"):
+        total = count(source)
         for start in range(0, total, rows):
             yield Piece(source, start, min(start + rows, total), start + 1)
         return
     with _open(source.file) as stream:
-        if source.suffix == ".parquet":
-            first = 1
-            metadata = pq.ParquetFile(stream).metadata
-            for group in range(metadata.num_row_groups):
-                if metadata.row_group(group).num_rows:
-                    yield Piece(source, group, group + 1, first)
-                first += metadata.row_group(group).num_rows
-            return
         start, first, held = source.start, 1, 0
         end = start
         for end, _ in records(stream, start, None, _DELIMITERS.get(source.suffix)):
@@ -197,9 +217,7 @@ def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
         return
     with _open(source.file) as stream:
         if source.suffix == ".parquet":
-            groups = list(range(piece.start, piece.stop))
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024, row_groups=groups):
-                yield from tables.rows(batch)
+            yield from tables.read(stream, piece.start, piece.stop)
             return
         for _, record in records(stream, piece.start, piece.stop, _DELIMITERS.get(source.suffix)):
             yield record if isinstance(record, RowError) else _row(source, record)

@@ -1,10 +1,37 @@
 """Parquet files to rows of Python values; a row that Python cannot hold is an error of its own."""
 
-from typing import Any
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.records import RowError
+
+_BATCH = 1024  # rows that are held at once
+_BUFFER = 2**23  # bytes of a column that are read at once
+
+
+def open_parquet(stream: IO[bytes]) -> pq.ParquetFile:
+    """The file, to be read by parts of a column; pyarrow's own way holds all of a row group, whatever its size."""
+    return pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False)
+
+
+def read(stream: IO[bytes], start: int, stop: int) -> Iterator[dict[str, Any] | RowError]:
+    """The file's rows `start` up to `stop`, counted from 0. A row group's earlier rows are decoded and passed over."""
+    parquet = open_parquet(stream)
+    sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
+    firsts = [0, *accumulate(sizes)]
+    groups = [i for i, size in enumerate(sizes) if firsts[i] < stop and start < firsts[i] + size]
+    here = firsts[groups[0]] if groups else 0
+    for batch in parquet.iter_batches(_BATCH, groups):
+        low, high = max(start - here, 0), min(stop - here, batch.num_rows)
+        if low < high:
+            yield from rows(batch.slice(low, high - low))
+        here += batch.num_rows
+        if here >= stop:
+            return
 
 
 def rows(batch: pa.RecordBatch) -> list[dict[str, Any] | RowError]:

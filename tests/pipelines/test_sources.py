@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import threading
 
 import fsspec
 import pyarrow as pa
@@ -146,6 +147,12 @@ def test_short_rows_leave_the_last_columns_open(tmp_path):
     assert values(written(tmp_path / "p.csv", "prompt,seed\na\n")) == [{"prompt": "a"}]
 
 
+def parquet(**columns) -> bytes:
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -158,6 +165,8 @@ def test_short_rows_leave_the_last_columns_open(tmp_path):
         ("p.csv", "prompt,größe\na,1\n".encode("latin-1"), "its header is not valid UTF-8"),
         ("p.jsonl", '{"text": "a"}\n', "no column 'prompt' among 'text'"),
         ("p.parquet", b"PAR1", "p.parquet: "),
+        ("p.parquet", parquet(caption=["a"]), "no column 'prompt' among 'caption'"),
+        ("p.parquet", parquet(prompt=pa.array([], pa.string())), "holds no prompts"),
         ("p.toml", "prompts = []", "prompts must be a list"),
         ("p.doc", "x", "not a prompt file; allowed are .txt"),
     ],
@@ -175,6 +184,52 @@ def test_missing_files_and_globs_without_a_match_are_refused(tmp_path):
         sources.find([str(tmp_path / "a.txt")])
     with pytest.raises(SourceError, match=r"no file matches"):
         sources.find([str(tmp_path / "*.txt")])
+
+
+def test_empty_parts_that_a_glob_matches_are_passed_over(tmp_path):
+    for suffix, empty, full in [
+        ("csv", "prompt,seed\n", "prompt,seed\na,1\n"),
+        ("txt", "", "a"),
+        ("parquet", parquet(prompt=pa.array([], pa.string())), parquet(prompt=["a"])),
+    ]:
+        for part in "01":
+            written(tmp_path / f"{part}.{suffix}", empty)
+        with pytest.raises(SourceError, match="holds no prompts"):
+            sources.find([str(tmp_path / f"*.{suffix}")])
+        written(tmp_path / f"2.{suffix}", full)
+        assert [s.file for s in sources.find([str(tmp_path / f"*.{suffix}")])] == [str(tmp_path / f"2.{suffix}")]
+        with pytest.raises(SourceError, match=f"0.{suffix}: it holds no prompts"):
+            sources.find([str(tmp_path / f"*.{suffix}"), str(tmp_path / f"0.{suffix}")])
+
+
+def test_each_file_is_opened_once_before_the_job_and_several_are_at_once(tmp_path, monkeypatch):
+    for i in range(16):
+        written(tmp_path / f"{i}.csv", "prompt\na\nb\n")
+        written(tmp_path / f"{i}.parquet", parquet(prompt=["a", "b"]))
+    opened, together, real = [], threading.Barrier(16, timeout=30), sources._open
+
+    def spy(file):
+        opened.append(file)
+        together.wait()
+        return real(file)
+
+    monkeypatch.setattr(sources, "_open", spy)
+    found = sources.find([str(tmp_path / "*")])
+    assert sum(map(sources.count, found)) == pytest.approx(64, abs=16)
+    assert len(opened) == len(set(opened)) == 32
+
+
+def test_a_row_group_of_any_size_is_cut_into_pieces(tmp_path):
+    path = written(tmp_path / "p.parquet", parquet(prompt=[f"p{i}" for i in range(40_000)]))
+    [source] = sources.find([str(path)])
+    pieces = list(sources.cut(source))
+    assert [(piece.start, piece.stop, piece.first_row) for piece in pieces] == [
+        (0, 16_384, 1),
+        (16_384, 32_768, 16_385),
+        (32_768, 40_000, 32_769),
+    ]
+    place, row = next(sources.read(pieces[2]))
+    assert (place.row, row) == (32_769, {"prompt": "p32768"})
 
 
 def test_globs_and_urls_come_in_the_order_of_their_names(tmp_path):

@@ -1,6 +1,10 @@
 """Parquet to rows: what Python cannot hold costs its own row."""
 
+import io
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +13,42 @@ from pipelines import tables
 from pipelines.records import RowError
 
 SECONDS_OF_YEAR_9999 = 253_370_764_800
+
+
+class Stream(io.BytesIO):
+    """A file that knows the most bytes it was asked for at once."""
+
+    most = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.most = max(self.most, len(data))
+        return data
+
+
+@given(
+    total=st.integers(0, 60),
+    group=st.integers(1, 60),
+    start=st.integers(0, 60),
+    length=st.integers(0, 60),
+    batch=st.integers(1, 20),
+)
+def test_any_rows_of_any_row_groups_are_read(total, group, start, length, batch):
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"n": pa.array(range(total), pa.int64())}), buffer, row_group_size=group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "_BATCH", batch)
+        found = [row["n"] for row in tables.read(buffer, start, start + length)]
+    assert found == list(range(total))[start : start + length]
+
+
+def test_a_large_row_group_is_read_by_parts(monkeypatch):
+    monkeypatch.setattr(tables, "_BUFFER", 2**16)
+    stream = Stream()
+    numbers = np.random.default_rng(0).integers(0, 2**62, 200_000)
+    pq.write_table(pa.table({"n": numbers}), stream, row_group_size=200_000, use_dictionary=False, compression="none")
+    assert [row["n"] for row in tables.read(stream, 199_998, 200_000)] == numbers[-2:].tolist()
+    assert stream.most < len(stream.getvalue()) / 2
 
 
 @pytest.mark.parametrize(
