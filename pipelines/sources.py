@@ -18,7 +18,7 @@ import fsspec
 import pyarrow.parquet as pq
 
 from pipelines import tables
-from pipelines.records import RowError, records
+from pipelines.records import MAX_RECORD, RowError, records
 from pipelines.storage import retry
 from pipelines.templates import Template, TemplateError
 
@@ -154,7 +154,9 @@ def _estimate(stream: IO[bytes], start: int) -> int:
     size = stream.seek(0, 2) - start
     stream.seek(start)
     sample = stream.read(_SAMPLE)
-    return math.ceil(sample.count(b"\n") * size / max(len(sample), 1)) + 1
+    if b"\n" not in sample:  # records as long as that may be many all the same
+        sample += stream.read(MAX_RECORD)
+    return math.ceil(max(sample.count(b"\n"), 1) * size / max(len(sample), 1))
 
 
 def select_prompt(row: dict[str, Any], prompt_column: str | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A row is sent to the shard of the plan that its id names, so that all rows of one id, and the id in a manifest where
 its image is made already, meet in one place. A shard holds about `SHARD_ROWS` rows; its units are cut from the rows
 sorted by program, length and id. So a plan depends on its input alone, not on the order in which a runner brings it,
-and no worker holds more than a shard of it. Only rows move between workers, a few hundred in one compressed element.
+and no worker holds more than a shard of its rows, however many the output holds already. Only rows and ids move between
+workers, a few hundred in one compressed element.
 
 Rows of a data set whose pictures lie together in large files go one step further: what a shard has left is sent to its
 file, and units are cut from neighbours, so that a file is read from end to end.
@@ -201,9 +202,9 @@ class PlanRows(beam.DoFn):
             shards.setdefault(shard_of(row.id, self._shards), []).append(row)
             held += 1
             if held == SHARD_ROWS:
-                yield from ((shard, pack(("rows", rows))) for shard, rows in shards.items())
+                yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
                 shards, held = {}, 0
-        yield from ((shard, pack(("rows", rows))) for shard, rows in shards.items())
+        yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
         if rejected:
             write_rejected(self._store, rejected)
         counts["rejected"] = len(rejected)
@@ -220,13 +221,13 @@ class ReadDone(beam.DoFn):
     def __init__(self, shards: int, out: str):
         self._shards, self._store = shards, Store(out)
 
-    def process(self, element: list[str]) -> Iterator[tuple[int, bytes]]:
+    def process(self, element: list[str]) -> Iterator[tuple[int, tuple[str, bytes]]]:
         shards: dict[int, list[str]] = {}
         for name in element:
             table = pq.read_table(pa.BufferReader(self._store.read(name)), columns=["id"])
             for id in table["id"].to_pylist():
                 shards.setdefault(shard_of(id, self._shards), []).append(id)
-        yield from ((shard, pack(("done", ids))) for shard, ids in shards.items())
+        yield from ((shard, ("done", pack(ids))) for shard, ids in shards.items())
 
 
 class _Joined(beam.DoFn):
@@ -239,22 +240,18 @@ class _Joined(beam.DoFn):
     def setup(self) -> None:
         self._heartbeat = Heartbeat(self._store)
 
-    def _left(self, packed: Iterable[bytes]) -> tuple[list[Row], Any]:
+    def _left(self, packed: Iterable[tuple[str, bytes]]) -> tuple[list[Row], Any]:
         """The rows yet to make, and this shard's share of the account."""
         started, counts = time.monotonic(), Counter()
         rows: dict[str, Row] = {}
-        done: set[str] = set()
-        for kind, values in map(unpack, packed):
-            if kind == "done":
-                done.update(values)
-                continue
-            for row in values:
-                other = rows.get(row.id)
-                counts["duplicates"] += other is not None
-                if other is None or row.place < other.place:
-                    rows[row.id] = row
-        counts["already_done"] = len(rows.keys() & done)
-        left = [row for id, row in rows.items() if id not in done]
+        for row in _unpacked(packed, "rows"):
+            other = rows.get(row.id)
+            counts["duplicates"] += other is not None
+            if other is None or row.place < other.place:
+                rows[row.id] = row
+        for id in _unpacked(packed, "done"):  # after the rows: an output may hold far more ids than this job has rows
+            counts["already_done"] += rows.pop(id, None) is not None
+        left = list(rows.values())
         counts["planned"] = len(left)
         for name, counter in self._counters.items():
             counter.inc(counts[name])
@@ -270,7 +267,7 @@ class MakeUnits(_Joined):
         super().__init__(out)
         self._size = size
 
-    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[Any]:
+    def process(self, element: tuple[int, Iterable[tuple[str, bytes]]]) -> Iterator[Any]:
         left, counts = self._left(element[1])
         yield from _packed(make_units(left, self._size))
         yield counts
@@ -279,7 +276,7 @@ class MakeUnits(_Joined):
 class SendToFiles(_Joined):
     """(shard, its packed rows and ids) -> (file or part of one, packed rows) of the pictures yet to encode."""
 
-    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[Any]:
+    def process(self, element: tuple[int, Iterable[tuple[str, bytes]]]) -> Iterator[Any]:
         left, counts = self._left(element[1])
         files: dict[str, list[Row]] = {}
         for row in left:
@@ -297,6 +294,11 @@ class CutUnits(beam.DoFn):
     def process(self, element: tuple[str, Iterable[bytes]]) -> Iterator[PackedUnit]:
         rows = itertools.chain.from_iterable(map(unpack, element[1]))
         yield from _packed(make_units(rows, self._size, by_place))
+
+
+def _unpacked(packed: Iterable[tuple[str, bytes]], wanted: str) -> Iterator[Any]:
+    """The values of one kind, a blob at a time."""
+    return itertools.chain.from_iterable(unpack(blob) for kind, blob in packed if kind == wanted)
 
 
 def _packed(units: Iterable[Unit]) -> Iterator[PackedUnit]:

@@ -260,6 +260,13 @@ def test_the_estimate_of_rows_is_near(tmp_path):
     assert sources.count(Source(str(tmp_path / "p.parquet"))) == 123
 
 
+@pytest.mark.parametrize("lengths", [[100_000] * 50, [70_000] + [20] * 100_000, [900_000] * 4, [5]])
+def test_the_estimate_of_long_rows_is_near_too(tmp_path, lengths):
+    path = written(tmp_path / "p.txt", "".join("y" * length + "\n" for length in lengths))
+    [source] = sources.find([str(path)])
+    assert sources.count(source) == pytest.approx(len(lengths), rel=0.6)
+
+
 class _BucketFile(AbstractBufferedFile):
     """A file as fsspec's bucket filesystems give it, whose readline takes no limit."""
 

@@ -1,12 +1,24 @@
 """Packing: a plan depends on its rows alone, its units are alike inside, and little of a batch is padding."""
 
 import random
+import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.sources import Place
-from pipelines.units import Row, make_units, pack, padded_calls, rejection, shard_count, shard_of, unit_name, unpack
+from pipelines.units import (
+    Row,
+    SendToFiles,
+    make_units,
+    pack,
+    padded_calls,
+    rejection,
+    shard_count,
+    shard_of,
+    unit_name,
+    unpack,
+)
 from sdjax.request import Request
 from sdjax.values import RequestError
 from tests.pipelines import standin
@@ -75,6 +87,29 @@ def test_a_row_travels_whole_and_small():
     rows = mixed(256)
     assert unpack(pack(rows)) == rows
     assert len(pack(rows)) < 100 * len(rows)
+
+
+def test_ids_that_are_done_are_held_only_where_they_meet_rows(tmp_path):
+    rows = mixed(100)
+    done = [f"{i:032x}" for i in range(200_000)]
+    values = [("done", pack(done[i : i + 1000])) for i in range(0, len(done), 1000)]
+    values.insert(7, ("rows", pack(rows[:60])))
+    values += [("rows", pack(rows[40:])), ("done", pack([row.id for row in rows[50:]]))]
+    stage = SendToFiles(str(tmp_path))
+    stage.setup()
+    tracemalloc.start()
+    try:
+        left, counts = stage._left(values)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {row.id for row in left} == {row.id for row in rows[:50]}
+    assert {name: counts.value[name] for name in ("duplicates", "already_done", "planned")} == {
+        "duplicates": 20,
+        "already_done": 50,
+        "planned": 50,
+    }
+    assert peak < 2**21  # all ids together are more than 2**24
 
 
 def test_a_rejection_is_one_readable_line():
