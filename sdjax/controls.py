@@ -20,21 +20,26 @@ from sdjax.weights.single_file import open_controlnet
 
 
 def read(
-    sources: Sequence[str | os.PathLike[str]], configs: Mapping[str, Any], *, what: str, allow_pickle: bool
+    sources: Sequence[str | os.PathLike[str]],
+    configs: Mapping[str, Any],
+    *,
+    what: str,
+    variant: str | None,
+    allow_pickle: bool,
 ) -> dict[str, tuple[Checkpoint, ControlNetConfig]]:
     """The ControlNets at folders, hub ids, URLs or files, by the names that they go by among a checkpoint's networks.
 
     Args:
         configs: of the networks that they are to fit.
         what: what errors call the checkpoint.
-        allow_pickle: see `open_controlnet`.
+        variant, allow_pickle: see `open_controlnet`.
 
     Raises:
         CheckpointError, ConfigError: one is not there, or does not fit; the message says both sides.
     """
     found = {}
     for i, source in enumerate(sources):
-        component = open_controlnet(source, allow_pickle=allow_pickle)
+        component = open_controlnet(source, variant=variant, allow_pickle=allow_pickle)
         config = read_config(ControlNetConfig, component, "")
         _check_config(config, configs, component.source, what)
         found[f"controlnet_{i}"] = component, config

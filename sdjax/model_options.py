@@ -9,7 +9,7 @@ def add_model_options(to: Any) -> None:
     to.add_argument(
         "--model", help="folder, hub id, URL or single .safetensors file of a checkpoint (default: the bundled model)"
     )
-    to.add_argument("--variant", help="which weight files to read where there are several, such as fp16")
+    to.add_argument("--variant", help="which weight files to read of the networks that have several, such as fp16")
     to.add_argument(
         "--lora",
         action="append",

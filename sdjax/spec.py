@@ -62,7 +62,7 @@ class Spec:
     Args:
         source: a checkpoint's folder, hub id or URL, or a single file in the original layout.
         dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
-        variant: see `Checkpoint`.
+        variant: see `Checkpoint`; also of the refiner, and of a VAE or ControlNet that has it.
         loras: files that are added to the networks, each a path or URL, or one and its weight (1); see `Lora`.
         controlnets: folders, hub ids or URLs of ControlNets in the diffusers layout, or single files in either layout,
             in the order of a request's control images.
@@ -101,7 +101,8 @@ class Spec:
         self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
         other_vae = None
         if vae is not None:
-            other_vae = open_vae(vae, self.checkpoint.json("vae", "config.json"), allow_pickle=allow_pickle)
+            own = self.checkpoint.json("vae", "config.json")
+            other_vae = open_vae(vae, own, variant=variant, allow_pickle=allow_pickle)
         self.family, self.configs = family.read(self.checkpoint, other_vae)
         # Where the networks lie that are not the checkpoint's own.
         self._parts: dict[str, tuple[Checkpoint, str]] = {} if other_vae is None else {"vae": (other_vae, "")}
@@ -117,7 +118,7 @@ class Spec:
         for name in [name for name in self.configs if any(each.count(name) for each in self._inversions)]:
             self._add_tokens(name)
 
-        found = controls.read(controlnets, self.configs, what=self.name, allow_pickle=allow_pickle)
+        found = controls.read(controlnets, self.configs, what=self.name, variant=variant, allow_pickle=allow_pickle)
         self._parts |= {name: (part, "") for name, (part, _) in found.items()}
         self.configs |= {name: config for name, (_, config) in found.items()}
         self.controlnets = tuple(found)

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -33,6 +34,7 @@ Edit = Callable[[str, np.ndarray], np.ndarray]
 _STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 _TEXTS = (".json", ".txt")
 _VARIANTS = (None, "fp16", "bf16", "fp32")  # in the order in which they are taken where none is asked for
+_SHARD = re.compile(r"-\d+-of-\d+(?=\.)")
 _WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # the components that are read; no safety checker
 
 
@@ -41,10 +43,11 @@ class Checkpoint:
 
     Args:
         source: a folder, a hub id (`org/name`, through huggingface_hub's cache) or an fsspec URL (`gs://bucket/folder`).
-        variant: which of several weight files to read (`fp16`); None takes the plain one, else the one that is there.
+        variant: which of several weight files to read (`fp16`), for each component that has it, and the plain one for
+            the others. None takes the plain one, else the one that is there.
 
     Raises:
-        CheckpointError: nothing is there, or it is not in the diffusers layout.
+        CheckpointError: nothing is there, it is not in the diffusers layout, or no component has the variant.
     """
 
     first: ClassVar[str] = "model_index.json"
@@ -54,18 +57,35 @@ class Checkpoint:
         self.source, self.variant = os.fspath(source), variant
         folder = self.source
         if "://" not in folder and not os.path.isdir(folder):
-            weights = f"*.{variant}*" if variant else "*.safetensors*"
-            without = () if variant else ("*.fp16*", "*.bf16*", "*.non_ema*")
-            folder = hub.folder(folder, self._wanted(weights), without=without)
+            folder = hub.folder(folder, self._wanted)
         self._fs, self._root = fsspec.core.url_to_fs(folder)
         if not self._fs.isfile(self._path(self.first)):
             raise CheckpointError(f"{self.source} holds no {self.first}; {self.kind} has one")
+        self._check_variant()
 
-    @staticmethod
-    def _wanted(weights: str) -> list[str]:
-        """Patterns of the files to have from the hub, given that of a network's weights."""
-        networks = [f"{component}/{name}" for component in _WEIGHTS for name in ("config.json", weights)]
-        return ["model_index.json", "scheduler/*", "tokenizer*/*", *networks]
+    def _check_variant(self) -> None:
+        """Raise CheckpointError where no component is of the variant that was asked for."""
+        if self.variant and not any(_weights(component, self._files, [self.variant]) for component in _WEIGHTS):
+            raise CheckpointError(f"{self.source} has no safetensors file of the variant {self.variant!r}")
+
+    @property
+    def _variants(self) -> Iterable[str | None]:
+        """The variants of a component that may be read, in the order in which they are looked for."""
+        return _VARIANTS if self.variant is None else (self.variant, None)
+
+    def _wanted(self, paths: list[str]) -> list[str]:
+        """Which files of a repository on the hub to have."""
+        texts = [path for path in paths if path.startswith(("scheduler/", "tokenizer")) and "/" in path]
+        return ["model_index.json", *texts, *(path for name in _WEIGHTS for path in self._wanted_of(name, paths))]
+
+    def _wanted_of(self, component: str, paths: list[str]) -> list[str]:
+        """Which of them hold a component."""
+        found = _weights(component, paths, self._variants)
+        if found is None:
+            return [posixpath.join(component, "config.json")]
+        whole = found.replace(".safetensors.index", "").removesuffix(".json") + ".safetensors"
+        shards = [path for path in paths if _SHARD.search(path) and _SHARD.sub("", path) == whole]
+        return [posixpath.join(component, "config.json"), found, *(shards if found.endswith(".json") else [])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_files"}
@@ -151,15 +171,9 @@ class Checkpoint:
     def _weight_files(self, component: str) -> list[str]:
         """The safetensors files that hold a component: one, or the shards that its index names."""
         files, folder = set(self._files), posixpath.join(component, "")
-        for variant in _VARIANTS if self.variant is None else (self.variant,):
-            dot = f".{variant}" if variant else ""
-            for stem in _STEMS:
-                single = f"{folder}{stem}{dot}.safetensors"
-                if single in files:
-                    return [single]
-                for index in (f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors.index.json"):
-                    if f"{folder}{index}" in files:
-                        return self._shards(component, index, files)
+        found = _weights(component, files, self._variants)
+        if found is not None:
+            return self._shards(component, found.removeprefix(folder), files) if found.endswith(".json") else [found]
         what = posixpath.join(self.source, component).rstrip("/")
         pickles = [file for file in files if file.startswith(folder) and file.endswith((".bin", ".ckpt", ".pt"))]
         if pickles:
@@ -167,7 +181,7 @@ class Checkpoint:
                 f"{what} has its weights as a pickle ({min(pickles)}), which could run code and is never loaded; "
                 "save it as safetensors"
             )
-        asked = f" of the variant {self.variant!r}" if self.variant else ""
+        asked = f" of the variant {self.variant!r}, and no plain one" if self.variant else ""
         raise CheckpointError(f"{what} has no safetensors file{asked}")
 
     def _shards(self, component: str, index: str, files: set[str]) -> list[str]:
@@ -187,9 +201,23 @@ class Component(Checkpoint):
     first = "config.json"
     kind = "a network's folder in the diffusers layout"
 
-    @staticmethod
-    def _wanted(weights: str) -> list[str]:
-        return ["config.json", weights]
+    def _check_variant(self) -> None:
+        pass  # it is that of the checkpoint which the network goes with
+
+    def _wanted(self, paths: list[str]) -> list[str]:
+        return self._wanted_of("", paths)
+
+
+def _weights(component: str, paths: Collection[str], variants: Iterable[str | None]) -> str | None:
+    """The file that holds a component, or the index that names its shards, of the first variant that is there."""
+    for variant in variants:
+        dot = f".{variant}" if variant else ""
+        for stem in _STEMS:
+            indices = (f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors.index.json")
+            for name in (f"{stem}{dot}.safetensors", *indices):
+                if (path := posixpath.join(component, name)) in paths:
+                    return path
+    return None
 
 
 def _flat(module: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable]]:

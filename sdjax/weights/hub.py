@@ -1,28 +1,47 @@
 """Folders and files of the Hugging Face hub, through huggingface_hub's cache."""
 
+import glob
 import re
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+from urllib.parse import unquote
 
 from sdjax.weights.safetensors import CheckpointError
 
-_ADDRESS = re.compile(r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/]+)/([^?]+)")
+Got = TypeVar("Got")
+
+_ADDRESS = re.compile(
+    r"https://(?:huggingface\.co|hf\.co)/([^/]+/[^/]+)/(?:blob|resolve)/([^/?#]+)/([^?#]+)(?:[?#].*)?"
+)
 
 
-def folder(repo_id: str, wanted: Iterable[str], *, without: Iterable[str] = ()) -> str:
-    """The local folder of a repository (`org/name`): from the cache where it is there, else downloaded.
+def folder(repo_id: str, choose: Callable[[list[str]], Iterable[str]]) -> str:
+    """The local folder of a repository (`org/name`), with the files that are chosen of those that it has.
+
+    Where the hub cannot be asked, the folder is as the cache has it.
 
     Args:
-        wanted, without: patterns of the files to have and not to have.
+        choose: is given the paths of all files, and returns those to have; what it raises is passed on.
 
     Raises:
         CheckpointError: the id is none, or the hub does not give it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise CheckpointError(f"{repo_id} is neither a folder, nor a hub id (org/name), nor an fsspec URL")
-    patterns = {"allow_patterns": list(wanted), "ignore_patterns": list(without) or None}
-    return _had(f"{repo_id} is no folder here, and the hub", lambda: snapshot_download(repo_id, **patterns))
+    start = f"{repo_id} is no folder here, and the hub"
+    try:
+        about = _had(start, lambda: HfApi().model_info(repo_id))
+    except CheckpointError as error:
+        try:
+            # Without patterns, a folder that was fetched in part would be refused.
+            return _had(start, lambda: snapshot_download(repo_id, allow_patterns=[], local_files_only=True))
+        except CheckpointError:
+            raise error from None
+    paths = choose([file.rfilename for file in about.siblings or []])
+    patterns = [glob.escape(path) for path in paths]
+    return _had(start, lambda: snapshot_download(repo_id, allow_patterns=patterns))
 
 
 def file(source: str) -> str:
@@ -36,18 +55,25 @@ def file(source: str) -> str:
     match = _ADDRESS.fullmatch(source)
     if match is None:
         return source
-    return _had(f"{source}: the hub", lambda: hf_hub_download(match[1], match[3], revision=match[2]))
+    repo_id, revision, path = map(unquote, match.groups())
+    return _had(f"{source}: the hub", lambda: hf_hub_download(repo_id, path, revision=revision))
 
 
-def _had(start: str, get: Callable[[], str]) -> str:
+def path_of(source: str) -> str:
+    """A URL without its query, of which the last part is a name; any other source as it is."""
+    return source.partition("?")[0] if "://" in source else source
+
+
+def _had(start: str, get: Callable[[], Got]) -> Got:
     """What `get` gets; `start` begins the error if it gets nothing."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return get()
     except HFValidationError:
         raise CheckpointError(f"{start} knows no such names; an id is org/name") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    # Besides its own errors and OSError, those of the HTTP library that its version uses.
+    except Exception as error:
         raise CheckpointError(
             f"{start} did not give it ({type(error).__name__}); check the name and the network"
         ) from None

@@ -27,7 +27,7 @@ _LEFTOVER = re.compile(r"(^|\.)(loss|model_ema|visual|vision_model|visual_projec
 
 def is_single_file(source: str | os.PathLike[str]) -> bool:
     """Whether a source's name is that of a file rather than of a folder."""
-    return os.fspath(source).partition("?")[0].endswith(SUFFIXES)
+    return hub.path_of(os.fspath(source)).endswith(SUFFIXES)
 
 
 def open_checkpoint(
@@ -47,14 +47,22 @@ def open_checkpoint(
     return Checkpoint(source, variant=variant)
 
 
-def open_controlnet(source: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+def open_controlnet(
+    source: str | os.PathLike[str], *, variant: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """The ControlNet at a source, whose one component is `""`; see `open_checkpoint`."""
-    return ControlNetFile(source, allow_pickle=allow_pickle) if is_single_file(source) else Component(source)
+    if is_single_file(source):
+        return ControlNetFile(source, allow_pickle=allow_pickle)
+    return Component(source, variant=variant)
 
 
-def open_vae(source: str | os.PathLike[str], own: Mapping[str, Any], *, allow_pickle: bool = False) -> Checkpoint:
+def open_vae(
+    source: str | os.PathLike[str], own: Mapping[str, Any], *, variant: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """The VAE at a source, whose one component is `""`; see `VAEFile` and `open_checkpoint`."""
-    return VAEFile(source, own, allow_pickle=allow_pickle) if is_single_file(source) else Component(source)
+    if is_single_file(source):
+        return VAEFile(source, own, allow_pickle=allow_pickle)
+    return Component(source, variant=variant)
 
 
 class _File(Checkpoint):
@@ -75,7 +83,7 @@ class _File(Checkpoint):
             raise CheckpointError(f"{self.source} is no file")
         with self._fs.open(self._root, "rb") as stream:
             metadata: Mapping[str, str] = {}
-            if not self._root.endswith(torch_zip.SUFFIXES):
+            if not hub.path_of(self._root).endswith(torch_zip.SUFFIXES):
                 self._entries, metadata = read_header_and_metadata(stream, self.source)
             elif allow_pickle:
                 self._entries = torch_zip.read_header(stream, self.source)
@@ -98,7 +106,7 @@ class _File(Checkpoint):
 
     @cached_property
     def name(self) -> str:
-        return posixpath.basename(self._root).rpartition(".")[0]
+        return posixpath.basename(hub.path_of(self._root)).rpartition(".")[0]
 
     @cached_property
     def _files(self) -> list[str]:
@@ -197,15 +205,15 @@ class SingleFile(_File):
     def _vocabulary(self) -> dict[str, bytes]:
         """vocab.json and merges.txt of CLIP's byte-pair encoding."""
         what = f"{self.source} holds no tokenizer; give tokenizer, a folder with CLIP's vocab.json and merges.txt"
-        folder = self._tokenizer
+        folder, names = self._tokenizer, (*_VOCABULARY, _WHOLE)
         try:
             if "://" not in folder and not os.path.isdir(folder):
-                folder = hub.folder(folder, [f"*{name}" for name in (*_VOCABULARY, _WHOLE)])
+                folder = hub.folder(folder, lambda paths: [path for path in paths if path.endswith(names)])
         except CheckpointError as error:
             raise CheckpointError(f"{what} ({error})") from None
         fs, root = fsspec.core.url_to_fs(folder)
         for place in (root, posixpath.join(root, "tokenizer")):
-            paths = {name: posixpath.join(place, name) for name in (*_VOCABULARY, _WHOLE)}
+            paths = {name: posixpath.join(place, name) for name in names}
             if all(fs.isfile(paths[name]) for name in _VOCABULARY):
                 return {name: fs.cat_file(paths[name]) for name in _VOCABULARY}
             if fs.isfile(paths[_WHOLE]):

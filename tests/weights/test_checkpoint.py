@@ -20,6 +20,7 @@ from sdjax.config import ConfigError
 from sdjax.spec import Spec
 from sdjax.weights.checkpoint import Checkpoint, CheckpointError, tensors_of
 from tests import checkpoints
+from tests.weights import fake_hub
 
 ONE = {"devices": jax.devices()[:1]}
 
@@ -92,8 +93,72 @@ def test_a_variant_is_taken_where_it_is_asked_for_or_alone(tiny, copy, loaded):
     for file in [*copy.rglob("model.safetensors"), *copy.rglob("diffusion_pytorch_model.safetensors")]:
         file.unlink()
     assert np.array_equal(parameters(StableDiffusion.from_pretrained(copy, **ONE))[key], expected)
-    with pytest.raises(CheckpointError, match="text_encoder has no safetensors file of the variant 'bf16'"):
+    with pytest.raises(CheckpointError, match="copy has no safetensors file of the variant 'bf16'"):
         StableDiffusion.from_pretrained(copy, variant="bf16", **ONE)
+
+
+def test_a_component_without_the_variant_is_its_plain_one(copy, loaded):
+    """As diffusers has it, and as repositories are that hold non_ema of the UNet alone."""
+    shutil.copy(copy / UNET, copy / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    edit_tensors(copy / UNET, lambda tensors: tensors["conv_out.bias"].add_(1))
+    assert same(StableDiffusion.from_pretrained(copy, variant="non_ema", **ONE), loaded)
+    assert not same(StableDiffusion.from_pretrained(copy, **ONE), loaded)
+    assert diffusers.StableDiffusionPipeline.from_pretrained(copy, variant="non_ema", safety_checker=None)
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="vae has no safetensors file of the variant 'non_ema', and no plain one"):
+        StableDiffusion.from_pretrained(copy, variant="non_ema", **ONE)
+
+
+def test_a_vae_of_its_own_has_the_variant_or_not(tiny, copy):
+    plain, half = copy / "vae", copy / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(copy / UNET, copy / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert [*Spec(copy, vae=plain, variant="fp16").entries("vae")]
+    safetensors.torch.save_file({"other": torch.ones(1)}, half)
+    assert [*Spec(copy, vae=plain, variant="fp16").entries("vae")] == ["other"]
+    assert len(Spec(copy, vae=plain).entries("vae")) > 1
+
+
+def test_of_a_repository_the_files_that_are_read_are_fetched(tiny, loaded, tmp_path):
+    def renamed(name, change):
+        for file in shutil.copytree(tiny, tmp_path / name).rglob("*.safetensors"):
+            change(file, file.with_name(f"{file.stem}.fp16.safetensors"))
+        return tmp_path / name
+
+    half, both = renamed("half", Path.rename), renamed("both", shutil.copy)
+    (both / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    (both / "unet" / "diffusion_pytorch_model.bin").touch()
+    (both / "unet" / "diffusion_pytorch_model.non_ema.safetensors").touch()
+    sharded = renamed("sharded", lambda file, other: None)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet")
+    for options in ({}, {"variant": "fp16"}):
+        unet.save_pretrained(sharded / "unet", max_shard_size="900KB", **options)
+    (sharded / UNET).unlink()
+    vae = shutil.copytree(tiny / "vae", tmp_path / "vae")
+    repositories = {f"some/{path.name}": path for path in (half, both, sharded, vae)}
+    asked = [("half", None), ("both", None), ("both", "fp16"), ("sharded", None), ("sharded", "fp16"), ("both", "bf16")]
+    code = (
+        "from sdjax.spec import Spec\n"
+        "from sdjax.weights.safetensors import CheckpointError\n"
+        f"for name, variant in {asked}:\n"
+        "    try:\n"
+        "        print(len(Spec(f'some/{name}', variant=variant, vae='some/vae').entries('unet')))\n"
+        "    except CheckpointError as error:\n"
+        "        print(error)\n"
+    )
+    with fake_hub.serve(repositories) as (address, fetched):
+        lines = fake_hub.run(code, tmp_path / "cache", address).splitlines()
+    count = len(Spec(tiny).entries("unet"))
+    assert lines == [*[str(count)] * 5, "some/both has no safetensors file of the variant 'bf16'"]
+    assert fake_hub.run(code, tmp_path / "cache", None).splitlines() == lines
+    of_unet = {name for name in fetched if "/unet/" in name and "config.json" not in name}
+    stem = "unet/diffusion_pytorch_model"
+    expected = {f"some/{name}/{stem}.safetensors" for name in ("both",)}
+    expected |= {f"some/{name}/{stem}.fp16.safetensors" for name in ("half", "both")}
+    expected |= {f"some/sharded/{path.relative_to(sharded)}" for path in (sharded / "unet").glob("*safetensors*")}
+    assert of_unet == expected
+    assert len(expected) > 6
+    assert "some/both/vae/diffusion_pytorch_model.safetensors" in fetched
+    assert "some/vae/diffusion_pytorch_model.safetensors" in fetched
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
