@@ -55,8 +55,8 @@ def add_model_options(to: Any) -> None:
     to.add_argument(
         "--allow-ckpt",
         action="store_true",
-        help="read .ckpt and .pth files. Such files are programs that can do anything when loaded the usual way; they "
-        "are read without being run, and off by default because a .safetensors file needs no such care",
+        help="read .ckpt, .pt, .pth and .bin files. Such files are programs that can do anything when loaded the usual "
+        "way; they are read without being run, and off by default because a .safetensors file needs no such care",
     )
 
 

@@ -73,7 +73,7 @@ class Spec:
         vae_tiling: whether images are decoded and encoded in strips, in a fraction of the memory and more time; None
             does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.
         textual_inversions: files of learned tokens, each a path or URL, or one and its token; see `TextualInversion`.
-        allow_pickle: whether single files and textual inversions may be PyTorch's own; see `torch_zip`.
+        allow_pickle: whether single files, LoRAs and textual inversions may be PyTorch's own; see `torch_zip`.
         single_file: `tokenizer` and `prediction_type` of `SingleFile`.
 
     Raises:
@@ -109,7 +109,7 @@ class Spec:
         self.schedule = sampling.Schedule.from_config(self.checkpoint.json("scheduler", "scheduler_config.json"))
 
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
-        self._loras = [Lora(path, weight, self.configs, what=self.name) for path, weight in pairs]
+        self._loras = [Lora(*pair, self.configs, what=self.name, allow_pickle=allow_pickle) for pair in pairs]
         named = [each if isinstance(each, tuple) else (each, None) for each in textual_inversions]
         self._inversions = [
             TextualInversion(*each, self.configs, what=self.name, allow_pickle=allow_pickle) for each in named

@@ -426,3 +426,12 @@ def test_what_is_no_lora_file_is_refused(tiny, tmp_path):
     safetensors.torch.save_file(weights(GOOD), tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="the weight nan of"):
         Spec(tiny, loras=[(tmp_path, float("nan"))])
+
+
+def test_a_pickled_lora_is_read_when_it_is_allowed(tiny, tmp_path):
+    torch.save(weights(GOOD), tmp_path / "pytorch_lora_weights.bin")
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.bin"):
+        with pytest.raises(CheckpointError, match="a pickle is read with allow_pickle only"):
+            Spec(tiny, loras=[source])
+        edit = Spec(tiny, loras=[(source, 0.5)], allow_pickle=True).edit("unet")
+        assert (edit(f"{BLOCK}.attn1.to_q.weight", np.zeros((32, 32))) == 1).all()

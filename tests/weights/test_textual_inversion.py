@@ -110,3 +110,14 @@ def test_what_does_not_fit_is_refused_in_a_line(tiny, file, name):
     with pytest.raises(CheckpointError, match=message) as refused:
         Spec(tiny, textual_inversions=[file(tensors)])
     assert "\n" not in str(refused.value)
+
+
+def test_a_pickle_in_a_folder_is_read_when_it_is_allowed(tiny, tmp_path):
+    """As in the sd-concepts-library."""
+    torch.save({"<thing>": VECTORS[0]}, tmp_path / "learned_embeds.bin")
+    with pytest.raises(
+        CheckpointError, match=r"has no safetensors file but learned_embeds\.bin; a pickle is read with"
+    ):
+        Spec(tiny, textual_inversions=[tmp_path])
+    spec = Spec(tiny, textual_inversions=[tmp_path], allow_pickle=True)
+    assert len(spec.tokenizers[0].tokens("<thing>")) == 1
