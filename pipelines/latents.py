@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from pipelines import image_sets
 from pipelines.image_sets import Found, Picture
-from pipelines.sinks import Encoded, Provenance, commit, place, shard_name
+from pipelines.sinks import Encoded, Provenance, commit, shard_name
 from pipelines.sources import Place, RowError
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
@@ -182,8 +182,7 @@ class Latents:
     def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
         shard, arrays = shard_name(unit.name, SUFFIX), [item.data for item in encoded]
         tensors = {name: np.stack([getattr(item, name) for item in arrays]) for name in ("moments", "text")}
-        if not place(store, unit.name, shard, save({**tensors, "unconditional": arrays[0].unconditional})):
-            return 0
+        files = {shard: save({**tensors, "unconditional": arrays[0].unconditional})}
         rows = [
             {
                 **made_by.columns,
@@ -205,4 +204,4 @@ class Latents:
             }
             for index, (row, item) in enumerate(zip(unit.rows, encoded, strict=True))
         ]
-        return sum(item.bytes for item in arrays) if commit(store, unit.name, rows, MANIFEST) else 0
+        return sum(item.bytes for item in arrays) if commit(store, unit.name, files, rows, MANIFEST) else 0

@@ -170,16 +170,12 @@ class Images:
     def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
         if self.format == "tar":
             data, offsets = make_tar(unit, encoded, self.image_format, made_by.fingerprint)
-            files, shard = [f"{row.id}.{self.image_format}" for row in unit.rows], shard_name(unit.name)
-            if not place(store, unit.name, shard, data):
-                return 0
+            names, shard = [f"{row.id}.{self.image_format}" for row in unit.rows], shard_name(unit.name)
+            files = {shard: data}
         else:
             offsets, shard = [0] * len(encoded), None
-            files = [image_name(row.id, self.image_format) for row in unit.rows]
-            with ThreadPoolExecutor(16) as pool:
-                placed = pool.map(lambda f, i: place(store, unit.name, f, i.data), files, encoded)
-                if not all(list(placed)):
-                    return 0
+            names = [image_name(row.id, self.image_format) for row in unit.rows]
+            files = {name: image.data for name, image in zip(names, encoded, strict=True)}
         rows = [
             {
                 "id": row.id,
@@ -196,13 +192,30 @@ class Images:
                 "input_file": row.place.file,
                 "input_row": row.place.row,
             }
-            for row, image, file, offset in zip(unit.rows, encoded, files, offsets, strict=True)
+            for row, image, file, offset in zip(unit.rows, encoded, names, offsets, strict=True)
         ]
-        return sum(len(image.data) for image in encoded) if commit(store, unit.name, rows, MANIFEST) else 0
+        done = commit(store, unit.name, files, rows, MANIFEST)
+        return sum(len(image.data) for image in encoded) if done else 0
 
 
-def commit(store: Store, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> bool:
-    """Write a unit's manifest; False where another worker has meanwhile."""
+def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str, Any]], schema: pa.Schema) -> bool:
+    """Put a unit's files, then the manifest of these rows; False where another worker has committed the unit meanwhile.
+
+    What was replaced of that worker's is put back then. A kill before that leaves a manifest that its shard does not
+    match, which `pipelines.verify` finds: it takes two workers at one unit whose bytes differ.
+    """
+    replaced: dict[str, bytes] = {}
+    with ThreadPoolExecutor(16) as pool:
+        placed = list(pool.map(lambda name: _place(store, unit, name, files[name], replaced), files))
+    if all(placed) and _write_manifest(store, unit, rows, schema):
+        return True
+    for name, data in replaced.items():
+        store.write(name, data)
+    return False
+
+
+def _write_manifest(store: Store, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> bool:
+    """False where there is another."""
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")
     data = buffer.getvalue().to_pybytes()
@@ -213,14 +226,16 @@ def commit(store: Store, unit: str, rows: list[dict[str, Any]], schema: pa.Schem
     return True
 
 
-def place(store: Store, unit: str, name: str, data: bytes) -> bool:
-    """Put a file that no manifest speaks of yet; False where the unit turns out to be committed."""
+def _place(store: Store, unit: str, name: str, data: bytes, replaced: dict[str, bytes]) -> bool:
+    """Put a file that no manifest speaks of yet, and keep what it replaced; False where the unit is committed."""
     try:
         store.write(name, data, create=True)
         return True
     except FileExistsError:
         if store.exists(manifest_name(unit)):
             return False
-        if store.read(name) != data:  # left behind by a killed run on other hardware or versions
+        old = store.read(name)
+        if old != data:  # a killed run's, or another worker's that has this unit too, on other hardware or versions
+            replaced[name] = old
             store.write(name, data)
         return True

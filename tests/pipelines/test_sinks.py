@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipelines import sinks, verify
 from pipelines.sinks import (
     MANIFEST,
     Images,
@@ -102,6 +103,41 @@ def test_a_shard_left_without_a_manifest_is_replaced(unit):
     store.write(shard_name(unit.name), b"of a killed run, on other hardware")
     write(store, unit)
     assert store.read(shard_name(unit.name)) == make_tar(unit, images_of(unit), "png", SPEC.fingerprint)[0]
+
+
+@pytest.mark.parametrize("format", ["tar", "files"])
+@pytest.mark.parametrize("moment", ["exists", "read", "write"])
+def test_of_two_workers_at_one_unit_the_first_to_commit_is_kept_whole(unit, format, moment, monkeypatch):
+    """The other's pixels differ in a last bit; the first commits at some moment while the other replaces its files."""
+    fsspec.filesystem("memory").store.clear()
+    store = Store("memory://race")
+    ours, theirs = images_of(unit), images_of(unit, "webp")
+    real, commit = getattr(Store, moment), sinks._write_manifest
+    monkeypatch.setattr(sinks, "_write_manifest", lambda *_: False)
+    write(store, unit, ours, format)  # its files are there, its manifest not yet
+    monkeypatch.setattr(sinks, "_write_manifest", commit)
+
+    def first_commits(self, name, *arguments, **options):
+        answer = real(self, name, *arguments, **options)
+        if not options.get("create"):
+            monkeypatch.setattr(Store, moment, real)
+            assert sinks._write_manifest(store, unit.name, rows, MANIFEST)
+        return answer
+
+    rows = rows_of(unit, ours, format)
+    monkeypatch.setattr(Store, moment, first_commits)
+    assert write(store, unit, theirs, format) == 0
+    assert committed(store, unit.name) == len(unit.rows)
+    assert verify.verify("memory://race").faults == []
+
+
+def rows_of(unit, images, format):
+    """The manifest that a worker writes for these images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sinks, "_write_manifest", lambda store, unit, rows, schema: written.extend(rows))
+        written: list = []
+        write(Store("memory://elsewhere"), unit, images, format)
+    return written
 
 
 def test_the_manifest_is_written_last(tmp_path, unit, monkeypatch):
