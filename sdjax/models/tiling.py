@@ -117,34 +117,36 @@ def _out(network: Encoder | Decoder, x: Array) -> Array:
     return _map_rows(lambda strip: network.conv_out(jax.nn.silu(network.conv_norm_out(strip, given))), x)
 
 
-def _strips(layer: Layer, x: Array, halo: int, step: int) -> tuple[Layer, Array]:
-    """A function of a strip's index to the layer's output there; and the indices."""
+def _map_rows(layer: Layer, x: Array, *, halo: int = _HALO, step: int = 1) -> Array:
+    """layer(x) of an image, strip by strip; strips start at multiples of `step`, the layer's stride.
+
+    They are of one size, so that the last ones lie over each other where it does not divide the height.
+    """
     height = x.shape[1]
-    rows = max(n for n in range(step, _ROWS * step + 1, step) if height % n == 0)
+    count = -(-height // (_ROWS * step))
+    rows = -(-height // (count * step)) * step
     size = min(rows + 2 * -(-halo // step) * step, height)
 
-    def strip(i: Array) -> Array:
-        start = jnp.clip(i * rows - (size - rows) // 2, 0, height - size)
+    def strip(i: Array) -> tuple[Array, Array]:
+        """The layer's output of a strip, and at which of its rows that begins."""
+        first = jnp.minimum(i * rows, height - rows)
+        start = jnp.clip(first - (size - rows) // 2, 0, height - size)
         y = layer(lax.dynamic_slice_in_dim(x, start, size, 1))
-        skipped = (i * rows - start) * y.shape[1] // size
-        return lax.dynamic_slice_in_dim(y, skipped, rows * y.shape[1] // size, 1)
+        skipped, kept = (first - start) * y.shape[1] // size, rows * y.shape[1] // size
+        return lax.dynamic_slice_in_dim(y, skipped, kept, 1), first * y.shape[1] // size
 
-    return strip, jnp.arange(height // rows)
-
-
-def _map_rows(layer: Layer, x: Array, *, halo: int = _HALO, step: int = 1) -> Array:
-    """layer(x) of an image, strip by strip; strips start at multiples of `step`, the layer's stride."""
-    strip, indices = _strips(layer, x, halo, step)
-    part = jax.eval_shape(strip, indices[0])
+    part, _ = jax.eval_shape(strip, jax.ShapeDtypeStruct((), jnp.int32))
     # A constant to start from would be kept beside the result, to be shared by all the loops of a network.
-    start = jnp.broadcast_to(x.ravel()[0].astype(part.dtype), (len(indices), *part.shape))
-    strips = lax.fori_loop(0, len(indices), lambda i, strips: strips.at[i].set(strip(i)), start)
-    return strips.reshape(1, -1, *strips.shape[3:])
+    start = jnp.broadcast_to(x.ravel()[0].astype(part.dtype), (1, height * part.shape[1] // rows, *part.shape[2:]))
+    return lax.fori_loop(0, count, lambda i, whole: lax.dynamic_update_slice_in_dim(whole, *strip(i), 1), start)
 
 
 def _statistics(norm: GroupNorm, layer: Layer, x: Array) -> Statistics:
-    """norm.statistics(layer(x)), strip by strip; strips are of one size, so the variance is theirs and their means'."""
-    strip, indices = _strips(layer, x, _HALO, 1)
-    means, variances = lax.map(lambda i: norm.statistics(strip(i)), indices)
-    mean = means.mean(0)
-    return Statistics(mean, (variances + jnp.square(means - mean)).mean(0))
+    """norm.statistics(layer(x)), by rows: they are of one size, so the variance is theirs and their means'."""
+
+    def of_rows(strip: Array) -> Array:
+        return jnp.stack(norm.statistics(layer(strip)[0]), axis=1)[None]
+
+    means, variances = jnp.moveaxis(_map_rows(of_rows, x)[0], 1, 0)
+    mean = means.mean(0, keepdims=True)
+    return Statistics(mean, (variances + jnp.square(means - mean)).mean(0, keepdims=True))
