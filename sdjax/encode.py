@@ -5,7 +5,7 @@ The VAE's latents and the text encoder's states, as `sdjax.train` would compute 
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float16, Int, UInt8
 
+from sdjax.models import tiling
 from sdjax.models.clip import CLIPTextModel
 from sdjax.models.vae import AutoencoderKL
 from sdjax.networks import load
@@ -42,10 +43,11 @@ class Encoded(NamedTuple):
 
 
 def encode_pixels(
-    vae: AutoencoderKL, pixels: UInt8[Array, "batch height width 3"]
+    vae: AutoencoderKL, pixels: UInt8[Array, "batch height width 3"], *, tiled: bool | None
 ) -> tuple[Float16[Array, "batch h w moments"], Bool[Array, " batch"]]:
     """Mean and log-variance of latents, and which are finite in half precision."""
-    moments = jnp.concatenate(vae.encode(pixels.astype(jnp.float32) / 127.5 - 1), axis=-1).astype(jnp.float16)
+    found = tiling.encode(vae, pixels.astype(jnp.float32) / 127.5 - 1, tiling=tiled)
+    moments = jnp.concatenate(found, axis=-1).astype(jnp.float16)
     return moments, jnp.isfinite(moments).all(axis=(1, 2, 3))
 
 
@@ -69,7 +71,8 @@ class Encoder:
     def __init__(self, spec: Spec, networks: dict[str, nnx.Module], batch_size: int, devices: Devices) -> None:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
-        self._encode_pixels, self._encode_captions = devices.pmap(encode_pixels), devices.pmap(encode_captions)
+        self._encode_pixels = devices.pmap(partial(encode_pixels, tiled=spec.vae_tiling))
+        self._encode_captions = devices.pmap(encode_captions)
 
     @classmethod
     def from_pretrained(
@@ -87,6 +90,10 @@ class Encoder:
         """
         if spec.family.is_xl:
             raise CheckpointError(f"{spec.name} is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained")
+        if not spec.family.draws_latents:
+            raise CheckpointError(
+                f"the VAE of {spec.name} is an AutoencoderTiny; latents of an AutoencoderKL are trained on"
+            )
         on = Devices(devices)
         return cls(spec, load(spec, on, NETWORKS), batch_size or (1 if on.platform == "cpu" else 8), on)
 
