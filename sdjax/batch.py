@@ -84,7 +84,9 @@ def fresh_rows(
     call = np.arange(weights.shape[1])
     intervals = np.array([request.cache_interval for request in requests])
     calls = np.array([table.calls for table in tables])
-    needed = (weights != 0) & (call < calls[:, None])[..., None]
+    needed = weights != 0
+    needed[..., 0] |= np.array([request.guidance_rescale > 0 for request in requests])[:, None]  # as `scan` asks
+    needed &= (call < calls[:, None])[..., None]
     idle = np.pad(~needed[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=True)
     return needed & (idle | (call % intervals[:, None] == 0)[..., None])
 

@@ -37,6 +37,16 @@ class Canvas:
     size: tuple[int, int]
     overlay: bool
 
+    def cut(self, picture: Image.Image) -> Image.Image:
+        """What `image` shows of a picture that goes with the whole original, such as a control image.
+
+        Where that is all of it, the picture as it is, of any size.
+        """
+        height, width = self.image.shape[:2]
+        if (self.original.size, self.box) == ((width, height), (0, 0, width, height)):
+            return picture
+        return _filled(_resized(picture, self.original.size).crop(self.box), (width, height))
+
     def finish(self, pixels: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "final_height final_width 3"]:
         """The result's pixels from those that were sampled: the untouched part is the original's, to the bit."""
         if self.original_mask is None:

@@ -127,15 +127,15 @@ def scales(
 ) -> Float32[np.ndarray, "batch rows nets"]:
     """How much each ControlNet counts at each of `rows` sampler rows.
 
-    Nothing outside of its interval, which as in diffusers is of the network's calls (Heun's method makes two a step),
-    and nothing where a request has no control image.
+    Nothing outside of its interval, which as in diffusers is of the network's calls (Heun's method makes two a step) in
+    the whole run, also where a refiner ends it, and nothing where a request has no control image.
     """
     result = np.zeros((len(requests), rows, count), np.float32)
     for i, (request, table) in enumerate(zip(requests, tables, strict=True)):
         if request.control_image is None:
             continue
         scale, start, end = (np.broadcast_to(numbers(getattr(request, name)) or [], count) for name in OF_CONTROLS)
-        call, calls = np.arange(table.calls)[:, None], table.calls
+        call, calls = np.arange(table.calls)[:, None], table.run_calls
         inside = (call / calls >= start) & ((call + 1) / calls <= end)
         result[i, : table.calls] = np.where(inside, scale, 0)
     return result

@@ -294,7 +294,8 @@ def advance(
             if controls is None:
                 return (unet.deep(seen, temb, context),)
             (outermost, *inner), middle = _residuals(controls, scales, is_last, x, t, context, added)
-            return unet.deep(seen, temb, context, inner, middle), outermost
+            # What is kept has the features' shape, also where a ControlNet pools what it adds.
+            return unet.deep(seen, temb, context, inner, middle), jnp.broadcast_to(outermost, seen.shape)
 
         if fresh is None:
             return unet.outer(seen, temb, context, *deep()), kept

@@ -83,7 +83,8 @@ class Request:
         outpaint: grow the canvas of `image`: margins in pixels (`left=128,top=64`) or a size (`768x512`) around its
             middle. The image's own pixels stay exactly.
         strength: how far from `image` to go, above 0 and up to 1.
-        control_image: where ControlNets are loaded, a picture for each, in their order; fitted to width and height.
+        control_image: where ControlNets are loaded, a picture for each, in their order; fitted to width and height, and
+            cut as the image is by padding_mask_crop.
             Without `image`, width and height the first one's size is made. Once in a Request it is text, a line for
             each.
         control_image_sha256: as image_sha256, with commas between several.

@@ -296,6 +296,10 @@ class Spec:
         program = self.program(request)
         if max(program.final_width, program.final_height) > MAX_SIDE:
             raise RequestError(f"hires_scale={request.hires_scale:g} makes a side longer than {MAX_SIDE}")
+        if request.hires_scale > 1 and not program.has_second_pass:
+            raise RequestError(
+                f"hires_scale={request.hires_scale:g} makes no larger image: sides are multiples of {self.multiple}"
+            )
         for name in () if family.is_xl else _OF_XL:
             if getattr(request, name) is not None:
                 raise RequestError(f"{name} is for Stable Diffusion XL, which this checkpoint is not; leave it out")
@@ -370,11 +374,11 @@ class Spec:
 
     def table(self, resolved: Request) -> sampling.Table:
         """The sampler table of a resolved request, up to where the refiner takes over."""
-        return tables.run(self.schedule, resolved, edits=self.family.edits)
+        return tables.run(self.schedule, resolved, edits=self.family.edits, all_steps=self.family.embeds_guidance)
 
     def hires_table(self, resolved: Request) -> sampling.Table:
         """The sampler table of its second pass."""
-        return tables.second_pass(self.schedule, resolved)
+        return tables.second_pass(self.schedule, resolved, all_steps=self.family.embeds_guidance)
 
     def refiner_table(self, resolved: Request) -> sampling.Table:
         """The sampler table of the refiner, where its program has one."""

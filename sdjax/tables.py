@@ -9,15 +9,18 @@ from sdjax.values import numbers
 _FIELDS = ("sampler", "num_inference_steps", "sigmas", "timesteps", "rho", "eta", "solver_order")
 
 
-def run(schedule: sampling.Schedule, request: Request, *, edits: bool) -> sampling.Table:
-    """The request's own run, up to where a refiner takes over."""
+def run(schedule: sampling.Schedule, request: Request, *, edits: bool, all_steps: bool) -> sampling.Table:
+    """The request's own run, up to where a refiner takes over.
+
+    edits: whether a picture is what the network is told, not where the run starts.  all_steps: see `make_table`.
+    """
     end = request.denoising_end
-    return _of(schedule, request, _strength(request, edits), end=None if end == 1 else end)
+    return _of(schedule, request, _strength(request, edits), end=None if end == 1 else end, all_steps=all_steps)
 
 
-def second_pass(schedule: sampling.Schedule, request: Request) -> sampling.Table:
+def second_pass(schedule: sampling.Schedule, request: Request, *, all_steps: bool) -> sampling.Table:
     """The run from the enlarged first image."""
-    return _of(schedule, request, request.hires_strength)
+    return _of(schedule, request, request.hires_strength, all_steps=all_steps)
 
 
 def refiner(schedule: sampling.Schedule, request: Request) -> sampling.Table:
@@ -39,8 +42,9 @@ def _of(
     *,
     start: float | None = None,
     end: float | None = None,
+    all_steps: bool = False,
 ) -> sampling.Table:
-    return _table(schedule, *(getattr(request, name) for name in _FIELDS), strength, start, end)
+    return _table(schedule, *(getattr(request, name) for name in _FIELDS), strength, start, end, all_steps)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -56,6 +60,7 @@ def _table(
     strength: float | None,
     denoising_start: float | None,
     denoising_end: float | None,
+    all_steps: bool,
 ) -> sampling.Table:
     return sampling.make_table(
         schedule,
@@ -69,4 +74,5 @@ def _table(
         strength=strength,
         denoising_start=denoising_start,
         denoising_end=denoising_end,
+        all_steps=all_steps,
     )

@@ -120,6 +120,17 @@ def test_a_canvas_grows_around_pixels_that_stay(outpaint, size, place):
         assert abs(made.image[:, : place[0]].mean() - PHOTO[:, 0].mean()) < 40
 
 
+def test_what_goes_with_the_whole_picture_is_cut_as_it_is():
+    mask = np.pad(np.full((10, 20), 255, np.uint8), ((20, 15), (40, 10)))
+    for fields in ({"width": 16, "height": 32}, {"width": 72, "height": 48}):
+        made = board(mask_image=mask, padding_mask_crop=3, **fields)
+        assert np.array_equal(np.asarray(made.cut(Image.fromarray(PHOTO))), made.image)
+        assert made.cut(Image.fromarray(PHOTO).resize((140, 90))).size == made.image.shape[1::-1]
+    for whole in (board(outpaint="left=10"), board(mask_image=mask), board()):
+        small = Image.new("RGB", (5, 5))
+        assert whole.cut(small) is small
+
+
 def test_growing_twice_keeps_the_first_pixels():
     once = painted(board(outpaint="left=10,top=4"))
     request = Request(prompt="a", image=once, outpaint="right=30,bottom=1")

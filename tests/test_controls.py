@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import diffusers
 import jax
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 from pipelines import generate_images
-from sdjax import Request, RequestError, StableDiffusion
-from sdjax.spec import Spec
+from sdjax import Request, RequestError, StableDiffusion, controls
+from sdjax.sampling import Schedule, make_table
+from sdjax.spec import BUNDLED, Spec
 from sdjax.values import OF_CONTROLS, lines, numbers
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints, torch_models
@@ -112,6 +114,40 @@ def test_images_are_those_of_diffusers(tiny, nets, pipe):
     # Without a control image it is the checkpoint's own picture.
     alone = StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1]).generate([PLAIN])[0]
     assert difference(results[3], alone.pixels) <= 1
+
+
+def test_a_crop_around_the_mask_cuts_the_control_image_too(tiny, tmp_path):
+    photo = Image.fromarray(FIRST[::-1]).resize((48, 32))
+    box = Image.fromarray(np.pad(np.full((8, 12), 255, np.uint8), ((4, 20), (6, 30))))
+    control = np.zeros((32, 48, 3), np.uint8)
+    control[2:14, 4:20] = 255
+    net = network(5, diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet"))
+    with torch.no_grad():  # the part that is repainted is small
+        for layer in (net.controlnet_cond_embedding.conv_in, net.controlnet_cond_embedding.conv_out):
+            layer.weight.mul_(20)
+    net.save_pretrained(tmp_path)
+    shared = {"strength": 1.0, "padding_mask_crop": 4}
+    request = dataclasses.replace(
+        PLAIN, image=photo, mask_image=box, control_image=control, controlnet_conditioning_scale=2, **shared
+    )
+    pipe = StableDiffusion.from_pretrained(tiny, controlnets=[tmp_path], devices=jax.devices()[:1])
+    kind, images = diffusers.StableDiffusionControlNetInpaintPipeline, {"image": photo, "mask_image": box}
+    expected = theirs(kind, checkpoints.pipeline(), net, request, [control], **images, **shared)
+    assert difference(pipe.generate([request])[0].pixels, expected) <= 2
+    whole = pipe.generate([dataclasses.replace(request, padding_mask_crop=None)])[0].pixels
+    assert difference(whole, expected) > 10
+
+
+def test_the_interval_is_of_the_whole_run_also_where_a_refiner_ends_it():
+    schedule = Schedule.from_config(json.loads((Path(BUNDLED) / "scheduler/scheduler_config.json").read_text()))
+    whole, cut = (
+        make_table(schedule, sampler="heun", num_inference_steps=10, denoising_end=end) for end in (None, 0.6)
+    )
+    request = dataclasses.replace(ONE, control_guidance_start=0.2, control_guidance_end=0.5)
+    expected, found = (controls.scales([request], [table], 20, 1) for table in (whole, cut))
+    assert 8 < cut.calls < whole.calls
+    assert np.array_equal(found[:, : cut.calls], expected[:, : cut.calls])
+    assert not found[:, cut.calls :].any()
 
 
 @pytest.mark.parametrize(

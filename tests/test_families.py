@@ -123,6 +123,12 @@ FAMILIES = {
         [Asked({"guidance_scale": 8.5}), Asked({"guidance_scale": 1.0, "num_inference_steps": 2})],
         unet={"time_cond_proj_dim": 10},
     ),
+    "LCM from an image": Family(
+        "LatentConsistencyModelImg2Img",
+        "LCMScheduler",
+        [Asked({**IMAGE, "strength": 0.5}), Asked({**IMAGE, "strength": 0.8, "num_inference_steps": 2})],
+        unet={"time_cond_proj_dim": 10},
+    ),
     "SDXL Turbo, Lightning and Hyper": Family(
         "StableDiffusionXL",
         "EulerDiscreteScheduler",
@@ -164,7 +170,11 @@ FAMILIES = {
         settings={"requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
     ),
 }
-FAST = [("LCM", "small"), ("SDXL refiner", "small")]  # what runs without -m slow, beside the plain families' own tests
+FAST = [
+    ("LCM", "small"),
+    ("LCM from an image", "small"),
+    ("SDXL refiner", "small"),
+]  # what runs without -m slow, beside the plain families' own tests
 CASES = [
     pytest.param(family, configuration, marks=[pytest.mark.slow] * ((family, configuration) not in FAST))
     for family in FAMILIES

@@ -137,6 +137,24 @@ def test_features_are_not_kept_over_calls_that_were_left_out(pipe):
     assert np.array_equal(fresh_rows([request], [table], weights), expected)
 
 
+def test_a_prompt_that_is_asked_for_its_spread_alone_has_features_of_its_own(pipe):
+    """guidance_rescale asks the first prompt's half, also where the prompt's weight is 0."""
+    request = dataclasses.replace(
+        REUSES, prompt="a red circle :0 AND a blue star", guidance_rescale=0.7, num_inference_steps=1
+    )
+    exact, kept = (pipe.generate([dataclasses.replace(request, cache_interval=n)])[0].pixels for n in (1, 2))
+    assert np.array_equal(exact, kept)
+
+
+def test_a_controlnet_that_pools_adds_to_kept_features(tiny, tmp_path):
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet")
+    network(5, unet, global_pool_conditions=True).save_pretrained(tmp_path)
+    pipe = StableDiffusion.from_pretrained(tiny, controlnets=[tmp_path], devices=jax.devices()[:1])
+    request = dataclasses.replace(REUSES, control_image=np.full((32, 48, 3), 200, np.uint8), num_inference_steps=1)
+    exact, kept = (pipe.generate([dataclasses.replace(request, cache_interval=n)])[0].pixels for n in (1, 2))
+    assert np.array_equal(exact, kept)
+
+
 @pytest.mark.parametrize("shortcut", ["cache_interval=1001", "cache_interval=0", "token_merging_ratio=0.9"])
 def test_what_is_out_of_range_is_refused(shortcut):
     name, value = shortcut.split("=")

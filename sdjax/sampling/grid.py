@@ -117,10 +117,12 @@ def levels(
     timesteps: Sequence[float] | None,
     rho: float | None,
     spacing: str,
+    share: float = 1.0,
 ) -> list[Level]:
     """The n levels where the network is called and the last one, where the run ends.
 
     sigmas: "", a name of NAMES, or falling ratios.  timesteps: falling, or None.  spacing: where neither says it.
+    share: of the timesteps of distillation, from the least noisy on, that the n are taken from.
     Raises SamplingError for names, lists and numbers of steps that give no falling levels.
     """
     if isinstance(sigmas, str) and sigmas not in ("", *NAMES):
@@ -128,7 +130,7 @@ def levels(
     if rho is not None and (sigmas not in _WITH_RHO or not rho > 0):
         raise SamplingError(f"rho={rho} is for sigmas {' or '.join(_WITH_RHO)}, and more than 0")
     if grid.kind in ("train", "distilled"):
-        visited = _train_levels(schedule, grid, n, sigmas, timesteps, spacing)
+        visited = _train_levels(schedule, grid, n, sigmas, timesteps, spacing, share)
     else:
         t, ratios = _free_levels(schedule, grid, n, sigmas, timesteps, rho, spacing)
         final = schedule.option("final_sigmas_type", "zero") if grid.final == "config" else grid.final
@@ -189,6 +191,7 @@ def _train_levels(
     sigmas: str | Sequence[float],
     timesteps: Sequence[float] | None,
     spacing: str,
+    share: float,
 ) -> list[Level]:
     """Levels at training timesteps, and clean."""
     if not isinstance(sigmas, str) or sigmas not in ("", *SPACINGS):
@@ -198,7 +201,7 @@ def _train_levels(
     if timesteps is not None:
         t = np.asarray(timesteps)
     elif grid.kind == "distilled" and sigmas == "":
-        t = _distilled(schedule, n)
+        t = _distilled(schedule, n, share)
     else:
         t = _spaced(schedule, grid.kind, n, spacing)
     if not np.all((t >= 0) & (t < schedule.num_train_timesteps) & (t == np.floor(t))):
@@ -229,13 +232,14 @@ def _spaced(schedule: Schedule, kind: str, n: int, spacing: str) -> np.ndarray:
     return t.astype(np.float64) if kind == "k" else np.round(t)
 
 
-def _distilled(schedule: Schedule, n: int) -> np.ndarray:
-    """n of the original_inference_steps timesteps of Luo et al. 2023 (arXiv 2310.04378), evenly from the last."""
+def _distilled(schedule: Schedule, n: int, share: float) -> np.ndarray:
+    """n of a share of the original_inference_steps of Luo et al. 2023 (arXiv 2310.04378), evenly from the last."""
     original = schedule.option("original_inference_steps", 50)
-    if n > original:
+    stride, most = schedule.num_train_timesteps // original, int(original * share)
+    if n > most:
+        left = f"{most}, the share {share:g} of " if share < 1 else ""
         raise SamplingError(
-            f"num_inference_steps={n} is more than the {original} steps (original_inference_steps) of distillation"
+            f"num_inference_steps={n} is more than {left}the {original} (original_inference_steps) of distillation"
         )
-    stride = schedule.num_train_timesteps // original
-    falling = (np.arange(1, original + 1) * stride - 1)[::-1]
-    return falling[np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)]
+    falling = (np.arange(1, most + 1) * stride - 1)[::-1]
+    return falling[np.floor(np.linspace(0, most, n, endpoint=False)).astype(int)]

@@ -30,6 +30,7 @@ class Table:
         with noise n is there signal * y + noise * n (inpainting blends it in).
     step: [R] int; the sampler step, from 0, that the row is part of (two-stage methods have two rows a step).
     steps: those of the whole run, in which a table may begin or end.
+    run_calls: network calls of the run up to its end, of which the table's are the first.
     draws: [R] bool; whether diffusers draws noise at this row, used or not.
     start_signal, start_noise: the latent to start from is start_signal * image + start_noise * noise.
     walk: [R + 1] where the rows' noises are the steps of one Brownian motion over sigma / alpha: where that begins, at
@@ -48,6 +49,7 @@ class Table:
     step: Int64[np.ndarray, " R"]
     draws: Bool[np.ndarray, " R"]
     steps: int
+    run_calls: int
     start_signal: float
     start_noise: float
     walk: tuple[float, ...] = ()
@@ -58,7 +60,7 @@ class Table:
         shapes = {"cm": (rows, HISTORY), "cn": (rows, NOISES), "walk": (walk,)}
         for field in fields(self):
             value = np.asarray(getattr(self, field.name))
-            expected = () if field.name.startswith(("start_", "steps")) else shapes.get(field.name, (rows,))
+            expected = () if field.name.startswith(("start_", "steps", "run_")) else shapes.get(field.name, (rows,))
             if value.shape != expected or rows == 0:
                 raise SamplingError(f"table column {field.name} has shape {value.shape}; expected {expected}")
             if not np.all(np.isfinite(value)):
@@ -117,6 +119,7 @@ class Table:
             step=np.array([row.step for row in rows], np.int64),
             draws=np.array([row.drawn for row in rows], bool),
             steps=rows[-1].step + 1 if rows else 0,
+            run_calls=len(rows),
             start_signal=float(start_signal),
             start_noise=float(start_noise),
             walk=() if walk_from is None else (walk_from, *(row.level.ratio for row in rows)),

@@ -136,6 +136,7 @@ def make_table(
     strength: float | None = None,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
+    all_steps: bool = False,
 ) -> Table:
     """The table of a run.
 
@@ -151,6 +152,8 @@ def make_table(
     denoising_end: the share of the training timesteps, from the noisiest on, that the run goes through; a number in
         (0, 1) ends it, after a whole step, on a latent that has noise left.
     denoising_start: the same share, gone through by a run whose latent this one starts from.
+    all_steps: whether samplers of consistency models take all steps from an image too, over the strength's share of
+        the timesteps that they were distilled at, as their own pipelines in diffusers do.
 
     Raises SamplingError, in one line, for what cannot be had.
     """
@@ -164,6 +167,8 @@ def make_table(
         raise SamplingError(f"{name} has no order {order}; it has {spec.orders or 'only one'}")
     if not 0 <= eta <= 1:
         raise SamplingError(f"eta={eta} is out of range; use 0 to 1")
+    if strength is not None and not 0 < strength <= 1:
+        raise SamplingError(f"strength={strength} is out of range; use more than 0, at most 1")
     if sigmas is None:
         sigmas = grids.default_sigmas(schedule, spec.grid) if timesteps is None else ""
     elif timesteps is not None and not (isinstance(sigmas, str) and sigmas == ""):
@@ -174,8 +179,13 @@ def make_table(
     if not isinstance(sigmas, str):
         sigmas = [sigma for sigma in sigmas if sigma != 0]
     n = _steps(schedule, num_inference_steps, timesteps if isinstance(sigmas, str) else sigmas)
-    levels = grids.levels(schedule, spec.grid, n, sigmas=sigmas, timesteps=timesteps, rho=rho, spacing=spacing)
-    begin = first = 0 if strength is None else _begin(n, strength)
+    listed = timesteps is not None
+    all_steps = all_steps and spec.grid.kind == "distilled" and sigmas == "" and not listed
+    share = strength if all_steps and strength is not None else 1.0
+    levels = grids.levels(
+        schedule, spec.grid, n, sigmas=sigmas, timesteps=timesteps, rho=rho, spacing=spacing, share=share
+    )
+    begin = first = 0 if strength is None or all_steps else _begin(n, strength)
     if denoising_start is not None:
         if name == "plms":
             raise SamplingError(
@@ -189,7 +199,7 @@ def make_table(
             f"denoising_end={share} leaves the {side} no step of {n - first}; give another, or more steps"
         )
     solver_type = spec.solver_type or schedule.option("solver_type", "")
-    plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type, listed=timesteps is not None)
+    plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type, listed=listed)
     trace = Trace(schedule.prediction_type)
     try:
         spec.loop(trace, plan)
@@ -226,8 +236,6 @@ def _reached(schedule: Schedule, levels: Sequence[Level], share: float) -> int:
 
 def _begin(n: int, strength: float) -> int:
     """The first step of image-to-image, as diffusers counts it."""
-    if not 0 < strength <= 1:
-        raise SamplingError(f"strength={strength} is out of range; use more than 0, at most 1")
     left = min(int(n * strength), n)
     if left == 0:
         raise SamplingError(f"strength={strength} of {n} steps leaves no step; use at least {1 / n:.3g}, or more steps")
