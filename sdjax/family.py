@@ -81,6 +81,13 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None = None) -> tuple[Family,
             f"{source}: the UNet takes {unet.in_channels} channels; with this VAE {latent} can be run, "
             f"{2 * latent} for editing images, or {2 * latent + 1} for painting inside masks"
         )
+    if unet.out_channels != latent:
+        raise CheckpointError(f"{source}: the UNet gives {unet.out_channels} channels, the VAE's latents have {latent}")
+    if (autoencoder.in_channels, autoencoder.out_channels) != (3, 3):
+        raise CheckpointError(
+            f"{source}: the VAE takes {autoencoder.in_channels} channels and gives {autoencoder.out_channels}; "
+            "an image has 3"
+        )
     is_xl = unet.addition_embed_type == "text_time"
     family = Family(
         text_encoders=encoders,
@@ -151,11 +158,12 @@ def _check_text(source: str, family: Family, configs: Mapping[str, Any]) -> None
     """Raise CheckpointError where the text encoders and the UNet are not made for each other."""
     unet, texts = configs["unet"], [configs[name] for name in family.text_encoders]
     given = sum(text.hidden_size for text in texts)
-    if unet.cross_attention_dim != given:
-        raise CheckpointError(
-            f"{source}: the UNet attends to {unet.cross_attention_dim} channels, the text encoder gives {given}; "
-            "they are not a pair"
-        )
+    for stage in unet.down_stages:
+        if stage.context_dim != given:
+            raise CheckpointError(
+                f"{source}: the UNet attends to {stage.context_dim} channels, the text encoder gives {given}; "
+                "they are not a pair"
+            )
     if len({text.max_position_embeddings for text in texts}) > 1:
         lengths = " and ".join(str(text.max_position_embeddings) for text in texts)
         raise CheckpointError(f"{source}: the text encoders read {lengths} tokens; they are not a pair")

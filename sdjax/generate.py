@@ -1,11 +1,10 @@
 """Stable Diffusion, bound together: a checkpoint, its networks on the local devices, and requests in batches to pixels.
 
-Nothing that a request may vary is in a compiled program but its width and height, and how many prompts of how many
-chunks it has, where that is more than the usual one and its negative. A batch always has `batch_size` rows
-a device, padded with copies, and the sampler runs `SCAN_ROWS` table rows a call, so one program serves every sampler,
-step count, guidance, seed, prompt, image and mask, and a request's pixels do not depend on what shares its batch. A row
-without an image starts from an image of zeros, one without a mask has a mask of ones; only encoding images is a program
-of its own, run for the batches that have some.
+Nothing that a request may vary is in a compiled program but what `spec.Program` holds. A batch always has `batch_size`
+rows a device, padded with copies, and the sampler runs `SCAN_ROWS` table rows a call, so one program serves every
+sampler, step count, guidance, seed, prompt, image and mask, and a request's pixels do not depend on what shares its
+batch. A row without an image starts from an image of zeros, one without a mask has a mask of ones; only encoding images
+is a program of its own, run for the batches that have some.
 """
 
 import functools
@@ -31,6 +30,7 @@ from sdjax.networks import build, load
 from sdjax.parallel import Device, Devices
 from sdjax.request import Request
 from sdjax.spec import BUNDLED, REFINER, Program, Spec
+from sdjax.values import RequestError
 from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file
 
@@ -194,17 +194,33 @@ class StableDiffusion:
             progress: called with the sampler rows done and all sampler rows of the batch in hand.
 
         Raises:
-            RequestError: a request that the checkpoint cannot make, or whose pictures cannot be read, when its turn
-                comes; `Spec.resolve` says so beforehand.
+            RequestError: a request that the checkpoint cannot make, after the images of all before it, or one whose
+                pictures cannot be read, after those of the batches before; `Spec.resolve` says so beforehand.
         """
         flight: deque[_Flight] = deque()
-        resolved = (self.spec.resolve(request, read=False) for request in requests)
-        for batch in self._batches(resolved):
-            flight.append(self.launch(batch))
+        refused: list[RequestError] = []
+
+        def resolved() -> Iterator[Request]:
+            for request in requests:
+                try:
+                    complete = self.spec.resolve(request, read=False)
+                except RequestError as error:
+                    refused.append(error)
+                    return
+                yield complete
+
+        for batch in self._batches(resolved()):
+            try:
+                flight.append(self.launch(batch))
+            except RequestError as error:
+                refused.append(error)
+                break
             if len(flight) == IN_FLIGHT:
                 yield from self._land(flight.popleft(), progress)
         for last in flight:
             yield from self._land(last, progress)
+        if refused:
+            raise refused[0]
 
     def _batches(self, resolved: Iterable[Request]) -> Iterator[list[Request]]:
         size = self.batch_size * len(self.devices)
@@ -216,7 +232,8 @@ class StableDiffusion:
         """Give the devices a batch; returns at once, with arrays that they will fill."""
         padding = self.batch_size * len(self.devices) - len(batch)
         canvases = self._read(self.spec.prepare, batch, "image")
-        control_images = self._read(self.spec.control_images, batch, "control_image")
+        controls = zip(canvases, self._read(self.spec.control_images, batch, "control_image"), strict=True)
+        control_images = [found if canvas is None else list(map(canvas.cut, found)) for canvas, found in controls]
         boards = canvases + canvases[-1:] * padding
         shared = self._denoiser.batch(batch + batch[-1:] * padding, control_images + control_images[-1:] * padding)
         program = self.spec.program(batch[0])

@@ -1,6 +1,8 @@
 """Whole images: diffusers' on the same weights and seed, the same in any company, and one program for every request."""
 
 import dataclasses
+import json
+import shutil
 import threading
 
 import diffusers
@@ -12,6 +14,7 @@ import torch
 from sdjax import Request, RequestError, StableDiffusion, programs
 from sdjax.parallel import Devices
 from sdjax.spec import Spec
+from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints
 
 SCHEDULERS = {
@@ -170,6 +173,15 @@ def test_stream_hands_out_in_order_with_progress(pipe):
     assert seen == [(3, 3), (5, 12), (10, 12), (12, 12), (4, 4)]
 
 
+@pytest.mark.parametrize("wrong", [{"sampler": "magic"}, {"image": "/no/such.png", "image_sha256": "0" * 64}])
+def test_what_came_before_a_request_that_cannot_be_made_is_handed_out(pipe, wrong):
+    for before in range(5):
+        stream = pipe.stream([*[RED] * before, dataclasses.replace(RED, **wrong), RED])
+        assert [next(stream).request.prompt for _ in range(before)] == [RED.prompt] * before
+        with pytest.raises(RequestError, match=r"magic|such\.png is not there"):
+            next(stream)
+
+
 def test_guidance_holds_in_its_interval_alone(pipe):
     def pixels(**changes):
         return pipe.generate([dataclasses.replace(RED, **changes)])[0].pixels
@@ -212,6 +224,8 @@ def test_a_nan_is_flagged_and_hurts_nothing_else(tiny):
         ({"sampler": "magic"}, "unknown sampler 'magic'; there are ddim,"),
         ({"sampler": "ddim", "sigmas": "karras"}, "karras"),
         ({"sampler": "euler", "sigmas": "wavy"}, "wavy"),
+        ({"hires_scale": 1.05}, "hires_scale=1.05 makes no larger image: sides are multiples of 8"),
+        ({"sampler": "deis", "sigmas": "14.6,5,-1"}, "sigmas must lie in 0.0001 to 10000, which -1 does not"),
         ({"clip_skip": 2}, "clip_skip=2 leaves no layer; the text encoder has 2"),
     ],
 )
@@ -220,6 +234,30 @@ def test_what_the_checkpoint_cannot_make_is_refused_in_one_line(tiny, changes, m
         Spec(tiny).resolve(dataclasses.replace(RED, **changes))
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value", "message"),
+    [
+        ("unet", "out_channels", 8, "the UNet gives 8 channels, the VAE's latents have 4"),
+        ("vae", "out_channels", 4, "the VAE takes 3 channels and gives 4; an image has 3"),
+        ("unet", "cross_attention_dim", [32, 64], "the UNet attends to 64 channels, the text encoder gives 32"),
+    ],
+)
+def test_networks_that_do_not_fit_each_other_are_refused(tiny, tmp_path, config, key, value, message):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    path = folder / config / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=message):
+        Spec(folder)
+
+
+def test_a_width_of_text_a_block_is_one(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"cross_attention_dim": [config["cross_attention_dim"]] * 2}))
+    assert Spec(folder).name == "model"
 
 
 def test_a_list_of_guidance_scales_is_heeded_step_by_step(pipe):
