@@ -206,7 +206,7 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
     """
     replaced: dict[str, bytes] = {}
     with ThreadPoolExecutor(16) as pool:
-        placed = list(pool.map(lambda name: _place(store, unit, name, files[name], replaced), files))
+        placed = list(pool.map(lambda name: place(store, unit, name, files[name], replaced), files))
     if all(placed) and _write_manifest(store, unit, rows, schema):
         return True
     for name, data in replaced.items():
@@ -226,7 +226,7 @@ def _write_manifest(store: Store, unit: str, rows: list[dict[str, Any]], schema:
     return True
 
 
-def _place(store: Store, unit: str, name: str, data: bytes, replaced: dict[str, bytes]) -> bool:
+def place(store: Store, unit: str, name: str, data: bytes, replaced: dict[str, bytes]) -> bool:
     """Put a file that no manifest speaks of yet, and keep what it replaced; False where the unit is committed."""
     try:
         store.write(name, data, create=True)

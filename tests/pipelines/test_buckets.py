@@ -91,6 +91,6 @@ def test_a_large_object_is_whole_or_absent(network):
     store = Store("gs://dataset/out")
     for fault in (503, "cut", "lost"):
         network.faults = [fault]
-        assert place(store, "unit", f"shards/{fault}.tar", data)
+        assert place(store, "unit", f"shards/{fault}.tar", data, {})
         assert network.faults == []
         assert store.read(f"shards/{fault}.tar") == data
