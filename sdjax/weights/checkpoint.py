@@ -123,7 +123,10 @@ class Checkpoint:
     def texts(self, folder: str) -> dict[str, str]:
         """The small text files of a folder (a tokenizer, a scheduler), by their path in the checkpoint."""
         paths = [path for path in self._files if posixpath.dirname(path) == folder and path.endswith(_TEXTS)]
-        return {path: self._read(path).decode("utf-8") for path in paths}
+        try:
+            return {path: self._read(path).decode("utf-8") for path in paths}
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{folder} of {self.source} has a text file that is not UTF-8") from None
 
     @contextlib.contextmanager
     def local(self, folder: str) -> Iterator[Path]:

@@ -268,6 +268,10 @@ BROKEN = {
         lambda f: edit_tensors(f / UNET, lambda tensors: tensors.update({"conv_in.weight": torch.ones(32, 4, 1, 1)})),
         r"conv_in.weight has shape \[32, 4, 1, 1\]; the configuration makes it \[32, 4, 3, 3\]",
     ),
+    "a tokenizer that is not UTF-8": (
+        lambda f: (f / "tokenizer" / "notes.txt").write_bytes(b"caf\xe9"),
+        "tokenizer of .* has a text file that is not UTF-8",
+    ),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer folder lacks vocab.json and merges.txt"),
     "a tokenizer of another text encoder": (
         lambda f: (
