@@ -178,9 +178,7 @@ class StableDiffusion:
     def generate(self, requests: Iterable[Request]) -> list[Result]:
         """The images of the requests, in their order; see `stream`."""
         resolved = [self.spec.resolve(request) for request in requests]
-        # Requests that share a program share batches; those of like length finish together.
-        ranks = [(self.spec.program(request), self.spec.calls(request)) for request in resolved]
-        order = sorted(range(len(resolved)), key=ranks.__getitem__)
+        order = sorted(range(len(resolved)), key=lambda i: self.spec.rank(resolved[i]))
         results = dict(zip(order, self.stream(resolved[i] for i in order), strict=True))
         return [results[i] for i in range(len(resolved))]
 

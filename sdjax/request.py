@@ -84,9 +84,8 @@ class Request:
             middle. The image's own pixels stay exactly.
         strength: how far from `image` to go, above 0 and up to 1.
         control_image: where ControlNets are loaded, a picture for each, in their order; fitted to width and height, and
-            cut as the image is by padding_mask_crop.
-            Without `image`, width and height the first one's size is made. Once in a Request it is text, a line for
-            each.
+            cut as the image is by padding_mask_crop. Without `image`, width and height the first one's size is made.
+            Once in a Request it is text, a line for each.
         control_image_sha256: as image_sha256, with commas between several.
         controlnet_conditioning_scale: how much each ControlNet counts, a number for all or one for each (`1,0.5`), 0
             to 100.
@@ -188,6 +187,8 @@ class Request:
                 raise RequestError(
                     f"{name}={side} is not a multiple of 8; the nearest is {max(8, round(side / 8) * 8)}"
                 )
+        if self.guidance_start > self.guidance_end:
+            raise RequestError(f"guidance_start={self.guidance_start:g} is above guidance_end={self.guidance_end:g}")
         for name in ("strength", "denoising_end", "hires_strength"):
             if getattr(self, name) == 0:
                 raise RequestError(f"{name}=0 leaves no step to run; allowed is above 0 and up to 1")
@@ -236,6 +237,10 @@ class Request:
             (low, high), text = _RANGES[name], getattr(self, name)
             if not all(low <= number <= high for number in numbers(text) or (-1,)):
                 raise RequestError(f"{name}={shown(text)} is out of range; allowed is {low} to {high}")
+        starts, ends = (numbers(getattr(self, f"control_guidance_{side}")) or [] for side in ("start", "end"))
+        for start, end in zip(starts * len(ends), ends * len(starts), strict=False):  # one may be for all
+            if start > end:
+                raise RequestError(f"control_guidance_start={start:g} is above control_guidance_end={end:g}")
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], **defaults: Any) -> tuple["Request", dict[str, Any]]:

@@ -2,7 +2,9 @@
 
 import argparse
 import gc
+import inspect
 import itertools
+import re
 import resource
 import sys
 import time
@@ -42,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--format", choices=sorted(images.FORMATS), default="png", help="default: %(default)s")
     result.add_argument("--quality", type=int, default=images.QUALITY, help="of jpg and webp; default: %(default)s")
-    result.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    result.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
+    )
     result.add_argument(
         "--batch-size",
         type=_batch_size,
@@ -56,14 +60,18 @@ def parser() -> argparse.ArgumentParser:
 
 def add_request_options(to: argparse.ArgumentParser, *, leave_out: Sequence[str] = ("prompt",)) -> None:
     """One option for each field of Request but those left out; values stay text, which Request reads and checks."""
-    group = to.add_argument_group("request")
-    defaults = {field.name: field.default for field in fields(Request)}
-    for name in field_types():
-        if name not in leave_out:
-            default = defaults[name]
-            shown = "the model's" if default is None else repr(default) if default == "" else str(default)
-            assert default is not MISSING, name
-            group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"default: {shown}")
+    group, meanings = to.add_argument_group("request"), _meanings()
+    for field in fields(Request):
+        if field.name not in leave_out:
+            shown = "" if field.default in (None, MISSING) else f" (default: {field.default})"
+            option = f"--{field.name.replace('_', '-')}"
+            group.add_argument(option, default=argparse.SUPPRESS, help=f"{meanings[field.name]}{shown}")
+
+
+def _meanings() -> dict[str, str]:
+    """What each field of Request means, from its docstring, as argparse wants it."""
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", inspect.getdoc(Request) or "", re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RequestError("no PROMPT is given; --help lists the options")
         if options.num_images < 1:
             raise RequestError(f"--num-images={options.num_images} makes nothing; allowed is 1 or more")
+        if options.batch_size == 0:
+            raise RequestError("--batch-size=0 makes nothing; allowed is 1 or more, and auto")
+        if not 1 <= options.quality <= 100:
+            raise RequestError(f"--quality={options.quality} is out of range; allowed is 1 to 100")
         sweeps = options.sweep = dict(map(_sweep, options.sweep))
         requests = []
         for prompt, *values in itertools.product(options.prompts, *sweeps.values()):
@@ -122,23 +134,21 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
         pipe, resolved = _load(requests, options)
     if options.verbose:
         print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)
-    options.output.mkdir(parents=True, exist_ok=True)
-    made = []
+    made = {}
     with _Bars(len(resolved)) as bars:
-        for result in pipe.stream(resolved, progress=bars.steps):
+        for result in pipe.stream(sorted(resolved, key=pipe.spec.rank), progress=bars.steps):
             text = images.parameters(result.request, pipe.spec.name)
             path = options.output / f"{result.id}.{options.format}"
             write_whole(path, images.encode(result.pixels, options.format, text=text, quality=options.quality))
-            made.append(result)
+            made[result.request] = result.image
             bars.image()
             if result.flags:
                 bars.say(f"{path}: {', '.join(result.flags)}")
-    shown = ["seed", *options.sweep]
+    shown = dict.fromkeys(("seed", *options.sweep))
     captions = [
-        f"{result.request.prompt} ({', '.join(str(getattr(result.request, name)) for name in shown)})"
-        for result in made
+        ", ".join(f"{name} {getattr(request, name)}" for name in shown) + f": {request.prompt}" for request in resolved
     ]
-    sheet = images.contact_sheet([result.image for result in made], captions)
+    sheet = images.contact_sheet([made[request] for request in resolved], captions)
     write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
     seconds = time.perf_counter() - started
     print(f"{len(made)} images in {options.output}, with sheet.png, in {seconds:.1f} s", file=sys.stderr)
@@ -148,7 +158,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
 
 
 def _load(requests: Sequence[Request], options: argparse.Namespace) -> tuple["StableDiffusion", list[Request]]:
-    """The model, and the requests with every field filled in."""
+    """The model, and the requests with every field filled in, each once; the folder to write to is there after it."""
     from sdjax import compile_cache
     from sdjax.generate import StableDiffusion
     from sdjax.spec import BUNDLED, Spec
@@ -156,13 +166,14 @@ def _load(requests: Sequence[Request], options: argparse.Namespace) -> tuple["St
     compile_cache.use()
     spec = Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))
     # Every request is checked against the checkpoint before its weights are read.
-    resolved = [spec.resolve(request) for request in requests]
+    resolved = list(dict.fromkeys(spec.resolve(request) for request in requests))
     batch_size = options.batch_size
     if batch_size == "auto":
         from sdjax.planning.fit import largest_here
 
         batch_size = largest_here(spec, resolved, lambda text: print(text, file=sys.stderr))
-    return StableDiffusion.from_pretrained(spec, batch_size=batch_size, first=resolved[0]), resolved
+    options.output.mkdir(parents=True, exist_ok=True)
+    return StableDiffusion.from_pretrained(spec, batch_size=batch_size, first=min(resolved, key=spec.rank)), resolved
 
 
 @contextmanager

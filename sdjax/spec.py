@@ -366,6 +366,10 @@ class Spec:
             raise RequestError(str(error)) from None
         return read.with_negative_twice() if self.family.edits else read
 
+    def rank(self, resolved: Request) -> tuple[Program, int]:
+        """What to sort resolved requests by: neighbours then share programs, and batches that finish together."""
+        return self.program(resolved), self.calls(resolved)
+
     def calls(self, resolved: Request) -> int:
         """Sampler rows that a resolved request takes: network calls, or pairs of them under guidance."""
         program, calls = self.program(resolved), self.table(resolved).calls

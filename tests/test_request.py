@@ -58,6 +58,11 @@ REFUSED = [
     ({"noise": "white"}, "allowed are 'jax' and 'torch'"),
     ({"prompt_language": "yaml"}, "prompt_language='yaml' is unknown; allowed are 'a1111' and 'compel' and 'plain'"),
     ({"hires_scale": 0.5}, "allowed is 1 to 4"),
+    ({"guidance_start": 0.9, "guidance_end": 0.1}, "guidance_start=0.9 is above guidance_end=0.1"),
+    (
+        {"control_guidance_start": "0.5", "control_guidance_end": "1,0.4"},
+        "control_guidance_start=0.5 is above control_guidance_end=0.4",
+    ),
     ({"hires_strength": 0}, "hires_strength=0 leaves no step"),
     ({"image": "a", "outpaint": "left=8", "hires_scale": 2}, "hires_scale would enlarge what mask_image and outpaint"),
     ({"resize": "64"}, "resize='64' is no size; give one such as '640x360'"),

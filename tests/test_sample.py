@@ -7,12 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
 
-from sdjax import Request, sample
+from sdjax import Request, StableDiffusion, images, sample
 from sdjax.request import field_types
 
 SMALL = ["--num-inference-steps", "2", "--width", "48", "--height", "32"]
@@ -67,7 +68,8 @@ def test_every_request_field_is_an_option():
         (["--sampler", "magic"], "unknown sampler 'magic'"),
         (["--seed", "4294967295", "--num-images", "2"], "seed=4294967296 is out of range"),
         (["--model", "/no/such/folder"], "/no/such/folder is neither a folder, nor a hub id"),
-        (["--batch-size", "0"], "batch_size=0 makes nothing"),
+        (["--batch-size", "0"], "--batch-size=0 makes nothing"),
+        (["--quality", "0"], "--quality=0 is out of range; allowed is 1 to 100"),
         (["--batch-size", "auto"], "does not say how much memory it has"),
         (["--sweep", "strenght=0.4,0.6"], "--sweep strenght=0.4,0.6 is not understood"),
         (["--sweep", "eta"], "--sweep eta is not understood; give a request's field and values"),
@@ -94,6 +96,34 @@ def test_a_sweep_makes_each_combination(tiny, tmp_path):
     assert len(texts) == 8
     assert found == {("3", "0"), ("3", "1"), ("7", "0"), ("7", "1")}
     assert {text.split("Denoising strength: ")[1] for text in texts} == {"0.5", "1"}
+
+
+def test_a_sweep_over_sizes_shares_batches_and_the_sheet_keeps_its_order(tiny, tmp_path, monkeypatch):
+    launched, captions = [], []
+    launch, sheet = StableDiffusion.launch, images.contact_sheet
+    monkeypatch.setattr(
+        StableDiffusion, "launch", lambda pipe, batch: launched.append(len(batch)) or launch(pipe, batch)
+    )
+    monkeypatch.setattr(images, "contact_sheet", lambda made, texts: captions.extend(texts) or sheet(made, texts))
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    arguments = ["--model", str(tiny), "--output", str(tmp_path), "--batch-size", "2", "--num-inference-steps", "2"]
+    swept = ["--height", "32", "--sweep", "width=32,48", "--sweep", "seed=1,2", "--num-images", "2"]
+    assert sample.main(["red", "cat", *arguments, *swept]) == 0
+    assert len(list(tmp_path.glob("[0-9a-f]*.png"))) == len(captions) == 12  # seed 2 comes twice of each
+    assert launched[-6:] == [2] * 6
+    assert captions[:4] == [f"seed {seed}, width 32: red" for seed in (1, 2, 3)] + ["seed 1, width 48: red"]
+
+
+def test_every_option_says_what_it_is():
+    for action in sample.parser()._actions:
+        assert action.help, action.dest
+
+
+def test_an_output_that_is_a_file_is_said_before_anything_is_made(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("the weights are read"))
+    (tmp_path / "out").touch()
+    assert sample.main(["red", "--model", str(tiny), "--output", str(tmp_path / "out")]) == 2
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_the_same_command_makes_the_same_files(made, tiny, tmp_path):
