@@ -28,22 +28,25 @@ def main(argv: list[str] | None = None) -> int:
         config = training_config.load(
             arguments.config, output=arguments.output, init=arguments.init, steps=arguments.steps
         )
-        from sdjax.training.loop import Run  # JAX, seconds to import, after what a typing error can spoil
+        # JAX, seconds to import, after what a typing error can spoil.
+        from sdjax.training.loop import Run, check_replaceable
 
+        model = arguments.export or Path(config.output) / "model"
+        check_replaceable(model)  # before the steps that lead to it
         run = Run(config)
-    except ValueError as error:
+        if arguments.export is not None:
+            run.export(model, arguments.export_dtype)
+            return 0
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    if arguments.export is not None:
-        run.export(arguments.export, arguments.export_dtype)
-        return 0
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.set())
     if not run.train(stop):
         print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
         return 130
-    run.export(run.folder / "model", arguments.export_dtype)
+    run.export(model, arguments.export_dtype)
     return 0
 
 

@@ -3,6 +3,7 @@
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,16 +137,29 @@ class Run:
     def export(self, folder: Path, dtype: str | None = None) -> None:
         """Write the averaged model as a checkpoint in the diffusers layout, in place of one that is there.
 
-        A model card, README.md, is kept.
+        It is there whole or not at all. A model card, README.md, is kept.
+
+        Raises:
+            TrainConfigError: nothing is trained yet, or `folder` holds what is no model.
         """
+        if not int(self.state.step):
+            raise TrainConfigError(f"{self.folder / 'checkpoints'} holds no checkpoint")
+        check_replaceable(folder)
         if self.config.task == "vae" and not self.config.reconstruction.decoder_only:
             self.networks.configs["vae"]["scaling_factor"] = latents.scaling_factor(self)
-        card = folder / "README.md"
-        text = card.read_text(encoding="utf-8") if card.exists() else None
-        shutil.rmtree(folder, ignore_errors=True)
-        self.networks.export(folder, self.state.ema, dtype)
-        if text is not None:
-            card.write_text(text, encoding="utf-8")
+        folder = folder.resolve()  # of a link, what it leads to
+        mark = uuid.uuid4().hex[:8]
+        new, old = (folder.with_name(f".{folder.name}.{mark}.{age}") for age in ("new", "old"))
+        try:
+            self.networks.export(new, self.state.ema, dtype)
+            if (folder / "README.md").exists():
+                shutil.copyfile(folder / "README.md", new / "README.md")
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _objective(self) -> objective.Objective:
         config, modules = self.config, self.networks.modules
@@ -162,6 +176,14 @@ class Run:
     def _replicated(self, tree: Any) -> Any:
         # Copied: what a step gives up must not be shared with the host's arrays.
         return jax.tree.map(lambda leaf: self.devices.replicate(np.array(leaf)), tree)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise TrainConfigError where an export into `folder` would take away something other than a model."""
+    if folder.is_dir() and ((folder / "model_index.json").exists() or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise TrainConfigError(f"{folder} holds something other than a model; name another folder")
 
 
 def _first(state: State) -> State:

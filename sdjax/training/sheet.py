@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import jax
@@ -58,7 +57,6 @@ class Sheet:
             self._networks[name] = bind(run.networks.modules[name], copies)
         if self._pipe is None:  # once: what it compiles serves every sheet, as it holds this very dictionary
             folder = run.folder / "sheets" / "model"
-            shutil.rmtree(folder, ignore_errors=True)
             run.export(folder)
             each = -(-len(prompts) // len(devices))
             self._pipe = StableDiffusion(Spec(folder), self._networks, each, devices)
