@@ -45,6 +45,7 @@ def run_quietly(arguments):
 
 
 def run_telling(arguments, told):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with open(told, "w") as file, redirect_stdout(file), redirect_stderr(file):
         status = standin.run(*arguments, load=standin.load_slowly)
     sys.exit(status)

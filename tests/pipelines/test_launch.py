@@ -5,15 +5,13 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 
 import fsspec
 import pyarrow.parquet
 import pytest
 import requests
+from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
 
 from pipelines import launch
 from pipelines.dataflow import Preset
@@ -238,32 +236,20 @@ def test_refusal_by_the_service_is_reported(cloud, terraform, capsys):
     assert "not started: 403" in capsys.readouterr().err
 
 
-def test_a_direct_job_that_is_interrupted_runs_on_and_says_so(cloud, terraform, capsys):
+def test_a_direct_job_that_is_interrupted_runs_on_and_says_so(cloud, terraform, capsys, monkeypatch):
     prompts = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a red circle"]}), prompts)
     Store("gs://dataset").write("prompts.parquet", prompts.getvalue())
-    cloud.states = ["JOB_STATE_RUNNING"]
 
-    def interrupt_once_it_is_followed() -> None:
-        deadline = time.monotonic() + 60
-        while not any(path.endswith(f"/jobs/{JOB_ID}") for _, path, _ in cloud.requests):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+    def ctrl_c(self: DataflowPipelineResult) -> None:
+        raise KeyboardInterrupt
 
-    follower = threading.Thread(target=interrupt_once_it_is_followed)
-    follower.start()
+    monkeypatch.setattr(DataflowPipelineResult, "wait_until_finish", ctrl_c)
     argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url, "--yes", "--direct"]
     assert launch.main(argv, ask=never, generate=lambda flags: standin.run(*flags)) == 130
-    follower.join()
     cancel = f"gcloud dataflow jobs cancel {JOB_ID} --project=test-project --region=us-central1"
     assert f"no longer followed; {JOB_ID} runs on; to stop it: {cancel}" in capsys.readouterr().err
     assert [path for method, path, _ in cloud.requests if method == "PUT"] == []
-    cloud.states = ["JOB_STATE_DONE"]  # Beam's own thread polls on
-    for thread in threading.enumerate():
-        if "poll_for_job_completion" in thread.name:
-            thread.join(60)
 
 
 def test_direct_job_stages_and_asks_for_what_the_docs_demand(cloud, buckets, terraform, capfd, caplog):
