@@ -14,9 +14,11 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.csv"
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
-        if self._path.exists():
-            header, *rows = list(csv.reader(self._path.open(newline="", encoding="utf-8")))
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        # A run killed before its first row may have left an empty file.
+        if self._path.exists() and self._path.stat().st_size:
+            with self._path.open(newline="", encoding="utf-8") as file:
+                header, *rows = list(csv.reader(file))
             # A row that a kill cut short is later than the last checkpoint.
             whole = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
             with self._path.open("w", newline="", encoding="utf-8") as file:
