@@ -8,9 +8,10 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from sdjax.sample import add_request_options
 from sdjax.spec import DTYPES, Spec
 
 _PROMPTS = ("prompt", "negative_prompt")
+_COMPARED = {"width", "height", "num_inference_steps", "guidance_scale", "seed"}
+"""Fields that diffusers is given too."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +37,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--batch-size", default="1", help="images a device makes at once, such as 4 or 1,2,4,8")
     result.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     result.add_argument("--repeats", type=int, default=3, help="timed batches (default: %(default)s)")
-    result.add_argument("--compare", choices=("diffusers",), help="the same in torch, eager and compiled")
+    result.add_argument(
+        "--compare",
+        choices=("diffusers",),
+        help="the same in torch, eager and compiled: images from text by the model's own sampler, on one device",
+    )
     result.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
     result.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s by batch size there; needs matplotlib")
     add_request_options(result, leave_out=_PROMPTS)
@@ -96,8 +103,12 @@ def ratios(found: Sequence[Measured], theirs: dict[str, list[dict]]) -> str:
     lines = [f"| diffusers | batch | {' | ratio | '.join(names)} | ratio |", "| --- " * (2 + 2 * len(names)) + "|"]
     for way, measured in theirs.items():
         for m, their in zip(found, measured, strict=True):
-            # diffusers calls the network once for both halves of guidance.
-            seconds = m.batch_size / m.images_per_second, m.stages["advance"] / their["calls"], m.stages["decode"]
+            # diffusers runs on one device, and calls the network once for both halves of guidance.
+            seconds = (
+                m.batch_size * m.devices / m.images_per_second,
+                m.stages["advance"] / their["calls"],
+                m.stages["decode"],
+            )
             times = zip(seconds, (their[name] for name in ("batch", "UNet", "decode")), strict=True)
             cells = [f"{theirs:.4f} | {ours / theirs:.2f}" for ours, theirs in times]
             for ours, name in ((m.program_bytes["advance"], "UNet"), (m.program_bytes["decode"], "decode")):
@@ -128,9 +139,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _sizes(text: str) -> list[int]:
+    """The batch sizes of --batch-size."""
+    sizes = [int(size) if size.strip().isdecimal() else 0 for size in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError(f"--batch-size={text} is not understood; give numbers such as 4 or 1,2,4,8")
+    return sizes
+
+
+def _check(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for what would be found wrong after minutes of measuring."""
+    if options.repeats < 1:
+        raise ValueError(f"--repeats={options.repeats} measures nothing; allowed is 1 or more")
+    for option in ("json", "plot"):
+        file = getattr(options, option)
+        if file and not file.parent.is_dir():
+            raise ValueError(f"--{option}: there is no folder {file.parent}")
+    if other := options.compare and sorted(given.keys() - _COMPARED):
+        raise ValueError(f"--compare diffusers does not go with {', '.join(other)}, which diffusers would not be given")
+    needed = (["torch", "diffusers"] if options.compare else []) + (["matplotlib"] if options.plot else [])
+    for module in needed:
+        if find_spec(module) is None:
+            raise ValueError(f"{'--plot' if module == 'matplotlib' else '--compare'} needs {module}; pip install it")
+
+
 def _run(options: argparse.Namespace) -> int:
-    sizes = [int(size) for size in options.batch_size.split(",")]
+    sizes = _sizes(options.batch_size)
     given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
+    _check(options, given)
     request, _ = Request.from_row({"prompt": "a photo of a red circle", **given})
     with architectures.checkpoint(options.model) as source, tempfile.TemporaryDirectory() as temporary:
         folder = Path(source)

@@ -150,6 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if chip is None and (options.topology, options.price) != (None, None):
             raise PlanError(f"a {device.name}'s time is not estimated: --topology and --price are for TPUs")
+        if options.batch_size is not None and options.batch_size < 1:
+            raise PlanError(f"--batch-size={options.batch_size} makes nothing; allowed is 1 or more")
+        if options.json and not options.json.parent.is_dir():
+            raise PlanError(f"--json: there is no folder {options.json.parent}")
         chips = chips_of(options.topology or "2x2")
         fitted, request = make(options)
     except (ValueError, OSError) as error:

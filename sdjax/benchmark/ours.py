@@ -1,5 +1,7 @@
 """One batch size of one checkpoint on this machine, stage by stage."""
 
+import re
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,13 +21,14 @@ _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
+    "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "NVIDIA L4": 121e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bfloat16 operations a second that makers state, by how the device's kind begins."""
+"""Dense bfloat16 operations a second that makers state, by the words that the device's kind begins with."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Measured:
     compile_cold, compile_warm: by program, with an empty compilation cache and with what the first left there.
     stages: by program, of a batch with nothing beside it; then `host copy`, and `encode` of its images to PNG.
     unet_call: one of the network's calls within `advance`, for one of a request's prompts.
-    images_per_second: of whole batches with the host's work beside the devices'.
+    images_per_second: of whole batches, on all devices, with the host's work beside theirs.
     flops_per_image: products and convolutions.
     peak_flops: of all devices in a second: as stated for bfloat16, or by a large product where that is not known.
     peak_bytes: of the greediest device, or of the largest program where devices keep no count.
@@ -44,6 +47,7 @@ class Measured:
     """
 
     batch_size: int
+    devices: int
     load: tuple[float, float]
     compile_cold: dict[str, float]
     compile_warm: dict[str, float]
@@ -76,7 +80,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     pipe.generate(batch)
     watch.clear()
     results = [pipe.generate(batch) for _ in range(repeats)][-1]
-    stages = {name: sum(taken) / repeats for name, taken in watch.running.items()}
+    stages = {name: _median(taken, repeats) for name, taken in watch.running.items()}
     encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
     watch.blocking = False
     _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
@@ -90,6 +94,7 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     calls = sum(int(program.asked.sum()) for program in recorded if program.asked is not None)
     return Measured(
         batch_size=batch_size,
+        devices=len(watch),
         load=(load, reload),
         compile_cold=dict(watch.compiling),
         compile_warm=dict(again.compiling),
@@ -101,6 +106,12 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         peak_bytes=peak,
         program_bytes=dict(watch.memory),
     )
+
+
+def _median(taken: list[float], batches: int) -> float:
+    """Of what a batch takes, each of which makes as many calls."""
+    calls = len(taken) // batches
+    return statistics.median(sum(taken[i * calls : (i + 1) * calls]) for i in range(batches))
 
 
 def _load(folder: Path, dtype: str, batch_size: int, watch: Stopwatch) -> StableDiffusion:
@@ -120,7 +131,7 @@ def _peak_bytes(watch: Stopwatch) -> int:
 
 def _peak_flops(kind: str, dtype: str) -> float:
     """Operations that one device could do in a second."""
-    stated = [(len(name), peak) for name, peak in _PEAKS.items() if kind.startswith(name)]
+    stated = [(len(name), peak) for name, peak in _PEAKS.items() if re.match(rf"{name}\b", kind)]
     if stated:
         return max(stated)[1]
     side = 2048

@@ -97,7 +97,7 @@ class Fit:
 
     def fitted(self, batch_size: int | None) -> Fitted | None:
         """A batch, by default the largest that fits; None if it, or one image, does not."""
-        batch_size = batch_size or self.largest()
+        batch_size = self.largest() if batch_size is None else batch_size
         placed = [found for name in self.names if batch_size and (found := self.place(name, batch_size)) is not None]
         return Fitted(batch_size, tuple(placed)) if len(placed) == len(self.names) else None
 

@@ -20,22 +20,24 @@ from sdjax import plan
 from sdjax.config import Stage, UNetConfig
 from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
-from sdjax.generate import StableDiffusion
+from sdjax.generate import IN_FLIGHT, StableDiffusion
 from sdjax.models.attention import attention, flash_attention
 from sdjax.models.blocks import TransformerBlock
 from sdjax.models.unet import UNet2DCondition
+from sdjax.networks import build
 from sdjax.parallel import Devices
 from sdjax.planning import fit
-from sdjax.planning.chips import CHIPS
+from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import Compiled, Memory
-from sdjax.planning.estimate import Estimate
-from sdjax.planning.fit import Fit, Local
+from sdjax.planning.estimate import Estimate, Plan
+from sdjax.planning.fit import Fit, Fitted, Local, Placed
 from sdjax.planning.gpu import GPUS, GpuCompiler
 from sdjax.planning.record import Recorded, record
 from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
 from sdjax.spec import Spec
 from tests import torch_models
+from tests.planning.test_hlo import TEXT as PROGRAM
 from tests.test_controls import network
 
 needs_libtpu = pytest.mark.skipif(
@@ -163,6 +165,41 @@ def test_the_largest_batch_is_found_in_few_compilations(tiny, each, expected, dr
     assert compiler.asked.count(("advance", False)) <= 3
 
 
+def test_what_else_is_on_the_device_counts(tiny):
+    """The networks that a program does not run, and the results of the other batch in flight."""
+    found = Fit(Spec(tiny), REQUEST, _Stated({"decode": 1000}, 1), lambda _: None)
+    decode = found.place("decode", 3)
+    programs = record(Spec(tiny), REQUEST, 3)
+    networks = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(build(Spec(tiny))))
+    (own,) = [program for program in programs if program.name == "decode"]
+    others = networks - sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own.arguments[0]))
+    results = sum(leaf.size * leaf.dtype.itemsize for program in programs for leaf in jax.tree.leaves(program.result))
+    given = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own.arguments))
+    assert decode is not None
+    assert decode.memory == given + 3 * 1000 + others + (IN_FLIGHT - 1) * results
+
+
+def test_times_and_prices_are_made_of_cycles_calls_and_chips():
+    toy = Chip("toy", 1e3, 64e3, 8, 0.5, 4e3, 1.0, 2.0, "2x2")
+    text = PROGRAM.replace("flash", "flash_attention_8").replace("bf16[8,16]", "bf16[1,8,16]")
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 16), (16, 16))]
+    recorded = Recorded("advance", jnp.matmul, tuple(shapes), (), shapes[0], calls=3)
+    compiled = Compiled(Memory(arguments=10, results=5, aliased=3, temporaries=7, code=1), text)
+    found = Plan(toy, Fitted(4, (Placed(recorded, compiled, 2**29),)))
+    assert compiled.memory.total == 20
+    # A loop of five turns: a product of 1,000 cycles, and a kernel of 4 x 2 heads x 8 x 8 x 8 operations at 32 a cycle.
+    cycles = 5 * 1000 + 512 / 4 + 5 * 128
+    assert found.seconds == 3 * cycles / 1e3
+    told = plan.estimated(found, chips=2, price=2.0)
+    rate = 2 * 4 / found.seconds
+    assert told["estimated_images_per_second"] == pytest.approx(rate)
+    assert told["estimated_dollars_per_1000_images"] == pytest.approx(2 * 2.0 / 3600 * 1000 / rate)
+    assert told["estimated_share_of_peak"] == pytest.approx(3 * 2 * 8 * 16 * 16 / found.seconds / 64e3)
+    head, _, row = plan.table(told["programs"]).splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert (cells["calls"], cells["s"]) == ("3", f"{found.seconds:.3f}")
+
+
 def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
     device = jax.devices()[0]
     with pytest.raises(ValueError, match="does not say how much memory it has"):
@@ -210,6 +247,10 @@ def test_what_the_command_refuses(capsys):
     assert plan.main(["--topology", "2by2"]) == 2
     assert "topology '2by2' is not chips by chips" in capsys.readouterr().err
     assert plan.main(["--model", "/nowhere"]) == 2
+    assert plan.main(["--batch-size", "0"]) == 2
+    assert "--batch-size=0 makes nothing; allowed is 1 or more" in capsys.readouterr().err
+    assert plan.main(["--json", "/nowhere/plan.json"]) == 2
+    assert "--json: there is no folder /nowhere" in capsys.readouterr().err
     assert plan.main(["--target", "l4", "--price", "1"]) == 2
     assert "--topology and --price are for TPUs" in capsys.readouterr().err
 
