@@ -132,6 +132,7 @@ class Run:
             if stopped and not finished:
                 break
         progress.close()
+        metrics.close()
         return finished
 
     def export(self, folder: Path, dtype: str | None = None) -> None:

@@ -36,3 +36,7 @@ class Metrics:
             if name != "step":
                 self._events.add_scalar(name, value, step)
         self._events.flush()
+
+    def close(self) -> None:
+        """Write what the events' thread still holds."""
+        self._events.close()

@@ -10,6 +10,7 @@ from sdjax.training.metrics import Metrics
 def _write(metrics, *steps):
     for step in steps:
         metrics.write([{"step": step, "loss": 1 / step}], 1.0)
+    metrics.close()
 
 
 def _steps(folder):
