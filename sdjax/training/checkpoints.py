@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
+from sdjax.training.config import TrainConfigError
 from sdjax.training.step import State
 
 
@@ -22,10 +23,27 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             self._manager.save(step, args=ocp.args.StandardSave(state._asdict()))
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a state."""
+        return self._manager.latest_step() is not None
+
     def latest(self, like: State) -> State | None:
-        """Return the last state that was written whole, or None; `like` gives shapes and dtypes."""
+        """Return the last state that was written whole, or None; `like` gives shapes and dtypes.
+
+        Raises:
+            TrainConfigError: it has others.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like._asdict())
-        return State(**self._manager.restore(step, args=ocp.args.StandardRestore(target)))
+        other = TrainConfigError(f"{self._manager.directory / str(step)} is of other networks; name another --output")
+        try:
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        except ValueError as error:  # where names differ
+            raise other from error
+        # Of arrays that a host wrote, orbax returns those that are there, whatever was asked for.
+        if not jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), found, target)):
+            raise other
+        return State(**found)

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 import numpy as np
@@ -25,11 +25,16 @@ from sdjax.training.encoded import DataError, EncodedSet
 from sdjax.values import RequestError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+_VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
 CAPTIONS = ("text", "caption", "prompt")  # the columns of metadata.jsonl that are taken, the first that is there
 
 
 class Source(Protocol):
-    """A captioned image data set."""
+    """A captioned image data set.
+
+    One whose examples the configuration does not settle also has `files()`: for each, values that tell it from any
+    other, and last when it was written.
+    """
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]: ...
@@ -66,7 +71,7 @@ class Folder:
 
     def __init__(self, url: str, size: int) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
-        self._size, self._url = size, url
+        self._size, self._url, self._root = size, url, root
         table = posixpath.join(root, "metadata.jsonl")
         if self._fs.isfile(table):
             rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl")
@@ -86,7 +91,15 @@ class Folder:
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         path, caption = self._files[index]
-        return self._read(posixpath.splitext(path)[0] + ".txt").decode().strip() if caption is None else caption
+        return self._read(_beside(path)).decode().strip() if caption is None else caption
+
+    def files(self) -> Iterator[tuple[Any, ...]]:
+        """Each file's name, caption if metadata.jsonl has it, size, and when it was last written."""
+        there = self._fs.find(self._root, detail=True)
+        for path, caption in self._files:
+            for name in (path, _beside(path)) if caption is None else (path,):
+                entry = there.get(posixpath.normpath(name), {})
+                yield posixpath.relpath(name, self._root), caption, entry.get("size"), _written(entry)
 
     def _read(self, path: str) -> bytes:
         try:
@@ -144,8 +157,26 @@ class Shards:
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self._read(self._examples[index][1]).decode().strip()
 
+    def files(self) -> Iterator[tuple[Any, ...]]:
+        """Each example's tar and place in it, the tar's size, and when it was last written."""
+        infos = {span.shard: self._fs.info(span.shard) for span, _ in self._examples}
+        for image, caption in self._examples:
+            info = infos[image.shard]
+            places = (image.start, image.stop, caption.start, caption.stop)
+            yield posixpath.basename(image.shard), *places, info.get("size"), _written(info)
+
     def _read(self, span: _Span) -> bytes:
         return self._fs.cat_file(span.shard, span.start, span.stop)
+
+
+def _beside(path: str) -> str:
+    """An image's file of its caption."""
+    return posixpath.splitext(path)[0] + ".txt"
+
+
+def _written(entry: dict[str, Any]) -> str | None:
+    """What a filesystem says of a file that changes whenever it is written."""
+    return next((str(entry[key]) for key in _VERSIONS if entry.get(key)), None)
 
 
 def open_source(data: Data) -> Source | EncodedSet:

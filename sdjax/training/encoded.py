@@ -1,6 +1,8 @@
 """Data sets that `python -m pipelines.encode_latents` has encoded: latents and text states in place of pictures."""
 
+import posixpath
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import fsspec
@@ -69,6 +71,12 @@ class EncodedSet:
     def text(self, index: int) -> Float16[np.ndarray, "length hidden"]:
         """The caption's states."""
         return self._tensor(self._examples[index], "text")
+
+    def files(self) -> Iterator[tuple[str | int | None, ...]]:
+        """What encoded them, and each example's place."""
+        yield self.fingerprint, None
+        for place in self._examples:
+            yield posixpath.basename(place.shard), place.index, None
 
     def _tensor(self, place: _Place, name: str) -> np.ndarray:
         entry = self._header(place.shard)[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,6 +12,8 @@ import numpy as np
 from jaxtyping import Float16
 from tqdm import tqdm
 
+from sdjax.files import write_whole
+from sdjax.training import identity
 from sdjax.training.networks import bind
 from sdjax.training.objective import to_unit
 
@@ -33,9 +37,14 @@ def _encoder(run: Run):
 
 
 def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
-    """Return the latent's mean and logvar of every example, made at the first call and kept in the run's folder."""
+    """Return the latent's mean and logvar of every example.
+
+    They are kept in the run's folder, and made anew where the pictures, their size or the VAE are others.
+    """
     path, unfinished = run.folder / "latents.npy", run.folder / "latents.part.npy"
-    if not path.exists():
+    note, digest = run.folder / "latents.sha256", _digest(run)
+    if not (path.exists() and note.exists() and note.read_text(encoding="utf-8") == digest):
+        note.unlink(missing_ok=True)
         encode, count = _encoder(run), len(run.pictures)
         store = None
         for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
@@ -45,8 +54,20 @@ def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
                 store = np.lib.format.open_memmap(unfinished, "w+", np.float16, (count, *part.shape[1:]))
             store[start : start + _BATCH] = part[: count - start]
         del store
-        unfinished.rename(path)
+        unfinished.replace(path)
+        write_whole(note, digest.encode())
     return np.load(path, mmap_mode="r")
+
+
+def _digest(run: Run) -> str:
+    """Of all that the latents follow from."""
+    data, networks = run.config.data, run.networks
+    pictures = [identity.of_source(run.pictures, times=True), data.generator, data.options, data.size]
+    digest = hashlib.sha256(json.dumps([*pictures, networks.configs["vae"]], default=str, sort_keys=True).encode())
+    for name, leaf in sorted(networks.params["vae"].items()):
+        digest.update(name.encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def scaling_factor(run: Run) -> float:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
 from sdjax.sampling.schedule import Schedule
-from sdjax.training import latents, objective
+from sdjax.training import identity, latents, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Batch, Loader, Source, open_source
@@ -56,6 +56,9 @@ class Run:
         params = self.networks.params
         self.frozen: dict[str, Params] = {name: params[name] for name in params if name not in trained}
         fresh = initial({name: params[name] for name in sorted(trained)}, config.optimizer, config.steps)
+        self._made = identity.of_run(config, self.source, self.networks.init)
+        if self.checkpoints.begun:
+            identity.check(self.folder, self._made)
         self.state = self.checkpoints.latest(fresh) or fresh
 
     @property
@@ -67,6 +70,7 @@ class Run:
     def train(self, stop: threading.Event | None = None) -> bool:
         """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end."""
         config, devices = self.config, self.devices
+        identity.write(self.folder, self._made)
         cache = latents.cached(self) if config.task == "unet" and config.data.cache_latents else None
         encoded = isinstance(self.source, EncodedSet)
         tokenizer = self.networks.tokenizer() if config.task == "unet" and not encoded else None

@@ -57,12 +57,14 @@ class Networks:
         modules: each network without parameters.
         params: each network's parameters.
         texts: the tokenizer's and the scheduler's files, by their path.
+        init: the fingerprint of what was read from a checkpoint.
     """
 
     configs: dict[str, dict[str, Any]]
     modules: dict[str, nnx.Module]
     params: dict[str, Params]
     texts: dict[str, str]
+    init: str | None = None
 
     @property
     def scheduler(self) -> dict[str, Any]:
@@ -122,6 +124,9 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
             f"{config.data.latents} was not encoded by the vae, text_encoder and tokenizer of {config.init}; "
             "encode the images with that model, or start from the one that encoded them"
         )
+    if start is not None:
+        needed = (*names, "tokenizer", "scheduler") if config.task == "unet" else names
+        networks.init = start.fingerprint(name for name in needed if getattr(config.model, name) is None)
     if config.task == "unet":
         networks.texts = _texts(config, source, start)
     for number, name in enumerate(names):

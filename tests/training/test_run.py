@@ -301,6 +301,15 @@ def test_an_export_replaces_a_model_and_nothing_else(begun, tmp_path, monkeypatc
     assert sorted(tmp_path.iterdir()) == here
 
 
+def test_a_run_of_another_configuration_does_not_go_on(begun):
+    begun.config = dataclasses.replace(begun.config, steps=1)
+    begun.checkpoints.save(begun.state)
+    assert begun.train()
+    assert int(Run(begun.config, ONE).state.step) == 1
+    with pytest.raises(TrainConfigError, match="seed 0, not 1; name another --output"):
+        Run(dataclasses.replace(begun.config, seed=1), ONE)
+
+
 def test_what_is_exported_is_the_average(begun, tmp_path):
     begun.export(tmp_path / "model")
     average = np.asarray(begun.state.ema["vae"]["decoder.conv_in.bias"])

@@ -1,0 +1,63 @@
+"""What a run is made from: what tells its checkpoints and its latents from another's."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from sdjax.files import write_whole
+from sdjax.training.config import Train, TrainConfigError
+from sdjax.training.data import Source
+from sdjax.training.encoded import EncodedSet
+
+# What a run may change as it goes on. Where its data and its start lie is not what they are.
+_FREE = {"output", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "sheet_every", "sheet_prompts"}
+_FREE |= {"init", "data.folder", "data.shards", "data.latents", "data.workers"}
+_FILE = "run.json"
+
+
+def of_source(source: Source | EncodedSet, *, times: bool) -> str:
+    """A digest of which examples a source has; with `times`, also of when each file was last written.
+
+    A copied data set has other times and is the same; a picture may be another of the same size.
+    """
+    digest = hashlib.sha256(str(len(source)).encode())
+    rows = getattr(source, "files", tuple)()  # of a source that has none, the configuration says what it is
+    for *name, time in rows:
+        digest.update(json.dumps([*name, time] if times else name).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def of_run(config: Train, source: Source | EncodedSet, init: str | None) -> dict[str, Any]:
+    """What a run's numbers follow from, by name; `init` is the fingerprint of what was read to start from."""
+    made = {key: value for key, value in _flat(config).items() if key not in _FREE}
+    made |= {"data": of_source(source, times=False), "init": init}
+    return json.loads(json.dumps(made, default=str))
+
+
+def check(folder: Path, made: dict[str, Any]) -> None:
+    """Raise TrainConfigError where the run in `folder` was begun from something else."""
+    if not (folder / _FILE).exists():  # begun by an earlier version
+        return
+    for key, before in json.loads((folder / _FILE).read_text(encoding="utf-8")).items():
+        now = made.get(key)
+        if before == now:
+            continue
+        told = key in ("data", "init") or isinstance(before, (dict, list)) or isinstance(now, (dict, list))
+        what = f"another {key}" if told else f"{key} {json.dumps(before)}, not {json.dumps(now)}"
+        raise TrainConfigError(f"{folder} holds the checkpoints of a run with {what}; name another --output")
+
+
+def write(folder: Path, made: dict[str, Any]) -> None:
+    """Say in `folder` what its run is made from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / _FILE, (json.dumps(made, indent=1) + "\n").encode())
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for field in dataclasses.fields(value):
+        item, name = getattr(value, field.name), f"{prefix}{field.name}"
+        found |= _flat(item, f"{name}.") if dataclasses.is_dataclass(item) else {name: item}
+    return found

@@ -1,0 +1,182 @@
+"""A run knows what it was made from: its checkpoints and its latents are not another's."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdjax.training import config, identity, latents
+from sdjax.training.checkpoints import Checkpoints
+from sdjax.training.config import TrainConfigError
+from sdjax.training.data import Scenes, open_source
+from sdjax.training.step import State
+from tests.training.test_data import _shards
+
+LEAST = {"task": "vae", "output": "x", "steps": 10, "batch_size": 2}
+
+
+def _pictures(folder, **greys):
+    folder.mkdir(exist_ok=True)
+    for name, grey in greys.items():
+        Image.new("L", (8, 8), grey).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"picture {name}")
+    return folder
+
+
+def _made(data, **change):
+    settings = config.build(config.Train, LEAST | {"data": data} | change)
+    return identity.of_run(settings, open_source(settings.data), None)
+
+
+def test_a_run_goes_on_where_its_data_lies_elsewhere_and_its_end_is_later(tmp_path):
+    a = _pictures(tmp_path / "a", red=1, blue=2)
+    shutil.copytree(a, tmp_path / "b")
+    os.utime(tmp_path / "b" / "red.png", (1, 1))
+    identity.write(tmp_path / "run", _made({"folder": str(a)}))
+    other = {"output": "y", "steps": 20, "log_every": 7, "sheet_every": 9, "checkpoint_every": 8}
+    identity.check(tmp_path / "run", _made({"folder": str(tmp_path / "b"), "workers": 5}, **other))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "a run with seed 0, not 1; name another --output"),
+        ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate 0.0001, not 0.5; name another --output"),
+        ({"model": {"vae": {"norm_num_groups": 2}}}, "another model.vae; name another --output"),
+    ],
+)
+def test_another_configuration_is_named(tmp_path, change, message):
+    data = {"folder": str(_pictures(tmp_path / "a", red=1))}
+    identity.write(tmp_path, _made(data))
+    with pytest.raises(TrainConfigError) as error:
+        identity.check(tmp_path, _made(data, **change))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_start_is_named(tmp_path):
+    settings = config.build(config.Train, LEAST | {"data": {"generator": "x:y"}})
+    identity.write(tmp_path, identity.of_run(settings, Scenes(8, 3), "one"))
+    with pytest.raises(TrainConfigError, match="another init"):
+        identity.check(tmp_path, identity.of_run(settings, Scenes(8, 3), "two"))
+
+
+@pytest.mark.parametrize("captions", ["text", "table"])
+def test_other_examples_of_a_folder_are_seen(tmp_path, captions):
+    folder = _pictures(tmp_path / "set", red=1, blue=2)
+    row = '{{"file_name": "{}.png", "text": "{}"}}\n'
+    if captions == "table":
+        (folder / "metadata.jsonl").write_text(row.format("red", "a") + row.format("blue", "b"))
+
+    def digest(times=False):
+        return identity.of_source(open_source(config.Data(folder=str(folder), size=8)), times=times)
+
+    seen, written = [digest()], digest(times=True)
+    (folder / "notes.md").write_text("no example")
+    assert digest() == seen[0]
+    os.utime(folder / "red.png", (1, 1))
+    assert digest() == seen[0]
+    assert digest(times=True) != written
+    if captions == "table":
+        (folder / "metadata.jsonl").write_text(row.format("red", "c") + row.format("blue", "b"))
+    else:
+        (folder / "red.txt").write_text("a caption of another length")
+    seen.append(digest())
+    (folder / "blue.png").write_bytes(b"of another size")
+    seen.append(digest())
+    _pictures(folder, green=3)
+    if captions == "table":
+        (folder / "metadata.jsonl").write_text(row.format("red", "c") + row.format("green", "b"))
+    seen.append(digest())
+    assert len(set(seen)) == 4
+
+
+def test_other_shards_are_seen(tmp_path):
+    _shards(tmp_path)
+    digest = lambda: identity.of_source(open_source(config.Data(shards=f"{tmp_path}/*.tar", size=8)), times=False)  # noqa: E731
+    whole = digest()
+    assert digest() == whole
+    (tmp_path / "0001.tar").unlink()
+    assert digest() != whole
+
+
+def test_a_state_of_other_networks_is_refused(tmp_path):
+    def state(kind=np.float32, **shapes):
+        params = {name: np.ones(shape, kind) for name, shape in shapes.items()}
+        return State(np.ones((), np.int32), params, params, ())  # pyright: ignore[reportArgumentType]
+
+    kept = Checkpoints(tmp_path / "checkpoints", 2)
+    assert not kept.begun
+    assert kept.latest(state(a=(2, 3))) is None
+    kept.save(state(a=(2, 3)))
+    assert kept.begun
+    assert kept.latest(state(a=(2, 3))) is not None
+    for other in (state(a=(3, 3)), state(b=(2, 3)), state(a=(2, 3), b=(1,)), state()):
+        with pytest.raises(TrainConfigError, match="is of other networks; name another --output"):
+            kept.latest(other)
+
+
+def test_the_last_checkpoints_are_kept(tmp_path):
+    for keep in (1, 3):
+        kept = Checkpoints(tmp_path / str(keep), keep)
+        for step in range(1, 6):
+            kept.save(State(np.full((), step, np.int32), {}, {}, {"m": np.ones(1)}))  # pyright: ignore[reportArgumentType]
+        found = sorted(int(path.name) for path in (tmp_path / str(keep)).iterdir() if path.name.isdigit())
+        assert found == list(range(6 - keep, 6))
+
+
+@pytest.fixture
+def standin(tmp_path, monkeypatch):
+    """What `latents` needs of a run, with an encoder that gives a picture's first value and half of it."""
+    folder = _pictures(tmp_path / "set", **{f"{number:03d}": number for number in range(70)})
+    (tmp_path / "run").mkdir()
+    calls = []
+
+    def encoder(_run):
+        def encode(pixels):
+            calls.append(len(pixels))
+            first = pixels[:, :1, :1, :1].astype(np.float32)
+            return np.concatenate([first, first / 2], axis=-1)
+
+        return encode
+
+    def make(size=8, weight=0.0):
+        data = config.Data(folder=str(folder), size=size)
+        networks = SimpleNamespace(configs={"vae": {}}, params={"vae": {"w": jnp.full(2, weight)}})
+        return SimpleNamespace(
+            config=SimpleNamespace(data=data), networks=networks, pictures=open_source(data), folder=tmp_path / "run"
+        )
+
+    monkeypatch.setattr(latents, "_encoder", encoder)
+    return SimpleNamespace(make=make, calls=calls, folder=folder)
+
+
+def test_latents_are_kept_in_the_examples_order(standin):
+    for _ in range(2):
+        np.testing.assert_array_equal(latents.cached(standin.make())[:, 0, 0, 0], np.arange(70))
+        assert len(standin.calls) == 2
+
+
+@pytest.mark.parametrize("change", ["picture", "count", "size", "vae"])
+def test_latents_of_something_else_are_made_anew(standin, change):
+    latents.cached(standin.make())
+    if change == "picture":
+        _pictures(standin.folder, **{"005": 250})
+    if change == "count":
+        _pictures(standin.folder, zebra=99)
+    again = standin.make(size=16 if change == "size" else 8, weight=1.0 if change == "vae" else 0.0)
+    made = latents.cached(again)[:, 0, 0, 0]
+    assert len(standin.calls) == 4
+    expected = np.append(np.arange(70), [99] * (change == "count"))
+    expected[5] = 250 if change == "picture" else 5
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_the_scaling_factor_makes_the_deviation_one(standin):
+    run = standin.make()
+    values = [number % 70 for number in range(512)]
+    assert latents.scaling_factor(run) == pytest.approx(1 / np.std(values), rel=1e-3)
