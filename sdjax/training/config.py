@@ -41,7 +41,7 @@ class Optimizer:
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0  # on matrices and kernels only
-    clip_norm: float | None = 1.0  # of the whole gradient
+    clip_norm: float | None = 1.0  # of the whole gradient; 0 is none
     accumulate: int = 1  # a step's batch is worked off in this many parts
     ema_decay: float = 0.9999
 
@@ -110,7 +110,9 @@ def load(path: str | Path, **overrides: Any) -> Train:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TrainConfigError(f"{path} is not there; configs/ holds examples") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise TrainConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainConfigError(f"{path} is not TOML: {error}") from None
     config = build(Train, table | {key: value for key, value in overrides.items() if value is not None})
     check(config)
@@ -169,6 +171,9 @@ def check(config: Train) -> None:
     for name, value in positive.items():
         if value < 1:
             raise TrainConfigError(f"{name} is {value}; it must be at least 1")
+    for name, value in {"seed": config.seed, "optimizer.clip_norm": config.optimizer.clip_norm or 0}.items():
+        if not value >= 0:
+            raise TrainConfigError(f"{name} is {value}; it must be at least 0")
     for name, value in {
         "diffusion.caption_dropout": config.diffusion.caption_dropout,
         "optimizer.ema_decay": config.optimizer.ema_decay,

@@ -47,6 +47,8 @@ class Run:
                 f"batch_size is {config.batch_size}; {len(self.devices)} devices and optimizer.accumulate "
                 f"{config.optimizer.accumulate} need a multiple of {pieces}"
             )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise TrainConfigError(f"output is {self.folder}, which is no folder")
         self.source = open_source(config.data)
         self.networks: Networks = prepare(config, self.source)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)

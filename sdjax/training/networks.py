@@ -152,6 +152,9 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
         else:
             made = flat(checkpoint.fill(build(rngs=None), start.tensors(name), what=f"{config.init}/{name}"))
         networks.params[name] = made
+    side = VAEConfig.from_dict(networks.configs["vae"]).downscale
+    if not isinstance(source, EncodedSet) and config.data.size % side:
+        raise TrainConfigError(f"data.size is {config.data.size}; the vae needs a multiple of {side}")
     if config.task == "unet":
         _check(networks)
     return networks

@@ -36,7 +36,7 @@ def learning_rate(options: Optimizer, steps: int) -> optax.Schedule:
 
 def optimizer(options: Optimizer, steps: int) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2017) after clipping by the whole gradient's norm."""
-    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm is not None else optax.identity()
+    clip = optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity()
     adamw = optax.adamw(
         learning_rate(options, steps),
         b1=options.beta1,

@@ -251,13 +251,14 @@ def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
         ("s/[model.scheduler]/[model.other]/", "model.other is no option"),
         ("s/norm_num_groups = 4/norm_num_groups = 3/", "norm_num_groups=3"),
         ("s/scaled_linear/cubic/", "beta_schedule='cubic'"),
+        ("s/size = 16/size = 17/", "data.size is 17; the vae needs a multiple of 2"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):
     path = _write(tmp_path)
     _, old, new, _ = change.split("/")
     assert old in path.read_text()
-    text = path.read_text().replace(old, new)
+    text = path.read_text().replace(old, new, 1)
     path.write_text(text if "batch_size" in old else text.replace("batch_size = 4", "batch_size = 8"))
     assert train.main(["--config", str(path)]) == 2
     error = capsys.readouterr().err
@@ -328,3 +329,13 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, target, message):
     assert error.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "used").iterdir()) == ["picture.png"]
     assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_is_a_file_is_one_line(tmp_path, capsys):
+    path = _write(tmp_path, "vae", cache="false")
+    path.write_text(path.read_text().replace("batch_size = 4", "batch_size = 8"))
+    for output in (path, path / "below"):
+        assert train.main(["--config", str(path), "--output", str(output)]) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert error.count("\n") == 1

@@ -88,6 +88,10 @@ def test_clipping_bounds_what_the_optimizer_sees():
     assert sum(leaf.sum() for leaf in jax.tree.leaves(moments)) / 0.001 == pytest.approx(0.01**2, rel=1e-3)
 
 
+def test_a_norm_of_zero_clips_nothing():
+    _close(_run(Optimizer(learning_rate=0.1, clip_norm=0.0), 1), _run(Optimizer(learning_rate=0.1, clip_norm=None), 1))
+
+
 def test_weights_decay_but_biases_do_not():
     decayed, _ = _run(Optimizer(learning_rate=0.1, weight_decay=0.5), 1)
     plain, _ = _run(Optimizer(learning_rate=0.1), 1)

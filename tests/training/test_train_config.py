@@ -57,6 +57,9 @@ def test_defaults_and_overrides(tmp_path):
             "weight_decay does not go with reconstruction.decoder_only",
         ),
         ({"optimizer": {"ema_decay": 1.5}}, "optimizer.ema_decay is 1.5; it must lie between 0 and 1"),
+        ({"optimizer": {"clip_norm": -1.0}}, "optimizer.clip_norm is -1.0; it must be at least 0"),
+        ({"optimizer": {"clip_norm": float("nan")}}, "optimizer.clip_norm is nan; it must be at least 0"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"diffusion": 3}, "diffusion is a table, not 3"),
         ({"sheet_prompts": ["a", 3]}, "sheet_prompts is 3"),
         ({"dtype": "float8"}, "dtype is 'float8'; it can be 'float32' or 'bfloat16'"),
@@ -83,6 +86,14 @@ def test_a_file_that_is_not_toml(tmp_path, text):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(TrainConfigError, match="is not there"):
         config.load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read: Is a directory"), (b"\xff", "is not TOML")])
+def test_what_is_no_text_is_one_line(tmp_path, content, message):
+    path = tmp_path / "run"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(TrainConfigError, match=message):
+        config.load(path)
 
 
 JSON = st.recursive(
