@@ -15,6 +15,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.ml.inference.base import RunInference
+from PIL import Image
 
 from pipelines import job as jobs
 from pipelines import leftovers, sources, units
@@ -25,6 +26,7 @@ from pipelines.sources import Source
 from pipelines.storage import Store
 from sdjax.model_options import model_options
 from sdjax.request import Request
+from sdjax.values import RequestError
 
 
 def load_spec(model: str | None, **options: Any) -> Any:
@@ -49,10 +51,28 @@ def main(
         files = sources.find(job.prompts, job.prompt_column)
         leftovers.refuse_inputs(Store(job.output), [source.file for source in files])
         model = spec(job.model, dtype=job.dtype, **model_options(job))
-        model.resolve(Request.from_row({"prompt": "any"}, **job.request_defaults())[0])
+        _check_defaults(model, job.request_defaults())
     except (ValueError, OSError) as error:
         return jobs.refuse(GenerateOptions.command, error)
     return jobs.run(job, partial(build, job=job, files=files, model=model, load=load))
+
+
+def _check_defaults(model: Any, defaults: dict[str, str]) -> None:
+    """Raise RequestError where no row could be made with what rows take that leave it open.
+
+    Rows may bring what the defaults or the checkpoint need: pictures, and a negative prompt.
+    """
+    white = Image.new("RGB", (64, 64), "white")
+    brought: list[dict[str, Any]] = [{}, {"image": white, "negative_prompt": "any"}]
+    brought.append({**brought[1], "mask_image": white})
+    errors = []
+    for row in brought:
+        try:
+            model.resolve(Request.from_row({"prompt": "any"}, **{**row, **defaults})[0])
+            return
+        except RequestError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def build(

@@ -37,8 +37,9 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
 
 
 def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], store: Store, swept: str) -> int:
-    if swept:
-        print(f"{job.command}: {swept}", file=sys.stderr)
+    for said in (swept, _other_form(job, store)):
+        if said:
+            print(f"{job.command}: {said}", file=sys.stderr)
     store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
     pipeline = beam.Pipeline(options=job.beam)
     build(pipeline)
@@ -54,6 +55,16 @@ def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], store: Store, s
     if summary and summary["finished"]:
         print(report.text(summary))
     return 0
+
+
+def _other_form(job: JobOptions, store: Store) -> str:
+    """That what is there was written in another form, and stays so; nothing where it was not."""
+    before, usual = store.read_json(report.SUMMARY) or {}, job.defaults()
+    if job.overwrite or not before.get("images", 0) + before.get("already_done", 0):
+        return ""
+    was = {name: before["options"].get(name, usual[name]) for name in ("format", "image_format") if name in usual}
+    other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]
+    return f"what is there stays as it is, {' '.join(other)}; --overwrite makes it anew" if other else ""
 
 
 class _Interrupt(KeyboardInterrupt):

@@ -132,6 +132,8 @@ def prepare(options: argparse.Namespace) -> Job:
     name = f"sdjax-{preset.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}".lower().replace("_", "-").replace(".", "-")
     job = Job(name, preset, Deployment.read(options.terraform), options.prompts, options.output, options.direct)
     wrong = list(faults(job))
+    if options.num_images is not None and options.num_images < 1:
+        wrong.append(f"--num-images={options.num_images} are none; give how many the prompts ask for")
     if not wrong:
         try:
             parse(arguments(job))

@@ -125,4 +125,6 @@ def text(summary: dict[str, Any]) -> str:
     )
     if summary["images_per_second"]:
         line += f"; {summary['images_per_second']:.2f} images/s, {100 * summary['padding']:.1f}% padding"
+    if summary["rejected"]:
+        line += "; the reasons are in rejected/"
     return line if summary["images"] else line + "; nothing to make"

@@ -28,7 +28,7 @@ class Spec:
     def resolve(self, request: Request) -> Request:
         if request.sampler == "none":
             raise RequestError("sampler='none' is unknown; allowed are ddim, euler")
-        if request.image is not None and not Path(request.image).exists():
+        if request.image is not None and not (request.image.startswith("data:") or Path(request.image).exists()):
             raise RequestError(f"image {request.image} cannot be read")
         defaults = {"width": SIDE, "height": SIDE, "sampler": "ddim", "sigmas": "default"}
         return dataclasses.replace(request, **{k: v for k, v in defaults.items() if getattr(request, k) is None})

@@ -31,6 +31,8 @@ from pipelines.options import parse
 from pipelines.sinks import Images
 from pipelines.storage import Store
 from sdjax.request import Request
+from sdjax.spec import Spec
+from sdjax.values import RequestError
 from tests.pipelines import standin
 from tests.pipelines.faulty import HttpError
 
@@ -156,6 +158,16 @@ def test_a_finished_job_does_nothing_again(made, prompts, tmp_path, capsys):
     assert (rows, images, rejected, duplicates + done) == (ROWS, 0, 0, ROWS)
 
 
+def test_another_form_is_for_what_is_yet_to_be_made(made, prompts, tmp_path, capsys):
+    output = shutil.copytree(made, tmp_path / "out")
+    again = ("--prompts", prompts, "--output", output, "--unit-size", 32)
+    assert standin.run(*again, "--image-format", "webp", "--format", "files", load=no_load) == 0
+    said = "what is there stays as it is, --format tar --image-format png; --overwrite makes it anew"
+    assert said in capsys.readouterr().err
+    assert standin.run(*again, load=no_load) == 0
+    assert "what is there stays as it is, --format files --image-format webp" in capsys.readouterr().err
+
+
 def test_only_new_prompts_are_made_and_what_a_killed_run_left_goes(made, tmp_path, capsys):
     output = tmp_path / "out"
     shutil.copytree(made, output)
@@ -257,6 +269,22 @@ def test_job_wide_values_fill_what_rows_leave_open(tmp_path):
     expected = [{"prompt": "a", "seed": 5}, {"prompt": "b"}]
     assert_same(images(tmp_path / "out"), direct(expected, seed=9, num_inference_steps=3, negative_prompt="blur"))
     assert account(tmp_path / "out") == (3, 2, 0, 1, 0)
+
+
+CHANNELS = {"text": 4, "inside masks": 9, "edits": 8}
+
+
+@pytest.mark.parametrize("paints", CHANNELS)
+def test_rows_may_bring_what_the_checkpoint_and_the_job_wide_values_need(tiny, tmp_path, paints):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": CHANNELS[paints]}))
+    spec, fits = Spec(folder), {"strength": "0.5"} if paints == "edits" else {"outpaint": "right=32"}
+    for defaults in ({}, {"seed": "5"}, fits):
+        generate_images._check_defaults(spec, defaults)
+    for wrong in ({"seed": "-1"}, {"outpaint": "sideways"}, {"sampler": "magic"}):
+        with pytest.raises(RequestError):
+            generate_images._check_defaults(spec, wrong)
 
 
 def test_many_files_and_templates_in_one_job(tmp_path):

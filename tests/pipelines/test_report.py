@@ -41,6 +41,7 @@ def test_shares_add_up_in_any_order():
     assert told["images_per_second"] == 0.5
     assert told["cost_per_1000_images"] == 2.0 * 0.1 / 2 * 1000
     assert told["seconds"] == {"wall": 360.0, "read": 1.0, "write": 0.75}
+    assert report.text(told).endswith("; the reasons are in rejected/")
     assert report.text(told).startswith("5 rows = 2 images + 1 rejected + 1 duplicates + 1 already done; 0.50 images/s")
 
 
