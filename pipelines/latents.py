@@ -96,6 +96,10 @@ class LatentSpec:
         self.name, self.dtype = spec.name, spec.dtype
         if spec.configs["unet"].addition_embed_type is not None:
             raise LatentError(f"{self.name} has more than one text encoder; sdjax.train takes Stable Diffusion 1 and 2")
+        if not spec.family.draws_latents:
+            raise LatentError(
+                f"the VAE of {self.name} is an AutoencoderTiny; latents of an AutoencoderKL are trained on"
+            )
         if self.size % spec.scale:
             raise LatentError(f"--size={self.size} is not a multiple of {spec.scale}, which this model's VAE needs")
 

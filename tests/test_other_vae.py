@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines.latents import LatentError, LatentSpec
 from sdjax import Request, StableDiffusion
+from sdjax.encode import Encoder
 from sdjax.spec import Spec
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints, torch_models
@@ -91,6 +93,15 @@ def test_a_vae_of_other_latents_is_refused_with_both_sides(make, config, sides, 
     make(usual | config).save_pretrained(tmp_path / "vae")
     with pytest.raises(CheckpointError, match=f"vae does not fit .*tiny: {sides}"):
         Spec(tiny, vae=tmp_path / "vae")
+
+
+def test_a_tiny_vae_is_not_encoded_with_to_be_trained_on(tiny, tmp_path):
+    torch_models.torch_tiny(torch_models.TINY).save_pretrained(tmp_path / "vae")
+    spec = Spec(tiny, vae=tmp_path / "vae")
+    with pytest.raises(CheckpointError, match="the VAE of tiny is an AutoencoderTiny"):
+        Encoder.from_pretrained(spec)
+    with pytest.raises(LatentError, match="the VAE of tiny is an AutoencoderTiny"):
+        LatentSpec(spec, None)
 
 
 @pytest.mark.parametrize("option", ["vae", "controlnets"])
