@@ -48,7 +48,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion:
-    """The UNet's objective; epsilon or v is what the scheduler's `prediction_type` says."""
+    """The UNet's objective; epsilon, v or sample is what the scheduler's `prediction_type` says."""
 
     min_snr_gamma: float | None = None
     offset_noise: float = 0.0
@@ -171,6 +171,8 @@ def check(config: Train) -> None:
     for name, value in positive.items():
         if value < 1:
             raise TrainConfigError(f"{name} is {value}; it must be at least 1")
+    if config.diffusion.min_snr_gamma is not None and not config.diffusion.min_snr_gamma > 0:
+        raise TrainConfigError(f"diffusion.min_snr_gamma is {config.diffusion.min_snr_gamma}; it must be above 0")
     for name, value in {"seed": config.seed, "optimizer.clip_norm": config.optimizer.clip_norm or 0}.items():
         if not value >= 0:
             raise TrainConfigError(f"{name} is {value}; it must be at least 0")

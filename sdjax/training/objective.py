@@ -73,14 +73,14 @@ def denoising(
     """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, length] or `context`,
     the text encoder's states [batch, length, hidden].
 
-    The mean squared error of the schedule's epsilon or v (Salimans & Ho 2022), with min-SNR weights (Hang et al. 2023)
-    where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random shift
-    (Kingma et al. 2021), which leaves each one uniform and makes the loss less noisy. `offset_noise` adds that much
-    noise that is constant over the picture.
+    The mean squared error of the schedule's epsilon, v (Salimans & Ho 2022) or sample, with min-SNR weights (Hang et
+    al. 2023) where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random
+    shift (Kingma et al. 2021), which leaves each one uniform and makes the loss less noisy. `offset_noise` adds that
+    much noise that is constant over the picture.
     """
     alphas = jnp.asarray(np.sqrt(schedule.alphas_cumprod), jnp.float32)
     sigmas = jnp.asarray(np.sqrt(1 - schedule.alphas_cumprod), jnp.float32)
-    predicts_v = schedule.prediction_type == "v_prediction"
+    predicted = schedule.prediction_type
 
     def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
         networks = {name: bind(modules[name], params) for name, params in (frozen | trained).items()}
@@ -98,7 +98,7 @@ def denoising(
         noise = _normal(key_noise, place, x.shape[1:])
         if options.offset_noise:
             noise += options.offset_noise * _normal(key_offset, place, (1, 1, x.shape[-1]))
-        target = alpha * noise - sigma * x if predicts_v else noise
+        target = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}[predicted]
 
         context = batch["context"] if "context" in batch else networks["text_encoder"](batch["ids"]).last_hidden_state
         output = networks["unet"](alpha * x + sigma * noise, t.astype(jnp.float32), context)
@@ -106,7 +106,10 @@ def denoising(
         weight = jnp.ones_like(error)
         if options.min_snr_gamma is not None:
             snr = (alphas[t] / sigmas[t]) ** 2
-            weight = jnp.minimum(snr, options.min_snr_gamma) / (snr + 1 if predicts_v else snr)
+            least = jnp.minimum(snr, options.min_snr_gamma)
+            # Of epsilon, least / snr, which at a terminal SNR of zero is 0 / 0, and 1 as it is nearby.
+            epsilon = jnp.minimum(options.min_snr_gamma / snr, 1)
+            weight = {"epsilon": epsilon, "v_prediction": least / (snr + 1), "sample": least}[predicted]
         return weight * error, {"error": error}
 
     return loss

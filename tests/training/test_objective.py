@@ -37,13 +37,13 @@ class UNet(nnx.Module):
         return self.w * self.answer(x, t, context)
 
 
-def _losses(answer, options=PLAIN, prediction="epsilon", batch=None):
+def _losses(answer, options=PLAIN, prediction="epsilon", batch=None, key=KEY, **scheduler):
     modules = {"unet": UNet(answer), "text_encoder": Text(), "vae": nnx.Module()}
-    schedule = Schedule.from_config(SCHEDULER | {"prediction_type": prediction})
+    schedule = Schedule.from_config(SCHEDULER | {"prediction_type": prediction} | scheduler)
     loss = objective.denoising(modules, schedule, options, scaling_factor=0.5, batch_size=BATCH)
     batch = batch or _batch(range(BATCH))
     one = {"w": jnp.ones(())}
-    losses, metrics = loss({"unet": one}, {"text_encoder": one, "vae": {}}, batch, KEY)
+    losses, metrics = loss({"unet": one}, {"text_encoder": one, "vae": {}}, batch, key)
     return schedule, np.asarray(losses), np.asarray(metrics["error"])
 
 
@@ -85,7 +85,7 @@ def test_timesteps_cover_the_schedule_evenly():
     assert 0 <= t.min() < t.max() <= 999
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_right_answer_has_no_loss(prediction):
     schedule = Schedule.from_config(SCHEDULER)
     alphas, sigmas = np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
@@ -94,21 +94,59 @@ def test_the_right_answer_has_no_loss(prediction):
         alpha, sigma = (jnp.asarray(table)[t.astype(int)][:, None, None, None] for table in (alphas, sigmas))
         clean = MOMENTS[..., :4] * 0.5
         noise = (x - alpha * clean) / sigma
-        return noise if prediction == "epsilon" else alpha * noise - sigma * clean
+        targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": jnp.asarray(clean)}
+        return targets[prediction]
 
     _, losses, _ = _losses(answer, prediction=prediction)
     assert losses.max() < 1e-4
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weighs_by_its_formula(prediction):
     seen = []
     answer = lambda x, t, context: seen.append(np.asarray(t)) or jnp.zeros_like(x)  # noqa: E731
     schedule, losses, errors = _losses(answer, Diffusion(min_snr_gamma=5.0), prediction)
     snr = (schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))[seen[0].astype(int)]
-    np.testing.assert_allclose(losses, errors * np.minimum(snr, 5) / (snr + (prediction == "v_prediction")), rtol=1e-3)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction]
+    np.testing.assert_allclose(losses, errors * np.minimum(snr, 5) / divisor, rtol=1e-3)
     _, plain, errors = _losses(answer, Diffusion(), prediction)
     np.testing.assert_array_equal(plain, errors)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_is_finite_where_the_last_snr_is_zero(prediction):
+    seen = []
+    answer = lambda x, t, context: seen.append(np.asarray(t)) or x  # noqa: E731
+    for seed in range(99):
+        options = {"key": jax.random.key(seed), "rescale_betas_zero_snr": True}
+        _, losses, errors = _losses(answer, Diffusion(min_snr_gamma=5.0), prediction, **options)
+        assert np.isfinite(losses).all()
+        if seen[-1].max() == 999:
+            at = seen[-1].argmax()
+            assert losses[at] == (errors[at] if prediction == "epsilon" else 0)
+            return
+    raise AssertionError("no last timestep was drawn")
+
+
+def test_the_latent_is_drawn_and_scaled():
+    """Of a latent whose log-variance is log 4 there is noise of half a scaled deviation of 2 around the scaled mean."""
+    seen = []
+
+    def answer(x, t, context):
+        seen.append((np.asarray(x), np.asarray(t)))
+        return jnp.zeros_like(x)
+
+    batch = _batch(range(BATCH))
+    schedule, _, _ = _losses(answer, batch=batch)
+    batch["moments"] = np.concatenate(
+        [batch["moments"][..., :4], np.full_like(batch["moments"][..., 4:], np.log(4))], -1
+    )
+    _losses(answer, batch=batch)
+    (plain, t), (drawn, _) = seen
+    alpha, _ = _alpha_sigma(schedule, t)
+    latent = (drawn - plain) / alpha  # the same key draws the same noise of the step
+    assert latent.std() == pytest.approx(0.5 * 2, rel=0.02)
+    assert abs(latent.mean()) < 0.02
 
 
 def test_offset_noise_moves_whole_pictures():

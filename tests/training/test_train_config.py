@@ -59,6 +59,7 @@ def test_defaults_and_overrides(tmp_path):
         ({"optimizer": {"ema_decay": 1.5}}, "optimizer.ema_decay is 1.5; it must lie between 0 and 1"),
         ({"optimizer": {"clip_norm": -1.0}}, "optimizer.clip_norm is -1.0; it must be at least 0"),
         ({"optimizer": {"clip_norm": float("nan")}}, "optimizer.clip_norm is nan; it must be at least 0"),
+        ({"diffusion": {"min_snr_gamma": 0.0}}, "diffusion.min_snr_gamma is 0.0; it must be above 0"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
         ({"diffusion": 3}, "diffusion is a table, not 3"),
         ({"sheet_prompts": ["a", 3]}, "sheet_prompts is 3"),
