@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from typing import TYPE_CHECKING
 
 import jax
@@ -36,8 +37,8 @@ def _encoder(run: Run):
     return lambda pixels: np.asarray(moments(params, pixels), np.float32)
 
 
-def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
-    """Return the latent's mean and logvar of every example.
+def cached(run: Run, stop: threading.Event | None = None) -> Float16[np.ndarray, "examples h w moments"] | None:
+    """Return the latent's mean and logvar of every example, or None if `stop` was set before they were made.
 
     They are kept in the run's folder, and made anew where the pictures, their size or the VAE are others.
     """
@@ -48,6 +49,8 @@ def cached(run: Run) -> Float16[np.ndarray, "examples h w moments"]:
         encode, count = _encoder(run), len(run.pictures)
         store = None
         for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
+            if stop is not None and stop.is_set():
+                return None
             chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
             part = encode(np.stack([run.pictures.image(int(index)) for index in chosen])).astype(np.float16)
             if store is None:

@@ -73,7 +73,11 @@ class Run:
         """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end."""
         config, devices = self.config, self.devices
         identity.write(self.folder, self._made)
-        cache = latents.cached(self) if config.task == "unet" and config.data.cache_latents else None
+        cache = None
+        if config.task == "unet" and config.data.cache_latents:
+            cache = latents.cached(self, stop)
+            if cache is None:
+                return False
         encoded = isinstance(self.source, EncodedSet)
         tokenizer = self.networks.tokenizer() if config.task == "unet" and not encoded else None
         loader = Loader(

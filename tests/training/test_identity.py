@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -159,6 +160,14 @@ def test_latents_are_kept_in_the_examples_order(standin):
     for _ in range(2):
         np.testing.assert_array_equal(latents.cached(standin.make())[:, 0, 0, 0], np.arange(70))
         assert len(standin.calls) == 2
+
+
+def test_latents_stop_when_told(standin):
+    stop = threading.Event()
+    stop.set()
+    assert latents.cached(standin.make(), stop) is None
+    assert not standin.calls
+    assert len(latents.cached(standin.make(), threading.Event())) == 70
 
 
 @pytest.mark.parametrize("change", ["picture", "count", "size", "vae"])
