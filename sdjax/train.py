@@ -15,7 +15,10 @@ from sdjax.training import config as training_config
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0 at the end of training, 130 if it was stopped before, 2 if it could not start."""
+    """Run the command.
+
+    Returns 0 at the end of training, 130 if it was stopped before, 1 if it broke off, 2 if it could not start.
+    """
     parser = argparse.ArgumentParser(prog="python -m sdjax.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", required=True, type=Path, help="a TOML file; configs/ holds examples")
     parser.add_argument("--output", help="the run's folder, in place of the configuration's")
@@ -43,10 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.set())
-    if not run.train(stop):
-        print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
-        return 130
-    run.export(model, arguments.export_dtype)
+    try:
+        if not run.train(stop):
+            print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
+            return 130
+        run.export(model, arguments.export_dtype)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,5 +1,6 @@
 """A training run from its configuration to its exported model."""
 
+import contextlib
 import shutil
 import threading
 import time
@@ -70,7 +71,12 @@ class Run:
         return self.source
 
     def train(self, stop: threading.Event | None = None) -> bool:
-        """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end."""
+        """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end.
+
+        Raises:
+            FloatingPointError: the loss is no number; the checkpoints before it stay.
+            DataError, OSError: an example can't be read, or a file can't be written; a checkpoint was written first.
+        """
         config, devices = self.config, self.devices
         identity.write(self.folder, self._made)
         cache = None
@@ -116,33 +122,50 @@ class Run:
         progress = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
         since, done = time.perf_counter(), start
         finished = True
-        for number, batch in enumerate(loader.batches(start, config.steps), start + 1):
-            state, values = step(state, frozen, parts(arrays(batch), config.optimizer.accumulate, devices))
-            pending.append((number, values))
-            finished = number == config.steps
-            stopped = stop is not None and stop.is_set()
-            saving = number % config.checkpoint_every == 0 or finished or stopped
-            if number % config.log_every == 0 or saving:
-                rows = [{"step": at, **{name: float(v[0]) for name, v in row.items()}} for at, row in pending]
-                speed = (number - done) * config.batch_size / (time.perf_counter() - since)
-                metrics.write(rows, speed)
-                progress.update(number - done)
-                progress.set_postfix_str(f"loss {np.mean([row['loss'] for row in rows]):.4f}, {speed:.1f} images/s")
-                pending, done = [], number
-                if not np.isfinite(rows[-1]["loss"]):
-                    raise FloatingPointError(f"the loss is {rows[-1]['loss']} at step {number}")
-            if saving:
-                self.state = _first(state)
-                self.checkpoints.save(self.state)
-            if number % config.sheet_every == 0 or finished:
-                self.state = _first(state)
-                sheet.write(number)
-            if number % config.log_every == 0 or saving:
-                since = time.perf_counter()
-            if stopped and not finished:
-                break
-        progress.close()
-        metrics.close()
+
+        def record() -> None:
+            """Write the numbers of the steps since the last time."""
+            nonlocal pending, done
+            if not pending:
+                return
+            rows = [{"step": at, **{name: float(v[0]) for name, v in row.items()}} for at, row in pending]
+            number = rows[-1]["step"]
+            speed = (number - done) * config.batch_size / (time.perf_counter() - since)
+            metrics.write(rows, speed)
+            progress.update(number - done)
+            progress.set_postfix_str(f"loss {np.mean([row['loss'] for row in rows]):.4f}, {speed:.1f} images/s")
+            pending, done = [], number
+            if not np.isfinite(rows[-1]["loss"]):
+                raise FloatingPointError(f"the loss is {rows[-1]['loss']} at step {number}")
+
+        try:
+            for number, batch in enumerate(loader.batches(start, config.steps), start + 1):
+                state, values = step(state, frozen, parts(arrays(batch), config.optimizer.accumulate, devices))
+                pending.append((number, values))
+                finished = number == config.steps
+                stopped = stop is not None and stop.is_set()
+                saving = number % config.checkpoint_every == 0 or finished or stopped
+                if number % config.log_every == 0 or saving:
+                    record()
+                if saving:
+                    self._save(state)
+                if number % config.sheet_every == 0 or finished:
+                    self.state = _first(state)
+                    sheet.write(number)
+                if number % config.log_every == 0 or saving:
+                    since = time.perf_counter()
+                if stopped and not finished:
+                    break
+        except FloatingPointError:  # with its state nothing can be begun
+            raise
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # a step that failed took its state with it
+                record()
+                self._save(state)
+            raise
+        finally:
+            progress.close()
+            metrics.close()
         return finished
 
     def export(self, folder: Path, dtype: str | None = None) -> None:
@@ -183,6 +206,11 @@ class Run:
             scaling_factor=VAEConfig.from_dict(self.networks.configs["vae"]).scaling_factor,
             batch_size=config.batch_size,
         )
+
+    def _save(self, state: State) -> None:
+        self.state = _first(state)
+        if int(self.state.step):
+            self.checkpoints.save(self.state)
 
     def _replicated(self, tree: Any) -> Any:
         # Copied: what a step gives up must not be shared with the host's arrays.

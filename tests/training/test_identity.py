@@ -108,7 +108,7 @@ def test_other_shards_are_seen(tmp_path):
 def test_a_state_of_other_networks_is_refused(tmp_path):
     def state(kind=np.float32, **shapes):
         params = {name: np.ones(shape, kind) for name, shape in shapes.items()}
-        return State(np.ones((), np.int32), params, params, ())  # pyright: ignore[reportArgumentType]
+        return State(np.ones((), np.int32), params, params, ())
 
     kept = Checkpoints(tmp_path / "checkpoints", 2)
     assert not kept.begun
@@ -125,7 +125,7 @@ def test_the_last_checkpoints_are_kept(tmp_path):
     for keep in (1, 3):
         kept = Checkpoints(tmp_path / str(keep), keep)
         for step in range(1, 6):
-            kept.save(State(np.full((), step, np.int32), {}, {}, {"m": np.ones(1)}))  # pyright: ignore[reportArgumentType]
+            kept.save(State(np.full((), step, np.int32), {}, {}, {"m": np.ones(1)}))
         found = sorted(int(path.name) for path in (tmp_path / str(keep)).iterdir() if path.name.isdigit())
         assert found == list(range(6 - keep, 6))
 

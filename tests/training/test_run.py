@@ -4,23 +4,27 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from sdjax import train
 from sdjax.generate import StableDiffusion
 from sdjax.parallel import Devices
 from sdjax.request import Request
-from sdjax.training import config
+from sdjax.training import config, loop
 from sdjax.training.config import TrainConfigError
+from sdjax.training.data import indices
 from sdjax.training.loop import Run
 
 ONE = Devices(jax.devices()[:1])
@@ -182,6 +186,89 @@ def test_a_decoder_trained_alone_still_reads_the_same_latents(whole, tmp_path):
     assert changed == {"decoder", "post_quant_conv"}
     told = [json.loads((folder / "model" / "vae" / "config.json").read_text()) for folder in (whole, tmp_path)]
     assert told[0].get("scaling_factor") == told[1].get("scaling_factor")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Steps that only count themselves, with the losses that are set here, by step; no sheets, no signal handlers."""
+    losses = {}
+
+    def step(state, frozen, batch):
+        number = int(state.step[0]) + 1
+        return state._replace(step=state.step + 1), {"loss": np.array([losses.get(number, 0.5)])}
+
+    monkeypatch.setattr(loop, "make_step", lambda *_, **__: step)
+    monkeypatch.setattr(loop, "Sheet", lambda _: SimpleNamespace(write=lambda _: None))
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    return losses
+
+
+def _change(path, **lines):
+    text = path.read_text()
+    for key, value in lines.items():
+        text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+    path.write_text(text)
+    return path
+
+
+def _checkpoints(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_what_one_bad_picture_stops_goes_on_where_it_is_mended(tmp_path, capsys, counted):
+    pictures = tmp_path / "set"
+    pictures.mkdir()
+    for number in range(24):
+        Image.new("RGB", (16, 16)).save(pictures / f"{number:02d}.png")
+    bad = pictures / f"{indices(2, 8, 24, 0)[0]:02d}.png"
+    bad.write_bytes(b"no picture")
+    path = _change(_write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=100, log_every=50, steps=4)
+    path.write_text(re.sub("generator = .*\noptions = .*", f'folder = "{pictures}"', path.read_text()))
+    for _ in range(2):
+        assert train.main(["--config", str(path)]) == 1
+        error = capsys.readouterr().err
+        assert f"{bad} is no picture" in error
+        assert "Traceback" not in error
+        assert _checkpoints(tmp_path / "run") == [2]
+        assert [int(row["step"]) for row in _losses(tmp_path / "run")] == [1, 2]
+
+
+def test_a_loss_that_is_no_number_is_not_saved(tmp_path, capsys, counted):
+    counted[4] = np.nan
+    path = _change(_write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=2)
+    assert train.main(["--config", str(path)]) == 1
+    assert "the loss is nan at step 4" in capsys.readouterr().err
+    assert _checkpoints(tmp_path / "run") == [2]
+
+
+def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
+    path = _change(_write(tmp_path, "vae", cache="false"), checkpoint_every=1, steps=5)
+    run = Run(dataclasses.replace(config.load(path), keep_checkpoints=3), ONE)
+    assert run.train()
+    assert _checkpoints(tmp_path / "run") == [3, 4, 5]
+
+
+def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_path, monkeypatch):
+    loaded = config.load(_write(tmp_path, cache="false"))
+    loaded = dataclasses.replace(loaded, diffusion=dataclasses.replace(loaded.diffusion, caption_dropout=0.375))
+    networks = SimpleNamespace(configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizer=str)
+    run = SimpleNamespace(config=loaded, devices=ONE, folder=tmp_path, networks=networks, source=None, _made={})
+    told = {}
+    monkeypatch.setattr(loop.objective, "denoising", lambda *_, **options: told.update(options))
+    Run._objective(run)
+    assert told["scaling_factor"] == 0.625
+
+    class Reached(Exception):
+        pass
+
+    def loader(*_, **options):
+        told.update(options)
+        raise Reached
+
+    monkeypatch.setattr(loop, "Loader", loader)
+    with pytest.raises(Reached):
+        Run.train(run)
+    assert told["caption_dropout"] == 0.375
 
 
 def _gradients(folder, devices=ONE, dtype="float32", remat=False, text=True, accumulate=1):
