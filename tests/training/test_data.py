@@ -143,6 +143,12 @@ def test_each_epoch_shows_every_example_once(length, batch_size, seed):
         assert sorted(epoch) == list(range(length))
 
 
+def test_each_epoch_and_each_seed_has_its_own_order():
+    orders = [tuple(indices(epoch, 50, 50, seed)) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({*orders, tuple(range(50))}) == 5
+
+
 def test_batches_do_not_depend_on_where_one_starts():
     loader = Loader(Scenes(16, 50), 8, seed=1, caption_dropout=0.3)
     whole = list(loader.batches(0, 12))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -22,9 +23,9 @@ from sdjax import train
 from sdjax.generate import StableDiffusion
 from sdjax.parallel import Devices
 from sdjax.request import Request
-from sdjax.training import config, loop
+from sdjax.training import config, loop, networks
 from sdjax.training.config import TrainConfigError
-from sdjax.training.data import indices
+from sdjax.training.data import indices, open_source
 from sdjax.training.loop import Run
 
 ONE = Devices(jax.devices()[:1])
@@ -251,8 +252,8 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
 def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_path, monkeypatch):
     loaded = config.load(_write(tmp_path, cache="false"))
     loaded = dataclasses.replace(loaded, diffusion=dataclasses.replace(loaded.diffusion, caption_dropout=0.375))
-    networks = SimpleNamespace(configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizer=str)
-    run = SimpleNamespace(config=loaded, devices=ONE, folder=tmp_path, networks=networks, source=None, _made={})
+    made = SimpleNamespace(configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizer=str)
+    run = SimpleNamespace(config=loaded, devices=ONE, folder=tmp_path, networks=made, source=None, _made={})
     told = {}
     monkeypatch.setattr(loop.objective, "denoising", lambda *_, **options: told.update(options))
     Run._objective(run)
@@ -271,14 +272,13 @@ def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_p
     assert told["caption_dropout"] == 0.375
 
 
-def _gradients(folder, devices=ONE, dtype="float32", remat=False, text=True, accumulate=1):
+def _gradients(folder, devices=ONE, dtype="float32", text=True, accumulate=1):
     """The gradients of a run's first step, by network: a tenth of them is Adam's first moment."""
     loaded = config.load(_write(folder, cache="false"), steps=1)
     changed = dataclasses.replace(
         loaded,
         batch_size=32,
         dtype=dtype,
-        remat=remat,
         diffusion=dataclasses.replace(loaded.diffusion, train_text_encoder=text),
         optimizer=dataclasses.replace(loaded.optimizer, clip_norm=None, accumulate=accumulate),
     )
@@ -306,15 +306,39 @@ def _distance(a, b):
     [
         ({"devices": Devices()}, 0, 1e-4),
         ({"accumulate": 4}, 0, 1e-4),
-        ({"remat": True}, 0, 1e-4),
         ({"dtype": "bfloat16"}, 1e-3, 0.04),
     ],
-    ids=["eight devices", "accumulation", "remat", "bfloat16"],
+    ids=["eight devices", "accumulation", "bfloat16"],
 )
 def test_the_gradient_of_a_step(gradients, tmp_path, change, least, most):
     changed = _gradients(tmp_path, **change)
     assert least <= _distance(gradients, changed) < most
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(changed))
+
+
+def test_networks_are_made_as_the_configuration_says(tmp_path, monkeypatch):
+    """A frozen VAE computes in float32 whatever the rest does."""
+    told = {}
+
+    def standin(name):
+        class Network(nnx.Module):
+            def __init__(self, config, *, rngs, **options):
+                told[name] = options
+
+        return Network
+
+    kinds = {name: (kind, standin(name)) for name, (kind, _) in networks._KINDS.items()}
+    monkeypatch.setattr(networks, "_KINDS", kinds)
+    monkeypatch.setattr(networks, "_started", lambda name, params: params)
+    for remat in (False, True):
+        loaded = dataclasses.replace(config.load(_write(tmp_path)), remat=remat, dtype="bfloat16")
+        networks.prepare(loaded, open_source(loaded.data))
+        assert told["unet"]["remat"] == remat
+    assert {name: str(options["dtype"]) for name, options in told.items()} == {
+        "vae": "float32",
+        "text_encoder": "bfloat16",
+        "unet": "bfloat16",
+    }
 
 
 def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
