@@ -4,6 +4,7 @@ import argparse
 import gc
 import inspect
 import itertools
+import os
 import re
 import resource
 import sys
@@ -25,6 +26,8 @@ from sdjax.values import RequestError
 
 if TYPE_CHECKING:
     from sdjax.generate import StableDiffusion
+
+INTERRUPTED = 130  # the exit status, as shells have it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             requests += [Request.from_row({**row, "seed": first.seed + i})[0] for i in range(options.num_images)]
         return _make(requests, options)
     except KeyboardInterrupt:
-        print("interrupted; the files that are there are whole", file=sys.stderr)
-        return 130
+        print("interrupted; the files that are there are whole", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
@@ -144,10 +147,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
             bars.image()
             if result.flags:
                 bars.say(f"{path}: {', '.join(result.flags)}")
-    shown = dict.fromkeys(("seed", *options.sweep))
-    captions = [
-        ", ".join(f"{name} {getattr(request, name)}" for name in shown) + f": {request.prompt}" for request in resolved
-    ]
+    captions = _captions(resolved, ("seed", *options.sweep))
     sheet = images.contact_sheet([made[request] for request in resolved], captions)
     write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
     seconds = time.perf_counter() - started
@@ -155,6 +155,13 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
     if options.verbose:
         print(_memory(pipe.devices.devices), file=sys.stderr)
     return 0
+
+
+def _captions(requests: Sequence[Request], fields: Sequence[str]) -> list[str]:
+    """What each picture of a sheet is: those of the fields that differ between them, and the prompt."""
+    differ = [name for name in dict.fromkeys(fields) if len({getattr(each, name) for each in requests}) > 1]
+    said = [", ".join(f"{name} {getattr(each, name)}" for name in differ) for each in requests]
+    return [f"{text}: {each.prompt}" if text else each.prompt for text, each in zip(said, requests, strict=True)]
 
 
 def _load(requests: Sequence[Request], options: argparse.Namespace) -> tuple["StableDiffusion", list[Request]]:
@@ -231,4 +238,8 @@ def _memory(devices: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:
+        # Python's orderly end takes away the arrays that devices are still at work on, which can crash it.
+        os._exit(status)
+    sys.exit(status)
