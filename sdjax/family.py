@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from sdjax.config import AutoencoderTinyConfig, CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
+from sdjax.request import Request
+from sdjax.values import RequestError
 from sdjax.weights.checkpoint import Checkpoint, CheckpointError
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -16,6 +18,9 @@ PIPELINES = (
     *(f"LatentConsistencyModel{kind}Pipeline" for kind in ("", "Img2Img")),
 )
 """The diffusers pipelines whose checkpoints can be run."""
+
+_OF_XL = ("prompt_2", "negative_prompt_2", "original_size", "target_size")  # Request fields
+_OF_XL += tuple(f"negative_{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
 
 _OF_LATENTS = {
     "latent_channels": "latent channels",
@@ -48,6 +53,23 @@ class Family:
     edits: bool
     upcasts_vae: bool
     draws_latents: bool
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError where a request asks for what such a checkpoint does not do, or lacks what it needs."""
+        masked = request.mask_image is not None or request.outpaint is not None
+        if self.inpaints and not masked:
+            raise RequestError("this checkpoint paints inside masks; give image and mask_image, or image and outpaint")
+        if self.edits and (request.image is None or masked):
+            raise RequestError("this checkpoint edits images; give image, without mask_image and outpaint")
+        if self.edits and request.hires_scale > 1:
+            raise RequestError("hires_scale does not go with a checkpoint that edits images; leave it out")
+        if self.refines and request.image is None:
+            raise RequestError("this checkpoint refines images; give image")
+        for name in () if self.is_xl else _OF_XL:
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name} is for Stable Diffusion XL, which this checkpoint is not; leave it out")
+        if self.embeds_guidance and request.guidance_scales is not None:
+            raise RequestError("this checkpoint is told one guidance_scale for all steps; leave out guidance_scales")
 
 
 Described: TypeAlias = tuple[str, Family, Mapping[str, Any]]

@@ -33,9 +33,6 @@ REFINER = "refiner."
 
 _DENOISING_END = 0.8  # where a refiner takes over unless the request says it, as https://arxiv.org/abs/2307.01952 does
 
-_OF_XL = ("prompt_2", "negative_prompt_2", "original_size", "target_size")  # Request fields
-_OF_XL += tuple(f"negative_{name}" for name in ("original_size", "crops_coords_top_left", "target_size"))
-
 
 class Program(NamedTuple):
     """What is compiled into a program; requests that agree on it can share a batch."""
@@ -274,25 +271,17 @@ class Spec:
 
     def _check(self, request: Request) -> None:
         """Raise RequestError where a request, complete with its defaults, asks what this checkpoint cannot do."""
-        family, masked = self.family, request.mask_image is not None or request.outpaint is not None
+        self.family.check(request)
         for name in ("width", "height"):
             side = getattr(request, name)
             if side % self.multiple:
                 raise RequestError(f"{name}={side} is not a multiple of {self.multiple}, which this model's VAE needs")
-        if family.inpaints and not masked:
-            raise RequestError("this checkpoint paints inside masks; give image and mask_image, or image and outpaint")
-        if family.edits and (request.image is None or masked):
-            raise RequestError("this checkpoint edits images; give image, without mask_image and outpaint")
-        if family.edits and request.hires_scale > 1:
-            raise RequestError("hires_scale does not go with a checkpoint that edits images; leave it out")
         if self.refiner is None and request.denoising_end is not None:
             raise RequestError("denoising_end is for a refiner, and none is loaded; give refiner (--refiner PATH)")
         if request.hires_scale > 1 and request.denoising_end not in (None, 1):
             raise RequestError(
                 "hires_scale does not go with a refiner; leave it out, or the refiner by denoising_end=1"
             )
-        if family.refines and request.image is None:
-            raise RequestError("this checkpoint refines images; give image")
         program = self.program(request)
         if max(program.final_width, program.final_height) > MAX_SIDE:
             raise RequestError(f"hires_scale={request.hires_scale:g} makes a side longer than {MAX_SIDE}")
@@ -300,13 +289,8 @@ class Spec:
             raise RequestError(
                 f"hires_scale={request.hires_scale:g} makes no larger image: sides are multiples of {self.multiple}"
             )
-        for name in () if family.is_xl else _OF_XL:
-            if getattr(request, name) is not None:
-                raise RequestError(f"{name} is for Stable Diffusion XL, which this checkpoint is not; leave it out")
-        if self.family.embeds_guidance and request.guidance_scales is not None:
-            raise RequestError("this checkpoint is told one guidance_scale for all steps; leave out guidance_scales")
         encoders = [config for name, config in self.configs.items() if "text_encoder" in name]
-        layers = min(encoder.num_hidden_layers for encoder in encoders) - family.is_xl
+        layers = min(encoder.num_hidden_layers for encoder in encoders) - self.family.is_xl
         if request.clip_skip >= layers:
             raise RequestError(f"clip_skip={request.clip_skip} leaves no layer; the text encoder has {layers}")
         joined = len(self.text(request).clauses)

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "sdjax/compel.py": {"sdjax.prompts", "sdjax.values"},
     "sdjax/vocabulary.py": {"sdjax.files"},
     "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.vocabulary", "sdjax.weights"},
-    "sdjax/family.py": {"sdjax.config", "sdjax.weights"},
+    "sdjax/family.py": {"sdjax.config", "sdjax.request", "sdjax.values", "sdjax.weights"},
     "sdjax/controls.py": {
         *("sdjax.config", "sdjax.family", "sdjax.inputs", "sdjax.request", "sdjax.sampling", "sdjax.values"),
         "sdjax.weights",
