@@ -1,8 +1,8 @@
 """Train the VAE or the UNet: python -m sdjax.train --config configs/X.toml
 
 A run writes into its output folder: checkpoints/ (from which the same command goes on), run.json (what it is made from:
-another is refused), metrics.csv, tensorboard/, sheets/ (pictures of how far it is) and, at its end, model/ (the averaged
-weights in the diffusers layout).
+another is refused), metrics.csv, tensorboard/, sheets/ (pictures of how far it is) and, at its end, model/ (the
+averaged weights in the diffusers layout).
 Ctrl-C writes a checkpoint and stops.
 """
 
