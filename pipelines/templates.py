@@ -5,7 +5,7 @@
 
     [lists]
     animal = ["cat", "dog"]
-    place = ["Paris", "the snow"]
+    place = ["Paris", "the snow"]             # one named as a Request field goes through its values for every prompt
 
     [request]                                 # any other Request field, for every row
     num_inference_steps = 20
@@ -24,6 +24,7 @@ from sdjax.request import field_types
 from sdjax.values import RequestError, coerce
 
 _FIELDS = frozenset(field_types())
+_SWEPT = _FIELDS - {"prompt"}
 
 
 class TemplateError(ValueError):
@@ -44,8 +45,8 @@ class Template:
         """Read the TOML text.
 
         Raises:
-            TemplateError: not TOML, an unknown key, no prompts, a list that is empty or missing, a value of another
-                type, or a prompt that formats a list's value.
+            TemplateError: not TOML, an unknown key, no prompts, a list that is empty, missing or of no use, a value of
+                another type, or a prompt that formats a list's value.
         """
         try:
             spec = tomllib.loads(text)
@@ -65,7 +66,7 @@ class Template:
         for name, values in lists.items():
             if not isinstance(values, list) or not values:
                 raise TemplateError(f"lists.{name} must be a list of one or more values")
-        unknown = set(request) - (_FIELDS - {"prompt"})
+        unknown = set(request) - _SWEPT
         if unknown:
             raise TemplateError(f"request.{min(unknown)} is not a Request field")
         images = spec.get("images_per_prompt", 1)
@@ -79,10 +80,19 @@ class Template:
             for name in _names(prompt):
                 if name not in lists:
                     raise TemplateError(f"the prompt {prompt!r} uses {{{name}}}, and there is no list of that name")
+        idle = lists.keys() - {name for prompt in prompts for name in template._turning(prompt)}
+        if idle:
+            raise TemplateError(f"lists.{min(idle)} is in no prompt, and no Request field")
         return template
 
+    def _turning(self, prompt: str) -> tuple[str, ...]:
+        """The lists whose product a prompt is made with: those that it names, and those of fields."""
+        named = _names(prompt)
+        fields = (name for name in self.lists if name.lower() in _SWEPT and name not in named)
+        return (*named, *fields)
+
     def _size(self, prompt: str) -> int:
-        return self.images_per_prompt * math.prod(len(self.lists[name]) for name in _names(prompt))
+        return self.images_per_prompt * math.prod(len(self.lists[name]) for name in self._turning(prompt))
 
     def __len__(self) -> int:
         return sum(map(self._size, self.prompts))
@@ -98,7 +108,7 @@ class Template:
             raise IndexError(index)
         index, image = divmod(index, self.images_per_prompt)
         values: dict[str, Any] = {}
-        for name in reversed(_names(prompt)):
+        for name in reversed(self._turning(prompt)):
             index, place = divmod(index, len(self.lists[name]))
             values[name] = self.lists[name][place]
         columns = {name: value for name, value in reversed(values.items()) if name.lower() not in _FIELDS}

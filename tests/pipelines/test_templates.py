@@ -44,6 +44,9 @@ def test_the_rows_are_the_product_of_the_lists():
 def test_a_list_named_as_a_field_sets_that_field():
     template = Template.parse('prompts = ["a cat{sampler}"]\n[lists]\nsampler = ["ddim", "euler"]')
     assert template[1]["sampler"] == "euler"
+    swept = Template.parse('prompts = ["a {x}", "b"]\n[lists]\nx = [1, 2]\nguidance_scale = [1, 3]')
+    rows = [(row["prompt"], row["guidance_scale"]) for row in (swept[i] for i in range(len(swept)))]
+    assert rows == [("a 1", 1), ("a 1", 3), ("a 2", 1), ("a 2", 3), ("b", 1), ("b", 3)]
 
 
 @pytest.mark.parametrize("text", ['[request]\nseed = "5"', "[request]\nseed = 5.0", '[lists]\nseed = ["5"]'])
@@ -97,6 +100,7 @@ def test_a_template_of_a_million_rows_makes_any_of_them_at_once():
         ('prompts = ["a{seed}"]\n[lists]\nseed = [1, true]', "seed=True is not a whole number"),
         ('prompts = ["a"]\nimages = 3', "unknown key 'images'"),
         ('prompts = ["a"]\nimages_per_prompt = 0', "images_per_prompt=0"),
+        ('prompts = ["a"]\n[lists]\nb = [1]', "lists.b is in no prompt, and no Request field"),
         ('prompts = ["a"]\n[lists]\nb = []', "lists.b must be a list"),
         ('prompts = ["a"]\n[request]\nsteps = 3', "request.steps is not a Request field"),
     ],
