@@ -29,19 +29,21 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
     store = Store(job.output)
     with ExitStack() as stack:
         try:
+            pipeline = beam.Pipeline(options=job.beam)
             stack.enter_context(store.held())
             swept = leftovers.sweep(store, everything=job.overwrite)
         except (ValueError, OSError) as error:
             return refuse(job.command, error)
-        return _run(job, build, store, swept)
+        return _run(job, build, pipeline, store, swept)
 
 
-def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], store: Store, swept: str) -> int:
+def _run(
+    job: JobOptions, build: Callable[[beam.Pipeline], Any], pipeline: beam.Pipeline, store: Store, swept: str
+) -> int:
     for said in (swept, _other_form(job, store)):
         if said:
             print(f"{job.command}: {said}", file=sys.stderr)
     store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-    pipeline = beam.Pipeline(options=job.beam)
     build(pipeline)
     result = None
     try:

@@ -313,6 +313,7 @@ def test_many_files_and_templates_in_one_job(tmp_path):
         (("--output", "o", "--seed", "-1"), "seed=-1 is out of range"),
         (("--output", "o", "--sampler", "none"), "sampler='none' is unknown"),
         (("--output", "o", "--prompts", "absent.txt"), "absent.txt: no such file"),
+        (("--output", "o", "--runner", "Fast"), "Unexpected pipeline runner: Fast"),
     ],
 )
 def test_what_no_job_can_run_on_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
