@@ -142,6 +142,9 @@ class Deployment:
             outputs = {name: output["value"] for name, output in json.loads(text).items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise LaunchError(f"{source}: is not `terraform output -json`") from None
+        # A configuration that has terraform/ as a module may give all of the module's outputs as one.
+        wholes = [value for value in outputs.values() if isinstance(value, dict) and "project" in value]
+        outputs = wholes[0] if wholes else outputs
         # An output whose value is null is left out by terraform.
         values: dict[str, Any] = {name: outputs.get(name) for name in cls.__dataclass_fields__}
         if missing := [name for name, value in values.items() if value is None and name != "dataflow_kms_key"]:

@@ -21,7 +21,8 @@ from safetensors.numpy import save
 
 from pipelines import image_sets
 from pipelines.image_sets import Found, Picture
-from pipelines.sinks import Encoded, Provenance, commit, shard_name
+from pipelines.layout import shard_name
+from pipelines.sinks import Encoded, Provenance, commit
 from pipelines.sources import Place, RowError
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
@@ -55,7 +56,7 @@ MANIFEST = pa.schema(
 
 
 class LatentError(ValueError):
-    """A checkpoint or a size that nothing can be encoded by; one line."""
+    """A size at which nothing can be encoded; one line."""
 
 
 class Arrays(NamedTuple):
@@ -87,19 +88,15 @@ class LatentSpec:
     """What a checkpoint promises of pictures that it encodes at `size` x `size`, without its weights.
 
     Raises:
-        LatentError: nothing that it encodes could be trained on here, or not at this size.
+        CheckpointError: nothing that it encodes could be trained on here.
+        LatentError: nothing can be encoded at this size.
     """
 
     def __init__(self, spec: Any, size: int | None) -> None:
         side = spec.configs["unet"].sample_size or 64
         self.spec, self.size = spec, size or (side if isinstance(side, int) else min(side)) * spec.scale
         self.name, self.dtype = spec.name, spec.dtype
-        if spec.configs["unet"].addition_embed_type is not None:
-            raise LatentError(f"{self.name} has more than one text encoder; sdjax.train takes Stable Diffusion 1 and 2")
-        if not spec.family.draws_latents:
-            raise LatentError(
-                f"the VAE of {self.name} is an AutoencoderTiny; latents of an AutoencoderKL are trained on"
-            )
+        spec.family.check_trainable(self.name)
         if self.size % spec.scale:
             raise LatentError(f"--size={self.size} is not a multiple of {spec.scale}, which this model's VAE needs")
 

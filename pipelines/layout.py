@@ -19,6 +19,22 @@ _OURS = {folder: re.compile(f"{folder}/{name}") for folder, name in _NAMES.items
 _TEMPORARY = re.compile(r"(?P<folder>(.*/)?)\.(?P<name>[^/]+)\.[0-9a-f]+")  # as sdjax.files.write_whole names them
 
 
+def manifest_name(unit: str) -> str:
+    return f"manifest/{unit}.parquet"
+
+
+def shard_name(unit: str, suffix: str = "tar") -> str:
+    return f"shards/{unit}.{suffix}"
+
+
+def image_name(id: str, image_format: str) -> str:
+    return f"images/{id[:2]}/{id}.{image_format}"
+
+
+def rejects_name(digest: str) -> str:
+    return f"rejected/{digest}.jsonl"
+
+
 def is_ours(name: str) -> bool:
     """Whether jobs name their manifests, shards, images or rejects so."""
     pattern = _OURS.get(name.partition("/")[0])

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.layout import image_name, manifest_name, shard_name
 from pipelines.storage import Store
 from pipelines.units import Unit
 from sdjax.images import encode, parameters
@@ -100,18 +101,6 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
-
-
-def manifest_name(unit: str) -> str:
-    return f"manifest/{unit}.parquet"
-
-
-def shard_name(unit: str, suffix: str = "tar") -> str:
-    return f"shards/{unit}.{suffix}"
-
-
-def image_name(id: str, image_format: str) -> str:
-    return f"images/{id[:2]}/{id}.{image_format}"
 
 
 def committed(store: Store, unit: str) -> int | None:

@@ -17,7 +17,7 @@ import math
 import string
 import tomllib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from sdjax.request import field_types
@@ -80,35 +80,40 @@ class Template:
             for name in _names(prompt):
                 if name not in lists:
                     raise TemplateError(f"the prompt {prompt!r} uses {{{name}}}, and there is no list of that name")
-        idle = lists.keys() - {name for prompt in prompts for name in template._turning(prompt)}
+        idle = lists.keys() - {name for turning in template._turning.values() for name in turning}
         if idle:
             raise TemplateError(f"lists.{min(idle)} is in no prompt, and no Request field")
         return template
 
-    def _turning(self, prompt: str) -> tuple[str, ...]:
-        """The lists whose product a prompt is made with: those that it names, and those of fields."""
-        named = _names(prompt)
-        fields = (name for name in self.lists if name.lower() in _SWEPT and name not in named)
-        return (*named, *fields)
+    @cached_property
+    def _turning(self) -> dict[str, tuple[str, ...]]:
+        """The lists whose product a prompt is made with, by prompt: those that it names, and those of fields."""
+        fields = [name for name in self.lists if name.lower() in _SWEPT]
+        return {prompt: tuple(dict.fromkeys((*_names(prompt), *fields))) for prompt in self.prompts}
 
-    def _size(self, prompt: str) -> int:
-        return self.images_per_prompt * math.prod(len(self.lists[name]) for name in self._turning(prompt))
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """How many rows each prompt stands for."""
+        products = {
+            prompt: math.prod(len(self.lists[name]) for name in names) for prompt, names in self._turning.items()
+        }
+        return {prompt: self.images_per_prompt * product for prompt, product in products.items()}
 
     def __len__(self) -> int:
-        return sum(map(self._size, self.prompts))
+        return sum(self._sizes[prompt] for prompt in self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`: the prompt, its seed, the request's fields and the lists' values. The last list turns fastest
         but for the seed."""
         for prompt in self.prompts:
-            if index < self._size(prompt):
+            if index < self._sizes[prompt]:
                 break
-            index -= self._size(prompt)
+            index -= self._sizes[prompt]
         else:
             raise IndexError(index)
         index, image = divmod(index, self.images_per_prompt)
         values: dict[str, Any] = {}
-        for name in reversed(self._turning(prompt)):
+        for name in reversed(self._turning[prompt]):
             index, place = divmod(index, len(self.lists[name]))
             values[name] = self.lists[name][place]
         columns = {name: value for name, value in reversed(values.items()) if name.lower() not in _FIELDS}
@@ -127,7 +132,6 @@ def _seed(value: Any) -> int:
         raise TemplateError(str(error)) from None
 
 
-@cache
 def _names(prompt: str) -> tuple[str, ...]:
     """The lists a prompt uses, in the order of their first use."""
     return tuple(dict.fromkeys(name for _, name in _parts(prompt) if name is not None))

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import TaggedOutput
 
+from pipelines.layout import rejects_name
 from pipelines.progress import Heartbeat
 from pipelines.sources import Place, RowError, select_prompt
 from pipelines.storage import Store
@@ -327,4 +328,4 @@ def _shown(value: Any) -> Any:
 def write_rejected(store: Store, lines: list[dict[str, Any]]) -> None:
     """Write one file of rejected rows, named by its content, so that a repeated piece replaces its own."""
     data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    store.write(f"rejected/{hashlib.sha256(data).hexdigest()[:32]}.jsonl", data)
+    store.write(rejects_name(hashlib.sha256(data).hexdigest()[:32]), data)

@@ -21,7 +21,6 @@ from sdjax.models.vae import AutoencoderKL
 from sdjax.networks import load
 from sdjax.parallel import Device, Devices
 from sdjax.spec import Spec
-from sdjax.weights.checkpoint import CheckpointError
 
 NETWORKS = ("text_encoder", "vae")
 _IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
@@ -88,12 +87,7 @@ class Encoder:
         Raises:
             CheckpointError: a network cannot be read, or is of a family that `sdjax.train` cannot train.
         """
-        if spec.family.is_xl:
-            raise CheckpointError(f"{spec.name} is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained")
-        if not spec.family.draws_latents:
-            raise CheckpointError(
-                f"the VAE of {spec.name} is an AutoencoderTiny; latents of an AutoencoderKL are trained on"
-            )
+        spec.family.check_trainable(spec.name)
         on = Devices(devices)
         return cls(spec, load(spec, on, NETWORKS), batch_size or (1 if on.platform == "cpu" else 8), on)
 

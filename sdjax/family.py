@@ -71,6 +71,15 @@ class Family:
         if self.embeds_guidance and request.guidance_scales is not None:
             raise RequestError("this checkpoint is told one guidance_scale for all steps; leave out guidance_scales")
 
+    def check_trainable(self, name: str) -> None:
+        """Raise CheckpointError where `sdjax.train` cannot train such a checkpoint, of that name."""
+        if self.is_xl:
+            raise CheckpointError(f"{name} is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained")
+        if not self.draws_latents:
+            raise CheckpointError(
+                f"the VAE of {name} is an AutoencoderTiny; latents of an AutoencoderKL are trained on"
+            )
+
 
 Described: TypeAlias = tuple[str, Family, Mapping[str, Any]]
 """A checkpoint's name, its family and its configurations."""

@@ -84,10 +84,9 @@ def outputs_of(folder) -> dict[str, str]:
 @pytest.mark.parametrize("example", ["tpu-v5e", "gpu-l4"])
 def test_an_examples_outputs_are_the_modules_own(example, tmp_path):
     """So `terraform output -json` of one is what the launcher reads."""
-    outputs = outputs_of(TERRAFORM / "examples" / example)
-    assert outputs == {name: f"module.sdjax.{name}" for name in outputs_of(TERRAFORM)}
-    printed = {name: {"value": getattr(DEPLOYMENT, name, "")} for name in outputs}
-    (tmp_path / "outputs.json").write_text(json.dumps(printed))
+    assert outputs_of(TERRAFORM / "examples" / example) == {"sdjax": "module.sdjax"}
+    whole = {name: getattr(DEPLOYMENT, name, "") for name in outputs_of(TERRAFORM)}
+    (tmp_path / "outputs.json").write_text(json.dumps({"sdjax": {"value": whole}}))
     assert Deployment.read(tmp_path / "outputs.json") == DEPLOYMENT
 
 

@@ -159,7 +159,7 @@ class Shards:
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each example's tar and place in it, the tar's size, and when it was last written."""
-        infos = {span.shard: self._fs.info(span.shard) for span, _ in self._examples}
+        infos = {shard: self._fs.info(shard) for shard in dict.fromkeys(span.shard for span, _ in self._examples)}
         for image, caption in self._examples:
             info = infos[image.shard]
             places = (image.start, image.stop, caption.start, caption.stop)

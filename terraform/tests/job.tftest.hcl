@@ -137,7 +137,7 @@ run "example_tpu_v5e" {
   }
 
   assert {
-    condition     = keys(output.sdk_container_image) == ["tpu"]
+    condition     = keys(output.sdjax.sdk_container_image) == ["tpu"]
     error_message = "The example needs the tpu image only."
   }
 }
@@ -154,7 +154,7 @@ run "example_gpu_l4" {
   }
 
   assert {
-    condition     = keys(output.sdk_container_image) == ["cuda"]
+    condition     = keys(output.sdjax.sdk_container_image) == ["cuda"]
     error_message = "The example needs the cuda image only."
   }
 }

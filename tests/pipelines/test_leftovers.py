@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from pipelines import encode_latents, layout, leftovers
-from pipelines.sinks import image_name, manifest_name, shard_name
+from pipelines.layout import image_name, manifest_name, rejects_name, shard_name
 from pipelines.storage import Store
 from tests.pipelines import standin
 from tests.pipelines.test_encode_latents import write_set
@@ -120,7 +120,7 @@ def test_manifests_are_read_together(output, monkeypatch):
 
 
 def test_every_name_that_a_sink_gives_is_known():
-    for name in (manifest_name(ID), shard_name(ID), shard_name(ID, "safetensors"), f"rejected/{ID}.jsonl"):
+    for name in (manifest_name(ID), shard_name(ID), shard_name(ID, "safetensors"), rejects_name(ID)):
         assert layout.is_ours(name)
     for image_format in ("png", "jpg", "webp"):
         assert layout.is_ours(image_name(ID, image_format))

@@ -10,15 +10,13 @@ import pytest
 from PIL import Image
 
 from pipelines import sinks, verify
+from pipelines.layout import image_name, manifest_name, shard_name
 from pipelines.sinks import (
     MANIFEST,
     Images,
     Provenance,
     committed,
-    image_name,
     make_tar,
-    manifest_name,
-    shard_name,
 )
 from pipelines.sources import Place
 from pipelines.storage import Store

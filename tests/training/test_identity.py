@@ -96,6 +96,14 @@ def test_other_examples_of_a_folder_are_seen(tmp_path, captions):
     assert len(set(seen)) == 4
 
 
+def test_a_shard_of_many_examples_is_asked_of_once(tmp_path, monkeypatch):
+    _shards(tmp_path)
+    source, asked = open_source(config.Data(shards=f"{tmp_path}/*.tar", size=8)), []
+    info = source._fs.info
+    monkeypatch.setattr(source._fs, "info", lambda path: asked.append(path) or info(path))
+    assert len(list(source.files())) > len(asked) == len(set(asked)) > 0
+
+
 def test_other_shards_are_seen(tmp_path):
     _shards(tmp_path)
     digest = lambda: identity.of_source(open_source(config.Data(shards=f"{tmp_path}/*.tar", size=8)), times=False)  # noqa: E731

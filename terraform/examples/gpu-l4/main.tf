@@ -52,3 +52,8 @@ module "sdjax" {
     schedule     = "0 2 * * *"
   }
 }
+
+output "sdjax" {
+  description = "What pipelines.launch --terraform reads, all of it."
+  value       = module.sdjax
+}

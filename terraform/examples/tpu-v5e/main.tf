@@ -45,3 +45,8 @@ module "sdjax" {
     max_workers  = 2
   }
 }
+
+output "sdjax" {
+  description = "What pipelines.launch --terraform reads, all of it."
+  value       = module.sdjax
+}
