@@ -3,15 +3,17 @@
 import gc
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # Before anything imports JAX: the devices that a multi-device host would have. Networks this small take longer to
 # compile than to run, so they are compiled as is soonest, each by one thread of the process.
 QUICKLY = [
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
+if version("jaxlib").startswith("0.10."):  # later ones have no such choice, and end the process at its name
+    QUICKLY.append("--xla_cpu_use_fusion_emitters=false")
 FLAGS = ["--xla_force_host_platform_device_count=8", *QUICKLY]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -13,7 +13,7 @@ from sdjax.planning.record import Recorded
 
 # What compiles soonest, SDXL's UNet in under a minute and not half an hour: it would run slower, but takes about
 # the memory that the program takes.
-_DRAFT: dict[str, Any] = {"exec_time_optimization_effort": -1.0}
+_DRAFT: dict[str, Any] = {"optimization_level": 9}  # XLA's O0
 
 
 class PlanError(ValueError):

@@ -81,7 +81,7 @@ def test_other_columns_travel_as_the_text_that_the_manifest_keeps(extras):
 
 def test_a_rejection_shows_what_is_too_deep_to_be_shown():
     deep = []
-    for _ in range(5_000):
+    for _ in range(100_000):
         deep = [deep]
     line = rejection(Place("f", 1), {"note": deep}, RecursionError())
     assert (line["reason"], line["values"]["note"]) == ("nested too deeply", "a list, nested too deeply")
