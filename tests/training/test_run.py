@@ -142,9 +142,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
     assert _command("--config", str(path)).wait() == 0
     assert _losses(tmp_path / "run") == _losses(whole)
+    again = _weights(tmp_path / "run" / "model")
     for network, tensors in _weights(whole / "model").items():
         for key, tensor in tensors.items():
-            np.testing.assert_array_equal(_weights(tmp_path / "run" / "model")[network][key], tensor, err_msg=key)
+            np.testing.assert_array_equal(again[network][key], tensor, err_msg=key)
 
 
 def test_a_stopped_run_writes_a_checkpoint(tmp_path):
