@@ -13,6 +13,8 @@
 This one expands to (2 x 2 + 2) x 4 rows. The values taken from the lists travel with the row as extra columns.
 """
 
+import bisect
+import itertools
 import math
 import string
 import tomllib
@@ -92,25 +94,22 @@ class Template:
         return {prompt: tuple(dict.fromkeys((*_names(prompt), *fields))) for prompt in self.prompts}
 
     @cached_property
-    def _sizes(self) -> dict[str, int]:
-        """How many rows each prompt stands for."""
-        products = {
-            prompt: math.prod(len(self.lists[name]) for name in names) for prompt, names in self._turning.items()
-        }
-        return {prompt: self.images_per_prompt * product for prompt, product in products.items()}
+    def _ends(self) -> list[int]:
+        """Where each prompt's rows end."""
+        products = (math.prod(len(self.lists[name]) for name in self._turning[prompt]) for prompt in self.prompts)
+        return list(itertools.accumulate(self.images_per_prompt * product for product in products))
 
     def __len__(self) -> int:
-        return sum(self._sizes[prompt] for prompt in self.prompts)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row `index`: the prompt, its seed, the request's fields and the lists' values. The last list turns fastest
         but for the seed."""
-        for prompt in self.prompts:
-            if index < self._sizes[prompt]:
-                break
-            index -= self._sizes[prompt]
-        else:
+        if not 0 <= index < self._ends[-1]:
             raise IndexError(index)
+        which = bisect.bisect_right(self._ends, index)
+        prompt = self.prompts[which]
+        index -= self._ends[which - 1] if which else 0
         index, image = divmod(index, self.images_per_prompt)
         values: dict[str, Any] = {}
         for name in reversed(self._turning[prompt]):

@@ -1,4 +1,4 @@
-"""Whole runs of tiny networks: killed and resumed, stopped, exported, and what each option changes."""
+"""Whole runs of tiny networks: killed and resumed, stopped, started from, and what each option changes."""
 
 import csv
 import dataclasses
@@ -17,7 +17,6 @@ import optax
 import pytest
 from flax import nnx
 from PIL import Image
-from safetensors.numpy import load_file
 
 from sdjax import train
 from sdjax.generate import StableDiffusion
@@ -27,64 +26,7 @@ from sdjax.training import config, loop, networks
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import indices, open_source
 from sdjax.training.loop import Run
-
-ONE = Devices(jax.devices()[:1])
-SHARED = """
-output = "{output}"
-steps = 8
-batch_size = 4
-log_every = 1
-checkpoint_every = 3
-sheet_every = 8
-[data]
-generator = "sdjax.training.data:Scenes"
-options = {{ count = 11 }}
-size = 16
-cache_latents = {cache}
-[model.vae]
-block_out_channels = [4, 8]
-down_block_types = ["DownEncoderBlock2D", "DownEncoderBlock2D"]
-up_block_types = ["UpDecoderBlock2D", "UpDecoderBlock2D"]
-norm_num_groups = 2
-mid_block_add_attention = false
-[optimizer]
-learning_rate = 1e-3
-ema_decay = 0.9
-"""
-UNET = """
-[model.unet]
-sample_size = 8
-block_out_channels = [8]
-down_block_types = ["CrossAttnDownBlock2D"]
-up_block_types = ["CrossAttnUpBlock2D"]
-layers_per_block = 1
-norm_num_groups = 4
-cross_attention_dim = 8
-attention_head_dim = 2
-[model.text_encoder]
-hidden_size = 8
-intermediate_size = 16
-num_hidden_layers = 1
-num_attention_heads = 2
-[model.tokenizer]
-merges = 100
-max_length = 20
-[model.scheduler]
-_class_name = "DDIMScheduler"
-beta_schedule = "scaled_linear"
-prediction_type = "v_prediction"
-[diffusion]
-train_text_encoder = true
-min_snr_gamma = 5.0
-offset_noise = 0.1
-"""
-
-
-def _write(folder, task="unet", cache="true", prompts=()):
-    path = folder / f"{task}.toml"
-    text = f'task = "{task}"\nsheet_prompts = {list(prompts)}\n{SHARED}'.format(output=folder / "run", cache=cache)
-    path.write_text(text + (UNET if task == "unet" else ""))
-    return path
+from tests.training.runs import ONE, begin, weights, write
 
 
 def _command(*options):
@@ -100,10 +42,6 @@ def _losses(folder):
         return list(csv.DictReader(file))
 
 
-def _weights(folder):
-    return {path.parent.name: load_file(path) for path in sorted(folder.glob("*/*.safetensors"))}
-
-
 def _wait_for_rows(folder, count, process):
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
@@ -117,7 +55,7 @@ def _wait_for_rows(folder, count, process):
 def whole(tmp_path_factory):
     """The folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    process = _command("--config", str(_write(folder, prompts=["a red circle", "a blue star"])))
+    process = _command("--config", str(write(folder, prompts=["a red circle", "a blue star"])))
     assert process.wait() == 0, process.communicate()[1]
     return folder / "run"
 
@@ -134,7 +72,7 @@ def test_a_run_leaves_its_numbers_pictures_and_model(whole):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
-    path = _write(tmp_path)
+    path = write(tmp_path)
     process = _command("--config", str(path))
     _wait_for_rows(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGKILL)
@@ -142,14 +80,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
     assert _command("--config", str(path)).wait() == 0
     assert _losses(tmp_path / "run") == _losses(whole)
-    again = _weights(tmp_path / "run" / "model")
-    for network, tensors in _weights(whole / "model").items():
+    again = weights(tmp_path / "run" / "model")
+    for network, tensors in weights(whole / "model").items():
         for key, tensor in tensors.items():
             np.testing.assert_array_equal(again[network][key], tensor, err_msg=key)
 
 
 def test_a_stopped_run_writes_a_checkpoint(tmp_path):
-    path = _write(tmp_path, "vae")
+    path = write(tmp_path, "vae")
     process = _command("--config", str(path), "--steps", "100000")
     _wait_for_rows(tmp_path / "run", 2, process)
     process.send_signal(signal.SIGINT)
@@ -164,25 +102,25 @@ def test_a_stopped_run_writes_a_checkpoint(tmp_path):
 
 def test_a_checkpoint_can_be_exported_and_started_from(whole, tmp_path):
     """--export writes the average; a new run from it has its networks, and trains the VAE alone."""
-    options = ["--config", str(_write(tmp_path)), "--output", str(whole), "--export", str(tmp_path / "half")]
+    options = ["--config", str(write(tmp_path)), "--output", str(whole), "--export", str(tmp_path / "half")]
     assert _command(*options, "--export-dtype", "float16").wait() == 0
-    exported, model = _weights(tmp_path / "half"), _weights(whole / "model")
+    exported, model = weights(tmp_path / "half"), weights(whole / "model")
     for network, tensors in model.items():
         for key, tensor in tensors.items():
             np.testing.assert_array_equal(exported[network][key], tensor.astype(np.float16))
-    loaded = config.load(_write(tmp_path, "vae"), init=str(whole / "model"), output=str(tmp_path / "other"))
+    loaded = config.load(write(tmp_path, "vae"), init=str(whole / "model"), output=str(tmp_path / "other"))
     run = Run(dataclasses.replace(loaded, model=config.Model()), ONE)
     assert set(run.networks.modules) == {"vae"}
     np.testing.assert_array_equal(run.state.params["vae"]["decoder.conv_in.bias"], model["vae"]["decoder.conv_in.bias"])
 
 
 def test_a_decoder_trained_alone_still_reads_the_same_latents(whole, tmp_path):
-    loaded = config.load(_write(tmp_path, "vae"), init=str(whole / "model"), output=str(tmp_path / "other"), steps=2)
+    loaded = config.load(write(tmp_path, "vae"), init=str(whole / "model"), output=str(tmp_path / "other"), steps=2)
     alone = dataclasses.replace(loaded.reconstruction, decoder_only=True)
     run = Run(dataclasses.replace(loaded, model=config.Model(), reconstruction=alone), ONE)
     run.train()
     run.export(tmp_path / "model")
-    before, after = _weights(whole / "model")["vae"], _weights(tmp_path / "model")["vae"]
+    before, after = weights(whole / "model")["vae"], weights(tmp_path / "model")["vae"]
     same = {key: np.allclose(tensor, before[key], rtol=1e-6) for key, tensor in after.items()}  # averaging rounds
     changed = {key.split(".")[0] for key in same if not same[key]}
     assert changed == {"decoder", "post_quant_conv"}
@@ -224,7 +162,7 @@ def test_what_one_bad_picture_stops_goes_on_where_it_is_mended(tmp_path, capsys,
         Image.new("RGB", (16, 16)).save(pictures / f"{number:02d}.png")
     bad = pictures / f"{indices(2, 8, 24, 0)[0]:02d}.png"
     bad.write_bytes(b"no picture")
-    path = _change(_write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=100, log_every=50, steps=4)
+    path = _change(write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=100, log_every=50, steps=4)
     path.write_text(re.sub("generator = .*\noptions = .*", f'folder = "{pictures}"', path.read_text()))
     for _ in range(2):
         assert train.main(["--config", str(path)]) == 1
@@ -237,21 +175,21 @@ def test_what_one_bad_picture_stops_goes_on_where_it_is_mended(tmp_path, capsys,
 
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path, capsys, counted):
     counted[4] = np.nan
-    path = _change(_write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=2)
+    path = _change(write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=2)
     assert train.main(["--config", str(path)]) == 1
     assert "the loss is nan at step 4" in capsys.readouterr().err
     assert _checkpoints(tmp_path / "run") == [2]
 
 
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
-    path = _change(_write(tmp_path, "vae", cache="false"), checkpoint_every=1, steps=5)
+    path = _change(write(tmp_path, "vae", cache="false"), checkpoint_every=1, steps=5)
     run = Run(dataclasses.replace(config.load(path), keep_checkpoints=3), ONE)
     assert run.train()
     assert _checkpoints(tmp_path / "run") == [3, 4, 5]
 
 
 def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_path, monkeypatch):
-    loaded = config.load(_write(tmp_path, cache="false"))
+    loaded = config.load(write(tmp_path, cache="false"))
     loaded = dataclasses.replace(loaded, diffusion=dataclasses.replace(loaded.diffusion, caption_dropout=0.375))
     made = SimpleNamespace(configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizer=str)
     run = SimpleNamespace(config=loaded, devices=ONE, folder=tmp_path, networks=made, source=None, _made={})
@@ -275,7 +213,7 @@ def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_p
 
 def _gradients(folder, devices=ONE, dtype="float32", text=True, accumulate=1):
     """The gradients of a run's first step, by network: a tenth of them is Adam's first moment."""
-    loaded = config.load(_write(folder, cache="false"), steps=1)
+    loaded = config.load(write(folder, cache="false"), steps=1)
     changed = dataclasses.replace(
         loaded,
         batch_size=32,
@@ -332,7 +270,7 @@ def test_networks_are_made_as_the_configuration_says(tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "_KINDS", kinds)
     monkeypatch.setattr(networks, "_started", lambda name, params: params)
     for remat in (False, True):
-        loaded = dataclasses.replace(config.load(_write(tmp_path)), remat=remat, dtype="bfloat16")
+        loaded = dataclasses.replace(config.load(write(tmp_path)), remat=remat, dtype="bfloat16")
         networks.prepare(loaded, open_source(loaded.data))
         assert told["unet"]["remat"] == remat
     assert {name: str(options["dtype"]) for name, options in told.items()} == {
@@ -367,7 +305,7 @@ def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):
-    path = _write(tmp_path)
+    path = write(tmp_path)
     _, old, new, _ = change.split("/")
     assert old in path.read_text()
     text = path.read_text().replace(old, new, 1)
@@ -378,43 +316,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):
     assert error.count("\n") == 1
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """A run of the VAE alone whose state is that of its first step, with an average that is not the parameters."""
-    run = Run(config.load(_write(tmp_path, "vae", cache="false")), ONE)
-    average = {"vae": {name: leaf + 1 for name, leaf in run.state.params["vae"].items()}}
-    run.state = run.state._replace(step=np.int32(1), ema=average)
-    return run
-
-
-def test_an_export_replaces_a_model_and_nothing_else(begun, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "thesis.txt").write_text("years")
-    for path in (tmp_path / "work", tmp_path / "vae.toml"):
-        with pytest.raises(TrainConfigError, match="holds something other than a model"):
-            begun.export(path)
-    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
-    folder.mkdir()
-    begun.export(folder)
-    (folder / "README.md").write_text("my card")
-    (folder / "vae" / "older.bin").write_text("")
-    begun.export(folder)
-    assert (folder / "README.md").read_text() == "my card"
-    assert not (folder / "vae" / "older.bin").exists()
-    here = sorted(tmp_path.iterdir())
-
-    def full(*_):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(begun.networks, "export", full)
-    with pytest.raises(OSError, match="No space"):
-        begun.export(folder)
-    assert (folder / "model_index.json").exists()
-    assert sorted(tmp_path.iterdir()) == here
-
-
-def test_a_run_of_another_configuration_does_not_go_on(begun):
+def test_a_run_of_another_configuration_does_not_go_on(tmp_path):
+    begun = begin(tmp_path)
     begun.config = dataclasses.replace(begun.config, steps=1)
     begun.checkpoints.save(begun.state)
     assert begun.train()
@@ -423,28 +326,8 @@ def test_a_run_of_another_configuration_does_not_go_on(begun):
         Run(dataclasses.replace(begun.config, seed=1), ONE)
 
 
-def test_what_is_exported_is_the_average(begun, tmp_path):
-    begun.export(tmp_path / "model")
-    average = np.asarray(begun.state.ema["vae"]["decoder.conv_in.bias"])
-    np.testing.assert_array_equal(_weights(tmp_path / "model")["vae"]["decoder.conv_in.bias"], average)
-
-
-@pytest.mark.parametrize(("target", "message"), [("new", "holds no checkpoint"), ("used", "other than a model")])
-def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, target, message):
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "picture.png").write_bytes(b"")
-    path = _write(tmp_path, "vae", cache="false")
-    path.write_text(path.read_text().replace("batch_size = 4", "batch_size = 8"))
-    assert train.main(["--config", str(path), "--export", str(tmp_path / target)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert sorted(path.name for path in (tmp_path / "used").iterdir()) == ["picture.png"]
-    assert not (tmp_path / "new").exists()
-
-
 def test_an_output_that_is_a_file_is_one_line(tmp_path, capsys):
-    path = _write(tmp_path, "vae", cache="false")
+    path = write(tmp_path, "vae", cache="false")
     path.write_text(path.read_text().replace("batch_size = 4", "batch_size = 8"))
     for output in (path, path / "below"):
         assert train.main(["--config", str(path), "--output", str(output)]) == 2
