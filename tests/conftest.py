@@ -18,10 +18,6 @@ FLAGS = ["--xla_force_host_platform_device_count=8", *QUICKLY]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Programs that are compiled so allocate for each operation; memory that glibc gives back each time is cleared anew. It
-# reads this at a process' start: that of a parallel run's workers, and of what tests start.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
 # A tokenizer or program that one test has made, the next reads, and so do the other processes of a parallel run.
 os.environ.setdefault("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="sdjax-tests-"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="sdjax-tests-"))
