@@ -1,9 +1,13 @@
 """A run's numbers: a CSV row a step, and the same as TensorBoard events."""
 
 import csv
+import time
 from pathlib import Path
+from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 class Metrics:
@@ -14,7 +18,9 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.csv"
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._events = EventFileWriter(str(folder / "tensorboard"))
+        if step:
+            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
         # A run killed before its first row may have left an empty file.
         if self._path.exists() and self._path.stat().st_size:
             with self._path.open(newline="", encoding="utf-8") as file:
@@ -32,10 +38,13 @@ class Metrics:
                 table.writeheader()
             table.writerows(rows)
         step = int(rows[-1]["step"])
-        for name, value in (rows[-1] | {"images_per_second": images_per_second}).items():
-            if name != "step":
-                self._events.add_scalar(name, value, step)
+        scalars = rows[-1] | {"images_per_second": images_per_second}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items() if name != "step"]
+        self._event(step, summary=Summary(value=values))
         self._events.flush()
+
+    def _event(self, step: int, **content: Any) -> None:
+        self._events.add_event(Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
         """Write what the events' thread still holds."""
