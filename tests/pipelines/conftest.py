@@ -5,12 +5,27 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
 
 from pipelines import storage
+from tests.pipelines import outputs, standin
 from tests.pipelines.faulty import FaultyFileSystem
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    return outputs.write_csv(tmp_path_factory.mktemp("prompts") / "p.csv", outputs.table())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, prompts) -> Path:
+    """A finished dataset; tests only read it."""
+    output = tmp_path_factory.mktemp("made") / "out"
+    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32, "--price-per-hour", 3.6) == 0
+    return output
 
 
 @pytest.fixture

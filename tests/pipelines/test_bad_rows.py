@@ -12,7 +12,7 @@ from pipelines import verify
 from pipelines.sources import Place
 from pipelines.units import PlanRequest, extras_json, pack, rejection, unpack
 from tests.pipelines import standin
-from tests.pipelines.test_generate_images import account
+from tests.pipelines.outputs import account
 
 
 def rejected(output):

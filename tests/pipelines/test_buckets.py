@@ -22,7 +22,7 @@ from sdjax import compile_cache
 from tests.pipelines import standin
 from tests.pipelines.conftest import free_port
 from tests.pipelines.network import STALL, Network
-from tests.pipelines.test_generate_images import assert_same, direct, images, table, write_csv
+from tests.pipelines.outputs import assert_same, direct, images, table, write_csv
 
 pytestmark = pytest.mark.slow
 

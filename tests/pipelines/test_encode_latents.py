@@ -23,7 +23,7 @@ from sdjax import train
 from sdjax.encode import Encoder
 from sdjax.training.encoded import DataError, EncodedSet
 from tests import checkpoints
-from tests.pipelines.test_generate_images import account, files, no_load, summary
+from tests.pipelines.outputs import account, files, no_load, summary
 
 SIZE = 16
 DRAW = np.random.default_rng(0)

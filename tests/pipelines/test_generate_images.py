@@ -1,30 +1,21 @@
 """The job from prompt files to a dataset, with a stand-in for the model, against the same pictures made directly."""
 
-import csv
 import errno
 import functools
 import glob
-import hashlib
-import io
 import json
 import os
 import random
 import shutil
-import tarfile
 import threading
 from collections import Counter
-from pathlib import Path
 
 import apache_beam as beam
-import duckdb
 import fsspec
-import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from apache_beam.metrics.metric import MetricsFilter
-from PIL import Image
 
 from pipelines import generate_images, sources, verify
 from pipelines.options import parse
@@ -35,87 +26,19 @@ from sdjax.spec import Spec
 from sdjax.values import RequestError
 from tests.pipelines import standin
 from tests.pipelines.faulty import HttpError
-
-SPEC = standin.Spec()
-ROWS = 150
-
-
-def table(n=ROWS):
-    """Rows of two sizes and several lengths, with a class label and every tenth prompt again."""
-    return [
-        {
-            "Prompt": f"prompt {i - i % 10 // 9}",
-            "seed": "" if i % 10 == 9 or i % 10 == 8 else str(i),
-            "num_inference_steps": str(1 + i % 5) if i % 10 < 8 else "",
-            "width": "24" if i % 3 == 0 and i % 10 < 8 else "",
-            "Label": f"class {i % 7}",
-        }
-        for i in range(n)
-    ]
-
-
-def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def direct(rows, **defaults) -> dict[str, np.ndarray]:
-    """The pictures that the rows ask for, by id, made without the job."""
-    requests = [SPEC.resolve(Request.from_row(row, **defaults)[0]) for row in rows]
-    return {SPEC.id(request): standin.picture(SPEC, request).pixels for request in requests}
-
-
-def images(output) -> dict[str, np.ndarray]:
-    """A dataset's pictures by id, by way of its manifests."""
-    store = Store(str(output))
-    found = {}
-    for name in store.find("manifest"):
-        for row in pq.read_table(pa.BufferReader(store.read(name))).to_pylist():
-            assert row["id"] not in found
-            data = store.read(row["shard"] or row["file"], row["offset"], row["offset"] + row["bytes"])
-            found[row["id"]] = np.asarray(Image.open(io.BytesIO(data)))
-    return found
-
-
-def files(output) -> dict[str, str]:
-    """Names and hashes of what readers take for data."""
-    store = Store(str(output))
-    names = store.find("shards") + store.find("images")
-    return {name: hashlib.sha256(store.read(name)).hexdigest() for name in names}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for id, pixels in expected.items():
-        np.testing.assert_array_equal(found[id], pixels)
-
-
-def summary(output) -> dict:
-    return Store(str(output)).read_json("summary.json")
-
-
-def account(output) -> tuple[int, ...]:
-    return tuple(summary(output)[name] for name in ("rows", "images", "rejected", "duplicates", "already_done"))
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> Path:
-    return write_csv(tmp_path_factory.mktemp("prompts") / "p.csv", table())
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, prompts) -> Path:
-    """A finished dataset; tests only read it."""
-    output = tmp_path_factory.mktemp("made") / "out"
-    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32, "--price-per-hour", 3.6) == 0
-    return output
-
-
-def no_load(model, **options):
-    raise AssertionError("the model was loaded")
+from tests.pipelines.outputs import (
+    ROWS,
+    SPEC,
+    account,
+    assert_same,
+    direct,
+    files,
+    images,
+    no_load,
+    summary,
+    table,
+    write_csv,
+)
 
 
 def test_the_images_are_those_that_the_rows_ask_for(made):
@@ -336,52 +259,6 @@ def test_a_second_job_on_a_disks_output_is_refused_while_the_first_runs(made, pr
     assert f"another job is writing to {output}; wait until it has ended" in capsys.readouterr().err
     assert files(output) == before
     assert standin.run("--prompts", prompts, "--output", output, load=no_load) == 0
-
-
-def test_readers_open_the_dataset(made, tmp_path, monkeypatch):
-    import datasets
-    import webdataset
-
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    expected = direct(table())
-    shards = sorted(map(str, (made / "shards").iterdir()))
-    samples = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("rgb8"))
-    assert_same({s["__key__"]: s["png"] for s in samples}, expected)
-    assert all(s["txt"] == s["json"]["prompt"] for s in samples)
-
-    loaded = datasets.load_dataset("webdataset", data_files=shards, split="train", cache_dir=str(tmp_path / "hf"))
-    assert_same({s["__key__"]: np.asarray(s["png"]) for s in loaded}, expected)
-    assert {s["json"]["id"] for s in loaded} == expected.keys()
-
-    manifest = datasets.load_dataset(
-        "parquet", data_files=str(made / "manifest" / "*.parquet"), split="train", cache_dir=str(tmp_path / "hf")
-    )
-    assert set(manifest["id"]) == expected.keys()
-
-    frame = pd.read_parquet(made / "manifest")
-    assert set(frame["id"]) == expected.keys()
-    counted = duckdb.sql(
-        f"""select extras->>'Label' as label, count(*) as n from '{made}/manifest/*.parquet' group by label"""
-    ).fetchall()
-    assert dict(counted) == frame["extras"].map(lambda e: json.loads(e)["Label"]).value_counts().to_dict()
-
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            assert len(tar.getnames()) % 3 == 0
-
-
-def test_an_image_folder_opens(prompts, tmp_path):
-    import datasets
-
-    assert standin.run("--prompts", prompts, "--output", tmp_path / "out", "--format", "files") == 0
-    loaded = datasets.load_dataset(
-        "imagefolder",
-        data_dir=str(tmp_path / "out" / "images"),
-        split="train",
-        drop_labels=True,
-        cache_dir=str(tmp_path / "hf"),
-    )
-    assert len(loaded) == len(direct(table()))
 
 
 def test_storage_faults_lose_nothing(prompts, faulty):

@@ -17,7 +17,7 @@ import pytest
 from pipelines import verify
 from pipelines.storage import Store
 from tests.pipelines import standin
-from tests.pipelines.test_generate_images import files
+from tests.pipelines.outputs import files
 
 IMAGES = 600
 PATIENCE = 60  # seconds

@@ -4,7 +4,7 @@ import pytest
 
 from pipelines import verify
 from tests.pipelines import standin
-from tests.pipelines.test_generate_images import assert_same, direct, images, table, write_csv
+from tests.pipelines.outputs import assert_same, direct, images, table, write_csv
 
 
 @pytest.mark.slow
