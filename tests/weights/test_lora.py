@@ -1,7 +1,6 @@
 """LoRAs: every format against the formula and against diffusers' names, and the pairs that do not fit."""
 
 import dataclasses
-import json
 import pickle
 import tracemalloc
 
@@ -223,91 +222,6 @@ def test_factors_of_any_shape_make_what_they_say_or_are_refused(tmp_path_factory
     try:
         for delta in Lora(file, 1.0, FIRST, what="it").deltas("unet").values():
             assert delta.product().shape == delta.shape
-    except CheckpointError as error:
-        assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize("where", ["beside", "inside"])
-def test_pefts_settings_give_the_alphas_that_the_file_lacks(where, tmp_path):
-    module, other = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k"
-    prefix = "" if where == "beside" else "unet."
-    down, up = torch.ones(4, 32), torch.ones(32, 4)
-    tensors = {
-        f"{prefix}{name}.lora_{end}.weight": t.clone()
-        for name in (module, other)
-        for end, t in zip("AB", (down, up), strict=True)
-    }
-    settings = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn1.to_k": 2}, "use_rslora": where == "beside"}
-    if where == "beside":
-        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-        safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    else:
-        text = json.dumps({f"unet.{key}": value for key, value in settings.items()})
-        safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
-    deltas = Lora(tmp_path, 1.0, FIRST, what="it").deltas("unet")
-    divisor = 2 if where == "beside" else 4  # the root of the rank, or the rank
-    assert deltas[f"{module}.weight"].product()[0, 0] == 4 * 8 / divisor
-    assert deltas[f"{other}.weight"].product()[0, 0] == 4 * 2 / divisor
-
-
-def with_patterns(tmp_path, patterns: object, **settings: object) -> dict[str, float]:
-    """The scale of each of two modules' products, of rank 2."""
-    modules = (f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k")
-    tensors = {f"unet.{m}.lora_{end}.weight": torch.ones(2, 32) for m in modules for end in "AB"}
-    tensors = {key: t if "_A" in key else t.T.contiguous() for key, t in tensors.items()}
-    text = json.dumps({"unet.lora_alpha": 8, "unet.r": 2, "unet.alpha_pattern": patterns, **settings})
-    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": text})
-    deltas = Lora(tmp_path / "a.safetensors", 1.0, FIRST, what="it").deltas("unet")
-    return {module[-4:]: deltas[f"{module}.weight"].scale for module in modules}
-
-
-@pytest.mark.parametrize(
-    ("patterns", "q", "k"),
-    [
-        ({}, 4, 4),
-        ({"to_q": 1}, 0.5, 4),
-        ({f"^{BLOCK}.attn1.to_q": 1}, 0.5, 4),
-        ({"^attn1.to_q": 1}, 4, 4),
-        ({r"attn1\.to_q$": 1, "to_k": 2}, 0.5, 1),
-        ({"attn1.to..": 6, "to_k": 2}, 3, 3),
-        ({"to_k": 2, "attn1.to..": 6}, 3, 1),
-        ({"n1.to_q": 1}, 4, 4),
-    ],
-)
-def test_patterns_of_alphas_are_matched_as_peft_matches_them(patterns, q, k, tmp_path):
-    assert with_patterns(tmp_path, patterns) == {"to_q": q, "to_k": k}
-
-
-@pytest.mark.parametrize(
-    ("patterns", "message"),
-    [
-        ({"(a+)+b": 1}, r"alpha_pattern of .*a.safetensors has '\(a\+\)\+b'; read are names"),
-        ({"": 1}, "alpha_pattern of .* has ''"),
-        ({"to_q": "8"}, "an alpha in the settings of .* is no number"),
-        ({"to_q": float("nan")}, "an alpha in the settings of .* is no number"),
-        ({"to_q": 10**400}, "an alpha in the settings of .* is no number"),
-        ([1], "alpha_pattern of .* is no JSON object"),
-    ],
-)
-def test_other_patterns_are_refused(patterns, message, tmp_path):
-    with pytest.raises(CheckpointError, match=message):
-        with_patterns(tmp_path, patterns)
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(),
-        lambda v: (
-            st.lists(v)
-            | st.dictionaries(
-                st.sampled_from(["unet.lora_alpha", "unet.alpha_pattern", "unet.use_rslora", "to_q", "to_.", "x"]), v
-            )
-        ),
-    )
-)
-def test_any_settings_are_read_or_refused(tmp_path_factory, settings):
-    try:
-        with_patterns(tmp_path_factory.mktemp("settings"), {}, **(settings if isinstance(settings, dict) else {}))
     except CheckpointError as error:
         assert "\n" not in str(error)
 
