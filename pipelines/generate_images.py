@@ -52,7 +52,7 @@ def main(
         leftovers.refuse_inputs(Store(job.output), [source.file for source in files])
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         _check_defaults(model, job.request_defaults())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         return jobs.refuse(GenerateOptions.command, error)
     return jobs.run(job, partial(build, job=job, files=files, model=model, load=load))
 

@@ -74,8 +74,19 @@ def encode(
     return buffer.getvalue()
 
 
+_CELL = 256  # pixels
+
+
+def fitted(image: Image.Image, cell: int = _CELL) -> Image.Image:
+    """An image as large as fits into a square of `cell` pixels."""
+    scale = cell / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Small pictures are enlarged without smoothing, so that the sheet shows their real pixels.
+    return image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+
+
 def contact_sheet(
-    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None, cell: int = 256
+    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None, cell: int = _CELL
 ) -> Image.Image:
     """The images in rows, each fitted into a square of `cell` pixels above the start of its caption."""
     columns = columns or min(len(images), max(1, round(len(images) ** 0.5 + 0.49)))
@@ -85,11 +96,8 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         x, y = margin + (i % columns) * (cell + margin), margin + (i // columns) * (cell + line + margin)
-        scale = cell / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        # Small pictures are enlarged without smoothing, so that the sheet shows their real pixels.
-        thumbnail = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-        sheet.paste(thumbnail, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+        thumbnail = fitted(image, cell)
+        sheet.paste(thumbnail, (x + (cell - thumbnail.width) // 2, y + (cell - thumbnail.height) // 2))
         draw.text((x, y + cell + 2), _shorten(draw, " ".join(caption.split()), cell), fill="black", font_size=12)
     return sheet
 

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlanError(f"--json: there is no folder {options.json.parent}")
         chips = chips_of(options.topology or "2x2")
         fitted, request = make(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
     what = f"{options.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"

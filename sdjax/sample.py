@@ -92,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RequestError("--batch-size=0 makes nothing; allowed is 1 or more, and auto")
         if not 1 <= options.quality <= 100:
             raise RequestError(f"--quality={options.quality} is out of range; allowed is 1 to 100")
-        sweeps = options.sweep = dict(map(_sweep, options.sweep))
+        pairs = list(map(_sweep, options.sweep))
+        sweeps = options.sweep = dict(pairs)
+        if len(sweeps) < len(pairs):
+            raise RequestError("--sweep names a field twice; give all its values in one")
         requests = []
         for prompt, *values in itertools.product(options.prompts, *sweeps.values()):
             row = {"prompt": prompt, **given, **dict(zip(sweeps, values, strict=True))}
@@ -102,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files that are there are whole", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
 
@@ -143,7 +146,7 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
             text = images.parameters(result.request, pipe.spec.name)
             path = options.output / f"{result.id}.{options.format}"
             write_whole(path, images.encode(result.pixels, options.format, text=text, quality=options.quality))
-            made[result.request] = result.image
+            made[result.request] = images.fitted(result.image)  # of thousands, the whole ones are large
             bars.image()
             if result.flags:
                 bars.say(f"{path}: {', '.join(result.flags)}")

@@ -74,6 +74,8 @@ def test_every_request_field_is_an_option():
         (["--sweep", "strenght=0.4,0.6"], "--sweep strenght=0.4,0.6 is not understood"),
         (["--sweep", "eta"], "--sweep eta is not understood; give a request's field and values"),
         (["--sweep", "eta=0,2"], "eta=2.0 is out of range"),
+        (["--sweep", "eta=0", "--sweep", "eta=1"], "--sweep names a field twice"),
+        (["--model", "oci://bucket/model"], "Install ocifs"),
     ],
 )
 def test_a_bad_call_is_refused_in_one_line_and_writes_nothing(tiny, tmp_path, capsys, arguments, message):

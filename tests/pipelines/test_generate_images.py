@@ -236,6 +236,8 @@ def test_many_files_and_templates_in_one_job(tmp_path):
         (("--output", "o", "--seed", "-1"), "seed=-1 is out of range"),
         (("--output", "o", "--sampler", "none"), "sampler='none' is unknown"),
         (("--output", "o", "--prompts", "absent.txt"), "absent.txt: no such file"),
+        (("--output", "o", "--prompts", "oci://bucket/p.txt"), "Install ocifs"),
+        (("--output", "oci://bucket/o"), "Install ocifs"),
         (("--output", "o", "--runner", "Fast"), "Unexpected pipeline runner: Fast"),
     ],
 )
