@@ -51,7 +51,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._listens = False
+        self._lock, self._listens = threading.Lock(), False
 
     def listen(self) -> None:
         """From now on."""
@@ -63,7 +63,8 @@ class _Clock:
 
     def heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.seconds["compile"] = self.seconds.get("compile", 0.0) + duration_secs
+            with self._lock:  # programs are compiled in threads
+                self.seconds["compile"] = self.seconds.get("compile", 0.0) + duration_secs
 
 
 class LazyModel:

@@ -1,1 +1,1 @@
-"""What a program would cost on a TPU that is not here, by the TPU compiler's own account."""
+"""What programs would take on a TPU or GPU that is not here, by its compiler's own account."""

@@ -22,7 +22,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a chip's main memory while a program runs.
+    """Bytes of a device's main memory while a program runs.
 
     arguments include the network's parameters; aliased are results that take an argument's place.
     """
@@ -40,7 +40,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A program as the TPU compiler left it."""
+    """A program as the device's compiler left it."""
 
     memory: Memory
     text: str
