@@ -31,10 +31,14 @@ def add_model_options(to: Any) -> None:
         "given several times",
     )
     to.add_argument(
-        "--refiner", metavar="PATH", help="that of Stable Diffusion XL's refiner, which ends the runs of its base"
+        "--refiner",
+        metavar="PATH",
+        help="Stable Diffusion XL's refiner, named as a model is, which ends the runs of its base",
     )
     to.add_argument(
-        "--vae", metavar="PATH", help="that of another autoencoder, such as madebyollin/taesd, or its single file"
+        "--vae",
+        metavar="PATH",
+        help="another autoencoder, named as a model is, such as madebyollin/taesd, or its single file",
     )
     to.add_argument(
         "--vae-tiling",
