@@ -258,3 +258,11 @@ def test_a_config_of_one_class_serves_another_sampler():
     assert np.any(make_table(schedule, num_inference_steps=20).cm[:, 3])
     assert not np.any(make_table(schedule, sampler="dpmpp_2m", num_inference_steps=20).cm[:, 2:])
     assert np.any(make_table(schedule, sampler="dpmpp_2m", num_inference_steps=20, order=3).cm[:, 2:])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_order_left_over_from_another_class_serves_samplers_that_have_one(name):
+    """from_config(old.config) keeps the old class's keys, and save_pretrained writes them."""
+    order = make_table(Schedule.from_config(config(_class_name=name, solver_order=2)), num_inference_steps=20)
+    plain = make_table(Schedule.from_config(config(_class_name=name)), num_inference_steps=20)
+    assert np.array_equal(order.cm, plain.cm)

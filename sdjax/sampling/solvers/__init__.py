@@ -160,8 +160,9 @@ def make_table(
     name = default_sampler(schedule) if sampler is None else canonical(sampler)
     spec = SAMPLERS[name]
     if order is None:
-        # The config's order is meant for its own class, which may differ from a sampler that the request names.
-        own = name == _class_sampler(schedule) and spec.order_key
+        # The config's order is meant for its own class, which may differ from a sampler that the request names; and a
+        # config keeps the order of the class that the checkpoint had before, which its own may lack.
+        own = name == _class_sampler(schedule) and spec.orders and spec.order_key
         order = schedule.option(spec.order_key, spec.order) if own else spec.order
     if order not in (spec.orders or (spec.order,)):
         raise SamplingError(f"{name} has no order {order}; it has {spec.orders or 'only one'}")
