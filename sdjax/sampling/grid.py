@@ -32,6 +32,9 @@ class Grid:
         "distilled", LCM's (TCD): those of the training timesteps that the student was distilled at.
     spacing: timestep_spacing where the config has none.  heeds_spacing: whether it looks at the config's at all.
     final: where the run ends: "config" (its final_sigmas_type), "zero", or "least" (the least training sigma).
+    switches: the sigma schedules that it knows switches for, the stronger first; it ignores the others' keys, which a
+        config keeps of the class that the checkpoint had before.
+    clips: whether it looks at lambda_min_clipped.
     whole: whether the network is told whole timesteps under Karras sigmas.
     scaled: whether the run starts from sigma * noise (unless the spacing is leading) rather than from noise.
     """
@@ -40,6 +43,8 @@ class Grid:
     spacing: str = "linspace"
     heeds_spacing: bool = True
     final: str = "config"
+    switches: tuple[str, ...] = ("karras", "exponential", "beta")
+    clips: bool = False
     whole: bool = False
     scaled: bool = False
 
@@ -92,19 +97,18 @@ NAMES = (*SPACINGS, "sgm_uniform", *SIGMAS)
 _WITH_RHO = ("karras", "polyexponential")
 _SWITCHES = {
     "karras": "use_karras_sigmas",
+    "lu": "use_lu_lambdas",
     "exponential": "use_exponential_sigmas",
     "beta": "use_beta_sigmas",
-    "lu": "use_lu_lambdas",
 }
 
 
 def default_sigmas(schedule: Schedule, grid: Grid) -> str:
     """The sigma schedule that the config switches on; "" where it leaves that to the spacing, or the grid has none."""
-    if grid.kind in ("train", "distilled"):
-        return ""
-    switched = [name for name, key in _SWITCHES.items() if schedule.option(key, False)]
-    if len(switched) > 1:
-        raise SamplingError(f"only one of {', '.join(_SWITCHES[name] for name in switched)} can be true")
+    switched = [name for name in grid.switches if schedule.option(_SWITCHES[name], False)]
+    rivals = [_SWITCHES[name] for name in switched if name != "lu"]
+    if len(rivals) > 1:
+        raise SamplingError(f"only one of {', '.join(rivals)} can be true")
     return switched[0] if switched else ""
 
 
@@ -164,7 +168,7 @@ def _free_levels(
     if sigmas in SIGMAS:
         ends = table
         if grid.kind == "k":
-            ends = np.interp(_spaced(schedule, grid.kind, n, spacing), index, table)
+            ends = np.interp(_spaced(schedule, grid, n, spacing), index, table)
         low, high = schedule.option("sigma_min", ends.min()), schedule.option("sigma_max", ends.max())
         ratios = SIGMAS[sigmas](n, low, high, **({} if rho is None else {"rho": rho}))
         t = schedule.timestep_of(ratios)
@@ -180,7 +184,7 @@ def _free_levels(
     elif sigmas == "sgm_uniform":
         t = np.linspace(index[-1], 0, n + 1)[:-1]
     else:
-        t = _spaced(schedule, grid.kind, n, spacing)
+        t = _spaced(schedule, grid, n, spacing)
     return t, np.interp(t, index, table)
 
 
@@ -203,7 +207,7 @@ def _train_levels(
     elif grid.kind == "distilled" and sigmas == "":
         t = _distilled(schedule, n, share)
     else:
-        t = _spaced(schedule, grid.kind, n, spacing)
+        t = _spaced(schedule, grid, n, spacing)
     if not np.all((t >= 0) & (t < schedule.num_train_timesteps) & (t == np.floor(t))):
         raise SamplingError(f"timesteps must be whole, 0 to {schedule.num_train_timesteps - 1}")
     return [*(train_level(schedule, int(i)) for i in t), CLEAN]
@@ -215,12 +219,11 @@ def train_level(schedule: Schedule, t: int) -> Level:
     return Level(float(t), math.sqrt(alpha2), math.sqrt(1 - alpha2))
 
 
-def _spaced(schedule: Schedule, kind: str, n: int, spacing: str) -> np.ndarray:
+def _spaced(schedule: Schedule, grid: Grid, n: int, spacing: str) -> np.ndarray:
     """Falling timesteps: "linspace", "leading" or "trailing" (Lin et al. 2023, table 2), as each kind rounds them."""
     total, offset = schedule.num_train_timesteps, schedule.option("steps_offset", 0)
-    last, extra = total, 0
-    if kind == "dpm":
-        extra = 1
+    last, extra = total, int(grid.kind == "dpm")
+    if grid.clips:
         lambdas = -np.log(schedule.ratios)[::-1]
         last = total - int(np.searchsorted(lambdas, schedule.option("lambda_min_clipped", -math.inf)))
     if spacing == "linspace":
@@ -229,7 +232,7 @@ def _spaced(schedule: Schedule, kind: str, n: int, spacing: str) -> np.ndarray:
         t = (np.arange(n + extra) * (last // (n + extra)))[::-1][:n] + offset
     else:
         t = np.round(np.arange(last, 0, -total / n)[:n]) - 1
-    return t.astype(np.float64) if kind == "k" else np.round(t)
+    return t.astype(np.float64) if grid.kind == "k" else np.round(t)
 
 
 def _distilled(schedule: Schedule, n: int, share: float) -> np.ndarray:

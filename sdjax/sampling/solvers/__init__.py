@@ -31,13 +31,17 @@ class Sampler:
     walks: bool = False
 
 
-_TRAIN = Grid("train", spacing="leading")
-_DISTILLED = Grid("distilled", heeds_spacing=False)
+_MULTISTEP = ("karras", "lu", "exponential", "beta")  # the switches of DPMSolverMultistepScheduler
+_TRAIN = Grid("train", spacing="leading", switches=())
+_DISTILLED = Grid("distilled", heeds_spacing=False, switches=())
 _K = Grid("k", final="zero", scaled=True)
+_K_PLAIN = Grid("k", final="zero", scaled=True, switches=())
 _K_WHOLE = Grid("k", final="zero", scaled=True, whole=True)
-_DPM = Grid("dpm", whole=True)
-_DPM_OWN = Grid("dpm", heeds_spacing=False, whole=True)
-_DPM_LEAST = Grid("dpm", final="least", whole=True)
+_DPM = Grid("dpm", switches=_MULTISTEP, clips=True, whole=True)
+_DPM_OWN = Grid("dpm", heeds_spacing=False, clips=True, whole=True)
+_UNI_PC = Grid("dpm", whole=True)
+_DEIS = Grid("dpm", final="least", whole=True)
+_SA = Grid("dpm", final="least", clips=True, whole=True)
 
 SAMPLERS = {
     "ddim": Sampler(discrete.ddim, _TRAIN),
@@ -45,7 +49,7 @@ SAMPLERS = {
     "plms": Sampler(multistep.plms, _TRAIN),
     "lms": Sampler(multistep.lms, _K, order=4, orders=(1, 2, 3, 4), order_key=""),
     "euler": Sampler(kdiffusion.euler, Grid("k", scaled=True)),
-    "euler_ancestral": Sampler(kdiffusion.euler_ancestral, _K),
+    "euler_ancestral": Sampler(kdiffusion.euler_ancestral, _K_PLAIN),
     "heun": Sampler(kdiffusion.heun, _K),
     "dpm_2": Sampler(kdiffusion.dpm_2, _K_WHOLE),
     "dpm_2_ancestral": Sampler(kdiffusion.dpm_2_ancestral, _K_WHOLE),
@@ -56,12 +60,12 @@ SAMPLERS = {
     "dpmpp_2m_sde": Sampler(dpmpp.multistep_sde, _DPM, order=2, orders=(1, 2, 3)),
     "dpmpp_3m_sde": Sampler(dpmpp.multistep_3m_sde, _DPM),
     "dpmpp_sde": Sampler(kdiffusion.dpmpp_sde, _K, walks=True),
-    "uni_pc": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3)),
-    "uni_pc_bh1": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3), solver_type="bh1"),
-    "uni_pc_bh2": Sampler(correctors.uni_pc, _DPM, order=2, orders=(1, 2, 3), solver_type="bh2"),
-    "deis": Sampler(multistep.deis, _DPM_LEAST, order=2, orders=(1, 2, 3)),
-    "ipndm": Sampler(multistep.ipndm, _K, order=4, orders=(1, 2, 3, 4), order_key=""),
-    "sa_solver": Sampler(correctors.sa_solver, _DPM_LEAST, order=2, orders=(1, 2, 3), order_key="predictor_order"),
+    "uni_pc": Sampler(correctors.uni_pc, _UNI_PC, order=2, orders=(1, 2, 3)),
+    "uni_pc_bh1": Sampler(correctors.uni_pc, _UNI_PC, order=2, orders=(1, 2, 3), solver_type="bh1"),
+    "uni_pc_bh2": Sampler(correctors.uni_pc, _UNI_PC, order=2, orders=(1, 2, 3), solver_type="bh2"),
+    "deis": Sampler(multistep.deis, _DEIS, order=2, orders=(1, 2, 3)),
+    "ipndm": Sampler(multistep.ipndm, _K_PLAIN, order=4, orders=(1, 2, 3, 4), order_key=""),
+    "sa_solver": Sampler(correctors.sa_solver, _SA, order=2, orders=(1, 2, 3), order_key="predictor_order"),
     "lcm": Sampler(discrete.lcm, _DISTILLED),
     "tcd": Sampler(discrete.tcd, _DISTILLED),
 }
