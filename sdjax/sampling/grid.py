@@ -32,6 +32,7 @@ class Grid:
         "distilled", LCM's (TCD): those of the training timesteps that the student was distilled at.
     spacing: timestep_spacing where the config has none.  heeds_spacing: whether it looks at the config's at all.
     final: where the run ends: "config" (its final_sigmas_type), "zero", or "least" (the least training sigma).
+    bounded: whether the least, under Karras and its like, is the config's sigma_min where it has one.
     switches: the sigma schedules that it knows switches for, the stronger first; it ignores the others' keys, which a
         config keeps of the class that the checkpoint had before.
     clips: whether it looks at lambda_min_clipped.
@@ -43,6 +44,7 @@ class Grid:
     spacing: str = "linspace"
     heeds_spacing: bool = True
     final: str = "config"
+    bounded: bool = False
     switches: tuple[str, ...] = ("karras", "exponential", "beta")
     clips: bool = False
     whole: bool = False
@@ -139,6 +141,8 @@ def levels(
         t, ratios = _free_levels(schedule, grid, n, sigmas, timesteps, rho, spacing)
         final = schedule.option("final_sigmas_type", "zero") if grid.final == "config" else grid.final
         least = schedule.ratios[0]
+        if grid.bounded and isinstance(sigmas, str) and sigmas in SIGMAS:
+            least = schedule.option("sigma_min", least)
         if ratios[-1] <= least * (1 + 1e-9):  # Karras and its like reach it with their last call, but for rounding
             least = ratios[-1]
         visited = [*map(Level.at, t, ratios), CLEAN if final == "zero" else Level.at(0.0, least)]

@@ -25,8 +25,12 @@ BEFORE = [
     ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -2.0, "steps_offset": 2}),
     ("DPMSolverSinglestepScheduler", {"lambda_min_clipped": -2.0, "lower_order_final": True, "use_lu_lambdas": True}),
     ("EulerDiscreteScheduler", {"use_exponential_sigmas": True, "final_sigmas_type": "sigma_min"}),
-    ("EulerDiscreteScheduler", {"use_beta_sigmas": True, "sigma_max": 10.0}),
+    ("EulerDiscreteScheduler", {"use_beta_sigmas": True, "sigma_min": 0.05, "sigma_max": 10.0}),
     ("UniPCMultistepScheduler", {"solver_type": "bh1", "disable_corrector": [0], "final_sigmas_type": "sigma_min"}),
+    (
+        "UniPCMultistepScheduler",
+        {"use_exponential_sigmas": True, "sigma_min": 0.05, "final_sigmas_type": "sigma_min"},
+    ),
     ("SASolverScheduler", {"predictor_order": 3, "corrector_order": 3, "use_karras_sigmas": True}),
     ("DDIMScheduler", {"set_alpha_to_one": True, "timestep_spacing": "trailing"}),
     ("DDPMScheduler", {"variance_type": "fixed_large", "timestep_spacing": "leading"}),

@@ -39,9 +39,9 @@ _K_PLAIN = Grid("k", final="zero", scaled=True, switches=())
 _K_WHOLE = Grid("k", final="zero", scaled=True, whole=True)
 _DPM = Grid("dpm", switches=_MULTISTEP, clips=True, whole=True)
 _DPM_OWN = Grid("dpm", heeds_spacing=False, clips=True, whole=True)
-_UNI_PC = Grid("dpm", whole=True)
-_DEIS = Grid("dpm", final="least", whole=True)
-_SA = Grid("dpm", final="least", clips=True, whole=True)
+_UNI_PC = Grid("dpm", bounded=True, whole=True)
+_DEIS = Grid("dpm", final="least", bounded=True, whole=True)
+_SA = Grid("dpm", final="least", bounded=True, clips=True, whole=True)
 
 SAMPLERS = {
     "ddim": Sampler(discrete.ddim, _TRAIN),
