@@ -4,6 +4,7 @@ Every diffusers scheduler for Stable Diffusion writes the same keys; each reads 
 belongs to the model (alphas, prediction type) and hands the rest to whichever sampler asks: see `Schedule.option`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,19 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "algorithm_type": (None, "dpmsolver++", "sde-dpmsolver++", "deis", "data_prediction"),
 }
 
+# Numbers: whether whole, the least, and the greatest.
+_NUMBERS = {
+    "num_train_timesteps": (True, 2, 100_000),
+    "steps_offset": (True, 0, 100_000),
+    "original_inference_steps": (True, 1, 100_000),
+    "beta_start": (False, 0, 1),
+    "beta_end": (False, 0, 1),
+    "sigma_min": (False, 0, 10_000),
+    "sigma_max": (False, 0, 10_000),
+    "lambda_min_clipped": (False, -math.inf, 10_000),
+    "timestep_scaling": (False, 0, 100_000),
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -88,7 +102,7 @@ class Schedule:
         never right.
         """
         name = config.get("_class_name")
-        if name is not None and name not in CLASSES:
+        if name not in (None, *CLASSES):
             raise SamplingError(f"_class_name={name!r} is not supported; supported are {', '.join(CLASSES)}")
         for key, allowed in _ALLOWED.items():
             if config.get(key) not in allowed:
@@ -97,8 +111,14 @@ class Schedule:
             raise SamplingError(
                 f"variance_type={config['variance_type']!r} is not supported; the variance must be fixed"
             )
+        for key, (whole, least, most) in _NUMBERS.items():
+            value = config.get(key)
+            if value is not None and not (type(value) in (int, int if whole else float) and least <= value <= most):
+                kind = "whole number" if whole else "number"
+                raise SamplingError(f"{key}={value!r} is not supported; it must be a {kind}, {least} to {most}")
+        given = {key: value for key, value in config.items() if value is not None}
         return cls(
-            alphas_cumprod=_alphas_cumprod({**_BETAS, **_CLASS_BETAS.get(str(name), {}), **config}),
+            alphas_cumprod=_alphas_cumprod({**_BETAS, **_CLASS_BETAS.get(str(name), {}), **given}),
             prediction_type=config.get("prediction_type") or "epsilon",
             config=dict(config),
         )
@@ -137,10 +157,11 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64[np.ndarray, " T"]:
     """In float32 where diffusers is: its rounding moves 1 - alpha by parts in 10^5 near t = 0, and images with it."""
     steps, kind = config.get("num_train_timesteps", 1000), config["beta_schedule"]
     start, end, trained = config["beta_start"], config["beta_end"], config.get("trained_betas")
-    if not isinstance(steps, int) or steps < 2:
-        raise SamplingError(f"num_train_timesteps={steps!r} is not supported; it must be a whole number, 2 or more")
     if trained is not None:
-        betas = np.asarray(trained, np.float32)
+        try:
+            betas = np.asarray(trained, np.float32)
+        except (TypeError, ValueError, OverflowError):
+            raise SamplingError("trained_betas is no list of numbers; leave it out, or give one a timestep") from None
         if betas.shape != (steps,):
             raise SamplingError(f"trained_betas has shape {betas.shape}; num_train_timesteps asks for ({steps},)")
     elif kind == "linear":
@@ -153,14 +174,19 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64[np.ndarray, " T"]:
     else:
         known = "linear, scaled_linear, squaredcos_cap_v2"
         raise SamplingError(f"beta_schedule={kind!r} is not supported; use one of {known}, or trained_betas")
-    if not np.all((betas > 0) & (betas < 1)):
-        raise SamplingError("betas must lie strictly between 0 and 1")
+    if not np.all((1 - betas > 0) & (1 - betas < 1)):
+        raise SamplingError("betas must lie strictly between 0 and 1, by 1e-7 or more")
     alphas = _running_product(1 - betas)
-    if config.get("rescale_betas_zero_snr"):
-        roots = np.sqrt(alphas)
-        alphas = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
-        betas = 1 - np.append(alphas[:1], alphas[1:] / alphas[:-1])
+    to_zero = bool(config.get("rescale_betas_zero_snr"))
+    if to_zero:
+        with np.errstate(divide="ignore", invalid="ignore"):  # of betas that are refused below
+            roots = np.sqrt(alphas)
+            alphas = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+            betas = 1 - np.append(alphas[:1], alphas[1:] / alphas[:-1])
         alphas = _running_product(1 - betas)
+    noisy = alphas[:-1] if to_zero else alphas
+    if not np.all((noisy >= np.finfo(np.float32).tiny) & (noisy < 1)):
+        raise SamplingError("betas leave no image, or no noise, at some timestep; they must be further from 0 or 1")
     return alphas.astype(np.float64)
 
 

@@ -9,9 +9,12 @@ from unittest import mock
 import diffusers
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdjax.sampling import SAMPLERS, SamplingError, Schedule
 from sdjax.sampling import grid as grids
+from sdjax.sampling import schedule as schedules
 from sdjax.sampling.schedule import CLASSES
 from tests.sampling.toy import config
 
@@ -80,6 +83,15 @@ def test_timesteps_and_ratios_invert_each_other():
         ({"beta_start": 0.0}, "betas"),
         ({"trained_betas": [0.1, 0.2]}, r"\(2,\)"),
         ({"num_train_timesteps": 1.5}, "num_train_timesteps=1.5"),
+        ({"num_train_timesteps": 10**8}, "2 to 100000"),
+        ({"beta_start": -0.1}, "beta_start=-0.1"),
+        ({"beta_start": 1e-9}, "betas must lie"),
+        ({"beta_end": 10**400}, "beta_end=1000"),
+        ({"beta_end": "0.012"}, "beta_end='0.012'"),
+        ({"beta_end": 0.9999}, "betas leave no image"),
+        ({"trained_betas": "linear"}, "trained_betas is no list"),
+        ({"steps_offset": 0.5}, "steps_offset=0.5"),
+        ({"_class_name": ["DDIMScheduler"]}, "_class_name="),
         ({"thresholding": True}, "thresholding=True"),
         ({"clip_sample": True}, "clip_sample=True"),
         ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic'"),
@@ -93,6 +105,26 @@ def test_an_unsupported_config_is_refused_by_key_and_value(changes, names):
     with pytest.raises(SamplingError, match=names) as caught:
         Schedule.from_config(config(**changes))
     assert "\n" not in str(caught.value)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=3),
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=3), some, max_size=1),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from(sorted(schedules._NUMBERS)) | st.sampled_from(["_class_name", "trained_betas"]), ANYTHING)
+def test_a_config_is_read_or_refused_in_one_line(key, value):
+    try:
+        Schedule.from_config(config(num_train_timesteps=3) | {key: value})
+    except SamplingError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_null_is_a_missing_key():
+    nulls = dict.fromkeys(("beta_start", "beta_end", "beta_schedule", "num_train_timesteps"))
+    np.testing.assert_array_equal(Schedule.from_config(nulls).alphas_cumprod, Schedule.from_config({}).alphas_cumprod)
 
 
 def test_two_sigma_switches_are_refused():

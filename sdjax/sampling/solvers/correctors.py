@@ -16,6 +16,8 @@ def uni_pc(trace: Trace, plan: Plan) -> None:
         raise SamplingError("uni_pc is supported with predict_x0=true and no solver_p")
     variant = "bh1" if plan.solver_type == "bh1" else "bh2"
     uncorrected = plan.schedule.option("disable_corrector", [])
+    if not isinstance(uncorrected, list | tuple):
+        raise SamplingError(f"disable_corrector={uncorrected!r} is not supported; use a list of steps")
     lower = plan.schedule.option("lower_order_final", True)
     x, saved, outputs, order = trace.start, trace.start, [], 0
     for done, (here, there) in enumerate(plan.steps(trace)):
