@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_KEY = 1000  # characters of a tensor's key; Stable Diffusion's have up to a hundred
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -51,7 +52,8 @@ def read_header(file: IO[bytes], name: str) -> dict[str, Entry]:
     """The tensors of a safetensors file; `name` is what errors call it.
 
     Raises:
-        CheckpointError: the file is cut short, is not safetensors, or holds a dtype that cannot be read.
+        CheckpointError: the file is cut short, is not safetensors, has tensors that overlap or gaps between them, or
+            holds a dtype that cannot be read.
     """
     return read_header_and_metadata(file, name)[0]
 
@@ -71,13 +73,28 @@ def read_header_and_metadata(file: IO[bytes], name: str) -> tuple[dict[str, Entr
         raise CheckpointError(f"{name}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise CheckpointError(f"{name} is not a safetensors file: its header cannot be read") from None
-    for key, entry in entries.items():
+    # Bytes that many tensors share would be read over and over.
+    last = 8 + length
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.end > size:
             raise CheckpointError(f"{name} is truncated: {key} ends at byte {entry.end:,} of {size:,}")
+        if entry.start != last:
+            raise CheckpointError(f"{name}: {key} begins at byte {entry.start:,}, where byte {last:,} is next")
+        last = entry.end
+    if last != size:
+        raise CheckpointError(f"{name} has {size - last:,} bytes that belong to no tensor")
     return entries, {key: str(value) for key, value in metadata.items()}
 
 
+def check_key(key: str) -> str:
+    """A tensor's key. Raises CheckpointError where it is too long to be one."""
+    if len(key) > MAX_KEY:
+        raise CheckpointError(f"its key {key[:40]!r}... has {len(key):,} characters; allowed are {MAX_KEY:,}")
+    return key
+
+
 def _entry(key: str, value: Mapping, base: int) -> Entry:
+    check_key(key)
     if value["dtype"] not in _DTYPES:
         raise CheckpointError(f"{key} is {value['dtype']}; readable are {', '.join(_DTYPES)}")
     dtype, shape = _DTYPES[value["dtype"]], tuple(map(int, value["shape"]))

@@ -16,11 +16,12 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sdjax.weights.safetensors import CheckpointError, Entry
+from sdjax.weights.safetensors import CheckpointError, Entry, check_key
 
 SUFFIXES = (".ckpt", ".pt", ".pth")
 MAX_PICKLE_BYTES = 16_000_000  # of a description, whose objects take up to 100 times that; Stable Diffusion's has one
 _MAX_AXES = 64  # that numpy has
+_MAX_DEPTH = 20  # of dicts within dicts
 _MAX_NOTE_BYTES = 64  # of what takes a word, such as the order of bytes
 
 _STORAGES = {
@@ -219,16 +220,19 @@ def _tensors(described: Any) -> dict[str, _Tensor]:
     found: dict[str, _Tensor] = {}
     seen: set[int] = set()  # a pickle may name one thing over and over
 
-    def walk(value: dict[Any, Any], prefix: str) -> None:
+    def walk(value: dict[Any, Any], prefix: str, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise CheckpointError(f"its state dict has more than {_MAX_DEPTH} dicts within one another")
         seen.add(id(value))
         for key, item in value.items():
+            name = check_key(f"{prefix}{key}")
             item = item.parameters if isinstance(item, _Made) else item
             if isinstance(item, _Tensor):
-                found[f"{prefix}{key}"] = item
+                found[name] = item
             elif isinstance(item, dict) and id(item) not in seen:
-                walk(item, f"{prefix}{key}.")
+                walk(item, f"{name}.", depth + 1)
             elif isinstance(item, _Made) and _holds_tensors(item, seen):
-                raise CheckpointError(f"its {prefix}{key} is made by {item.name}, which {_NOT_CALLED}")
+                raise CheckpointError(f"its {name} is made by {item.name}, which {_NOT_CALLED}")
 
     inner = described.get("state_dict") if isinstance(described, dict) else None
     described = inner if isinstance(inner, dict | _Made) else described
@@ -236,7 +240,7 @@ def _tensors(described: Any) -> dict[str, _Tensor]:
         raise CheckpointError(f"its state dict is made by {described.name}, which {_NOT_CALLED}")
     if not isinstance(described, dict):
         raise CheckpointError("it holds no state dict")
-    walk(described, "")
+    walk(described, "", 1)
     return found
 
 

@@ -6,9 +6,10 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sdjax.weights.safetensors import CheckpointError, read_header, read_tensors
@@ -92,6 +93,37 @@ def test_a_header_that_lies_is_refused(entry, message):
     with pytest.raises(CheckpointError) as refused:
         read(with_header({"w": entry}))
     assert message in str(refused.value)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=4), st.integers(0, 12))
+@example([(0, 4), (2, 4)], 6)
+@example([(0, 4), (5, 4)], 9)
+@example([(0, 4)], 5)
+@example([(0, 4), (4, 0), (0, 0), (4, 3)], 7)
+def test_tensors_that_overlap_or_leave_gaps_are_refused_as_the_library_does(places, size):
+    header = {
+        str(i): {"dtype": "U8", "shape": [length], "data_offsets": [start, start + length]}
+        for i, (start, length) in enumerate(places)
+    }
+    data = with_header(header, bytes(range(size)))
+    try:
+        expected = safetensors.numpy.load(data)
+    except safetensors.SafetensorError:
+        with pytest.raises(
+            CheckpointError, match=r"is truncated|where byte \d+ is next|bytes that belong to no tensor"
+        ):
+            read(data)
+        return
+    found = read(data)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in found)
+
+
+def test_a_key_of_any_length_is_refused_by_its_length():
+    entry = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
+    assert read(with_header({"a" * 1000: entry}, b"1"))
+    with pytest.raises(CheckpointError, match=r"a file: its key 'a{40}'... has 1,001 characters; allowed are 1,000"):
+        read(with_header({"a" * 1001: entry}, b"1"))
 
 
 def test_a_header_that_claims_to_be_huge_is_not_read():

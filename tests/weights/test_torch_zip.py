@@ -176,6 +176,13 @@ def test_what_would_take_forever_or_all_memory_is_refused():
     shape += b"K\1" * 10**5 + b"tq\0h\0NNtRs."
     with pytest.raises(CheckpointError, match=r"its w is made by torch\._utils\._rebuild_tensor_v2"):
         read_header(with_pickle(shape), "a file")
+    key = b"X" + (2000).to_bytes(4, "little") + b"k" * 2000 + b"q\0"
+    for nested, message in [
+        (b"\x80\x02}" + key + b"}" + b"h\0}" * 9 + b"s" * 10 + b".", "key 'k{40}'... has 2,000 characters"),
+        (b"\x80\x02" + b"}X\0\0\0\0" * 30 + b"}" + b"s" * 30 + b".", "more than 20 dicts within one another"),
+    ]:
+        with pytest.raises(CheckpointError, match=rf"a file: its .*{message}"):
+            read_header(with_pickle(nested), "a file")
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02}.")
