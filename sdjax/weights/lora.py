@@ -39,7 +39,7 @@ _KOHYA = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
-_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv][._].*(?:down|A)(?:\.\w+)?\.weight$")
+_CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 
 
 # A file's patterns may come from anyone, and a regular expression with repeats can take forever.
@@ -130,8 +130,11 @@ class Lora:
 
     def _refuse_another_width(self, unet: UNetConfig, what: str) -> None:
         """An SDXL LoRA on Stable Diffusion 1, in words rather than by the first key that is missing."""
-        shapes = [entry.shape for key, entry in self.file.entries.items() if _CONTEXT.search(key)]
-        widths = {shape[1] for shape in shapes if len(shape) > 1}
+        widths: set[int] = set()
+        for key, entry in self.file.entries.items():
+            match = _FACTOR.search(key)
+            if match and match["lora"] in ("down", "A") and _CONTEXT.search(key[: match.start()]):
+                widths |= {*entry.shape[1:2]}
         if widths and unet.cross_attention_dim not in widths:
             theirs, ours = (
                 f"{width} channels" + (f" ({CONTEXT_WIDTHS[width]})" if width in CONTEXT_WIDTHS else "")

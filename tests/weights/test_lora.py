@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import time
 import tracemalloc
 
 import jax
@@ -327,6 +328,18 @@ def test_a_lora_that_does_not_fit_is_refused_in_a_line(tiny, tmp_path, name):
     with pytest.raises(CheckpointError, match=message) as refused:
         StableDiffusion.from_pretrained(tiny, loras=[tmp_path / "a.safetensors"], devices=jax.devices()[:1])
     assert "\n" not in str(refused.value)
+
+
+def test_keys_as_long_as_may_be_are_matched_at_once(tiny, tmp_path):
+    keys = [f"{'attn2.to_k.A.' * 75}{i}" for i in range(2000)]
+    safetensors.torch.save_file({key: torch.ones(1) for key in keys}, tmp_path / "a.safetensors")
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="has keys that tiny does not: attn2"):
+        Spec(tiny, loras=[tmp_path / "a.safetensors"])
+    assert time.process_time() - start < 2
+    safetensors.torch.save_file({"attn2.to_k.A." * 100: torch.ones(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="has 1,300 characters; allowed are 1,000"):
+        Spec(tiny, loras=[tmp_path / "a.safetensors"])
 
 
 def test_what_is_no_lora_file_is_refused(tiny, tmp_path):
