@@ -70,8 +70,9 @@ class Spec:
         vae_tiling: whether images are decoded and encoded in strips, in a fraction of the memory and more time; None
             does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.
         textual_inversions: files of learned tokens, each a path or URL, or one and its token; see `TextualInversion`.
-        allow_pickle: whether single files, LoRAs and textual inversions may be PyTorch's own; see `torch_zip`.
-        single_file: `tokenizer` and `prediction_type` of `SingleFile`.
+        tokenizer, prediction_type: of a single file, for its refiner too where that is one; see `SingleFile`.
+        allow_pickle: whether single files (ControlNets and VAEs too), LoRAs and textual inversions may be PyTorch's
+            own; see `torch_zip`.
 
     Raises:
         CheckpointError, ConfigError, SamplingError: what is there cannot be run; the message names it.
@@ -89,12 +90,14 @@ class Spec:
         refiner: str | os.PathLike[str] | None = None,
         vae: str | os.PathLike[str] | None = None,
         vae_tiling: bool | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        prediction_type: str | None = None,
         allow_pickle: bool = False,
-        **single_file: Any,
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
         self.dtype, self.vae_tiling = dtype, vae_tiling
+        single_file: dict[str, Any] = {"tokenizer": tokenizer, "prediction_type": prediction_type}
         self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
         other_vae = None
         if vae is not None:

@@ -31,19 +31,24 @@ def is_single_file(source: str | os.PathLike[str]) -> bool:
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], *, variant: str | None = None, allow_pickle: bool = False, **single_file: Any
+    source: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    prediction_type: str | None = None,
+    allow_pickle: bool = False,
 ) -> Checkpoint:
     """The checkpoint at a source: a `SingleFile` where the name ends like one, else a folder.
 
     Args:
         source, variant: see `Checkpoint`.
-        allow_pickle, single_file: see `SingleFile`; a folder takes none of the latter.
+        tokenizer, prediction_type, allow_pickle: see `SingleFile`; a folder says itself what the first two are.
     """
-    given = {name: value for name, value in single_file.items() if value}
     if is_single_file(source):
-        return SingleFile(source, allow_pickle=allow_pickle, **given)
-    if given:
-        raise CheckpointError(f"{', '.join(given)} is for single files; {source} is a folder, which says it itself")
+        return SingleFile(source, tokenizer=tokenizer, prediction_type=prediction_type, allow_pickle=allow_pickle)
+    for name, value in (("tokenizer", tokenizer), ("prediction_type", prediction_type)):
+        if value is not None:
+            raise CheckpointError(f"{name} is for single files; {source} is a folder, which says it itself")
     return Checkpoint(source, variant=variant)
 
 

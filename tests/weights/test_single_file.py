@@ -330,3 +330,6 @@ def test_a_broken_file_is_refused_and_named(folder, tmp_path):
         StableDiffusion.from_single_file(folder)
     with pytest.raises(CheckpointError, match="tokenizer is for single files"):
         Spec(folder, tokenizer=folder)
+    for unknown in ({"revision": "main"}, {"local_files_only": False}, {"dtpye": "bfloat16"}):
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{next(iter(unknown))}'"):
+            StableDiffusion.from_pretrained(folder, **unknown)
