@@ -257,7 +257,7 @@ def fill(
     """Give a module that was built abstractly its parameters, in the dtype that it was built with.
 
     Args:
-        module: from `nnx.eval_shape`; it is changed and returned.
+        module: built with `rngs=None`; it is changed and returned.
         tensors: key and array in the checkpoint's layout; used one at a time, so that one copy is held.
         what: what errors call the checkpoint.
         place: puts an array onto the devices.
