@@ -97,7 +97,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None = None) -> tuple[Family,
     index, source = checkpoint.index, checkpoint.source
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(f"{source} is a {index.get('_class_name')}; supported are {', '.join(PIPELINES)}")
-    encoders = tuple(name for name in TOKENIZERS if (index.get(name) or [None])[0] is not None)
+    encoders = tuple(name for name in TOKENIZERS if _has(checkpoint, name))
     kinds = {**dict.fromkeys(encoders, CLIPTextConfig), "unet": UNetConfig}
     configs: dict[str, Any] = {name: read_config(kind, checkpoint, name) for name, kind in kinds.items()}
     configs["vae"] = _vae_config(checkpoint, "vae")
@@ -135,13 +135,24 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None = None) -> tuple[Family,
     return family, configs
 
 
+def _has(checkpoint: Checkpoint, component: str) -> bool:
+    """Whether model_index.json names a component. Raises CheckpointError."""
+    named = checkpoint.index.get(component) or [None]
+    if not isinstance(named, list):
+        raise CheckpointError(
+            f"model_index.json of {checkpoint.source} has a {component} that is neither null nor a library and a class"
+        )
+    return named[0] is not None
+
+
 def read_config(kind: Any, checkpoint: Checkpoint, component: str) -> Any:
     """A component's configuration. Raises CheckpointError, ConfigError."""
     try:
         return kind.from_dict(checkpoint.json(component, "config.json"))
-    except ConfigError as error:
+    except (ConfigError, RecursionError) as error:
         where = f"{component}/config.json".lstrip("/")
-        raise ConfigError(f"{where} of {checkpoint.source}: {error}") from None
+        why = "it has lists within lists without end" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{where} of {checkpoint.source}: {why}") from None
 
 
 def check_fit(part: str, model: str, sides: Mapping[str, tuple[Any, Any]]) -> None:

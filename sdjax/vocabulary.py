@@ -25,7 +25,7 @@ def read(folder: Path) -> Vocabulary:
     """The vocabulary in a folder as transformers writes them; only for files not seen before is transformers imported.
 
     Raises:
-        OSError, ValueError: transformers cannot read it.
+        OSError, ValueError: transformers cannot read it, or one of the ids is not there.
     """
     key = hashlib.sha256(f"format 1 {version('transformers')} {version('tokenizers')}".encode())
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -40,13 +40,19 @@ def read(folder: Path) -> Vocabulary:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_whole(kept, text.encode())
     fields = json.loads(text)
+    for mark, token in fields.items():
+        if token is None:
+            raise ValueError(f"its files name no token for {mark}")
     return Vocabulary(Tokenizer.from_str(fields.pop("encoder")), **fields)
 
 
 def _by_transformers(folder: Path) -> str:
     from transformers import CLIPTokenizer
 
-    found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        found = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of files that are not what it expects, anything
+        raise ValueError(f"{type(error).__name__}: {error}") from None
     encoder = found.backend_tokenizer
     encoder.no_padding()
     encoder.no_truncation()

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from sdjax import vocabulary
+from sdjax.text import Tokenizer
+from sdjax.weights.safetensors import CheckpointError
 from tests import checkpoints
 
 TEXT = "a photo of <red> a red!! circle,  ÉCLAIR 3.5's ⭕\n!"
@@ -55,6 +57,8 @@ def test_ids_are_those_of_transformers(folder, text):
 def test_files_seen_before_need_no_transformers(folder):
     expected = vocabulary.read(folder).encoder.encode(TEXT).ids
     code = f"""import sys; from pathlib import Path; from sdjax import vocabulary
+from sdjax.text import Tokenizer
+from sdjax.weights.safetensors import CheckpointError
 print(vocabulary.read(Path({str(folder)!r})).encoder.encode({TEXT!r}).ids, "transformers" in sys.modules)"""
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == f"{expected} False"
@@ -64,6 +68,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(folder, tmp_path, monkey
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert vocabulary.read(folder).encoder.encode("a red circle").ids
+
+
+@pytest.mark.parametrize("value", ["7", "null", "[]", '["a"]', "[" * 3000 + "]" * 3000], ids=lambda value: value[:5])
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
+def test_special_tokens_that_are_none_are_refused_in_a_line(tmp_path, key, value):
+    checkpoints.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(f'{{"{key}": {value}}}')
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"the tokenizer cannot be read: \w+") as refused:
+        Tokenizer(tmp_path, vocab_size=10**6, length=77)
+    assert "\n" not in str(refused.value)
 
 
 def test_changed_files_are_read_anew(tmp_path):

@@ -1,9 +1,13 @@
 """What the configs share: reading a JSON object strictly, and checks whose errors name their key."""
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
+
+# Far beyond what is of use; shapes take time to build and lists of layers much more.
+MAX_COUNT = 1_000_000
+MAX_LAYERS = 100
+_MAX_NUMBER = 1e30
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
 
@@ -16,13 +20,18 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-def is_count(value: Any) -> bool:
-    """Whether a JSON value is a whole number above 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_count(value: Any, most: int = MAX_COUNT) -> bool:
+    """Whether a JSON value is a whole number from 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def is_layers(value: Any) -> bool:
+    """Whether it is a number of layers."""
+    return is_count(value, MAX_LAYERS)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
 
 
 class Config:
@@ -59,9 +68,9 @@ class Config:
                 f"{type(self).__name__}: {key}={getattr(self, key)!r} is not supported; it must be {allowed}"
             )
 
-    def _counts(self, *keys: str) -> None:
+    def _counts(self, *keys: str, most: int = MAX_COUNT) -> None:
         for key in keys:
-            self._require(is_count(getattr(self, key)), key, "a positive integer")
+            self._require(is_count(getattr(self, key), most), key, f"a positive integer up to {most:,}")
 
     def _positive(self, *keys: str) -> None:
         self._as_float(*keys)
@@ -79,7 +88,8 @@ class Config:
     def _size(self, key: str) -> None:
         size = getattr(self, key)
         pair = isinstance(size, tuple) and len(size) == 2 and all(map(is_count, size))
-        self._require(size is None or is_count(size) or pair, key, "a positive integer, a pair of them, or null")
+        allowed = f"a positive integer up to {MAX_COUNT:,}, a pair of them, or null"
+        self._require(size is None or is_count(size) or pair, key, allowed)
 
     def _channels(self) -> int:
         """Check block_out_channels; returns the number of blocks."""
@@ -90,11 +100,11 @@ class Config:
         )
         return len(channels)
 
-    def _counts_list(self, *keys: str) -> None:
+    def _counts_list(self, *keys: str, most: int = MAX_COUNT) -> None:
         for key in keys:
             value = getattr(self, key)
-            listed = isinstance(value, tuple) and value != () and all(map(is_count, value))
-            self._require(listed, key, "a list of positive integers")
+            listed = isinstance(value, tuple) and is_layers(len(value)) and all(is_count(each, most) for each in value)
+            self._require(listed, key, f"a list of positive integers up to {most:,}, at most {MAX_LAYERS} of them")
 
     def _kinds(self, key: str, *allowed: str) -> None:
         """Check a list of block types, one for each of block_out_channels."""

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from sdjax.config.base import Config
+from sdjax.config.base import MAX_COUNT, MAX_LAYERS, Config, is_count
 
 TEXT_ACTIVATIONS = ("quick_gelu", "gelu")
+_MAX_POSITIONS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,19 @@ class CLIPTextConfig(Config):
     )
 
     def __post_init__(self) -> None:
-        self._counts("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers")
-        self._counts("num_attention_heads", "max_position_embeddings")
+        self._counts("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_attention_heads")
+        self._counts("num_hidden_layers", most=MAX_LAYERS)
+        positions = self.max_position_embeddings
+        # A text has a start and an end token.
+        self._require(
+            is_count(positions, _MAX_POSITIONS) and positions > 2,
+            "max_position_embeddings",
+            f"an integer from 3 to {_MAX_POSITIONS:,}",
+        )
         self._positive("layer_norm_eps")
         self._one_of("hidden_act", TEXT_ACTIVATIONS)
-        self._require(isinstance(self.eos_token_id, int) and self.eos_token_id >= 0, "eos_token_id", "a token id")
+        is_id = self.eos_token_id == 0 or is_count(self.eos_token_id)
+        self._require(is_id, "eos_token_id", f"a token id up to {MAX_COUNT:,}")
         self._require(
             self.hidden_size % self.num_attention_heads == 0,
             "num_attention_heads",

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
-from sdjax.config.base import ACTIVATIONS, Config, is_count
+from sdjax.config.base import ACTIVATIONS, MAX_COUNT, MAX_LAYERS, Config, is_count, is_layers
 
 
 class Stage(NamedTuple):
@@ -83,8 +83,13 @@ class DownConfig(Config):
         self._require(self.freq_shift < half, "freq_shift", f"a number below {half}")
         if self.addition_embed_type == "text_time":
             self._counts("addition_time_embed_dim", "projection_class_embeddings_input_dim")
-        for key in ("layers_per_block", "cross_attention_dim", "attention_head_dim"):
-            self._require(self._fits(key, is_count, blocks), key, f"a positive integer or a list of {blocks}")
+        for key, is_item, most in (
+            ("layers_per_block", is_layers, MAX_LAYERS),
+            ("cross_attention_dim", is_count, MAX_COUNT),
+            ("attention_head_dim", is_count, MAX_COUNT),
+        ):
+            allowed = f"a positive integer up to {most:,} or a list of {blocks}"
+            self._require(self._fits(key, is_item, blocks), key, allowed)
         self._require(
             self._fits("only_cross_attention", lambda v: isinstance(v, bool), blocks),
             "only_cross_attention",
@@ -101,13 +106,13 @@ class DownConfig(Config):
         self._require(
             all(map(_is_depth, depths, self._spread("layers_per_block"))),
             key,
-            "positive integers, or lists with one for each of a block's layers",
+            f"positive integers up to {MAX_LAYERS}, or lists with one for each of a block's layers",
         )
 
     def _optional_counts(self, *keys: str) -> None:
         for key in keys:
             value = getattr(self, key)
-            self._require(value is None or is_count(value), key, "a positive integer or null")
+            self._require(value is None or is_count(value), key, f"a positive integer up to {MAX_COUNT:,} or null")
 
     def _fits(self, key: str, is_item: Any, blocks: int) -> bool:
         value = getattr(self, key)
@@ -156,7 +161,7 @@ class DownConfig(Config):
 
 
 def _is_depth(value: Any, layers: int) -> bool:
-    return is_count(value) or (isinstance(value, tuple) and len(value) == layers and all(map(is_count, value)))
+    return is_layers(value) or (isinstance(value, tuple) and len(value) == layers and all(map(is_layers, value)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,7 +208,7 @@ class UNetConfig(DownConfig):
         depths = self.reverse_transformer_layers_per_block
         if depths is None:
             self._require(
-                all(map(is_count, self._spread("transformer_layers_per_block"))),
+                all(map(is_layers, self._spread("transformer_layers_per_block"))),
                 "transformer_layers_per_block",
                 f"without lists inside unless {key} is given",
             )
@@ -213,7 +218,7 @@ class UNetConfig(DownConfig):
         self._require(
             all(map(_is_depth, depths, ups)),
             key,
-            "positive integers, or lists with one for each of an up block's layers",
+            f"positive integers up to {MAX_LAYERS}, or lists with one for each of an up block's layers",
         )
 
     @property
@@ -238,7 +243,8 @@ class ControlNetConfig(DownConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._counts("conditioning_channels", "layers_per_block", "cross_attention_dim")
+        self._counts("conditioning_channels", "cross_attention_dim")
+        self._counts("layers_per_block", most=MAX_LAYERS)
         self._counts_list("conditioning_embedding_out_channels")
         self._one_of("controlnet_conditioning_channel_order", ("rgb", "bgr"))
         self._flags("global_pool_conditions")

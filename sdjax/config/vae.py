@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from sdjax.config.base import ACTIVATIONS, Config
+from sdjax.config.base import ACTIVATIONS, MAX_LAYERS, Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class VAEConfig(Config):
     inert: ClassVar[dict[str, Any]] = {"shift_factor": None, "latents_mean": None, "latents_std": None}
 
     def __post_init__(self) -> None:
-        self._counts("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        self._counts("in_channels", "out_channels", "latent_channels", "norm_num_groups")
+        self._counts("layers_per_block", most=MAX_LAYERS)
         self._positive("scaling_factor")
         self._flags("force_upcast", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
         self._size("sample_size")
@@ -78,7 +79,7 @@ class AutoencoderTinyConfig(Config):
         self._positive("scaling_factor")
         self._one_of("act_fn", ACTIVATIONS)
         self._counts_list(*(f"{part}_block_out_channels" for part in ("encoder", "decoder")))
-        self._counts_list(*(f"num_{part}_blocks" for part in ("encoder", "decoder")))
+        self._counts_list(*(f"num_{part}_blocks" for part in ("encoder", "decoder")), most=MAX_LAYERS)
         levels = len(self.num_encoder_blocks)
         for part in ("encoder", "decoder"):
             channels, key = getattr(self, f"{part}_block_out_channels"), f"{part}_block_out_channels"

@@ -165,9 +165,17 @@ UNSUPPORTED = [
     (UNetConfig, "attention_type", "gated"),
     (UNetConfig, "time_embedding_type", "fourier"),
     (UNetConfig, "dropout", 0.1),
+    (UNetConfig, "norm_eps", 10**400),
+    (UNetConfig, "sample_size", 10**8),
+    (UNetConfig, "cross_attention_dim", 10**8),
+    (UNetConfig, "layers_per_block", 101),
+    (UNetConfig, "layers_per_block", [1, 10**8]),
+    (UNetConfig, "transformer_layers_per_block", 101),
+    (UNetConfig, "block_out_channels", [32] * 101),
     (VAEConfig, "down_block_types", ["AttnDownEncoderBlock2D"] * 2),
     (VAEConfig, "up_block_types", ["UpDecoderBlock2D"]),
     (VAEConfig, "layers_per_block", [1, 1]),
+    (VAEConfig, "layers_per_block", 101),
     (VAEConfig, "act_fn", "tanh"),
     (VAEConfig, "norm_num_groups", 7),
     (VAEConfig, "latent_channels", None),
@@ -178,6 +186,11 @@ UNSUPPORTED = [
     (CLIPTextConfig, "hidden_act", "relu"),
     (CLIPTextConfig, "num_attention_heads", 5),
     (CLIPTextConfig, "eos_token_id", [1, 2]),
+    (CLIPTextConfig, "eos_token_id", 10**400),
+    (CLIPTextConfig, "num_hidden_layers", 101),
+    (CLIPTextConfig, "vocab_size", 10**8),
+    (CLIPTextConfig, "max_position_embeddings", 2),
+    (CLIPTextConfig, "max_position_embeddings", 10**5),
     (CLIPTextConfig, "model_type", "t5"),
     (CLIPTextConfig, "use_attention_mask", True),
     (CLIPTextConfig, "layer_norm_eps", None),
@@ -203,7 +216,7 @@ def test_an_unknown_key_is_named(kind):
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers(-2, 70) | st.just(10**400) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=5,
 )

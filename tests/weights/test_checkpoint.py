@@ -234,6 +234,14 @@ BROKEN = {
         lambda f: checkpoints.edit(f / "model_index.json", _class_name="FluxPipeline"),
         "is a FluxPipeline; supported are StableDiffusionPipeline",
     ),
+    "an encoder that is a number": (
+        lambda f: checkpoints.edit(f / "model_index.json", text_encoder=7),
+        "model_index.json of .* has a text_encoder that is neither null nor a library and a class",
+    ),
+    "a value that never ends": (
+        lambda f: (f / "unet" / "config.json").write_text('{"norm_eps": ' + "[" * 700 + "]" * 700 + "}"),
+        "unet/config.json of .*(lists within lists without end|is not JSON)",
+    ),
     "no config": (lambda f: (f / "unet" / "config.json").unlink(), "lacks unet/config.json"),
     "unknown config value": (
         lambda f: checkpoints.edit(f / "unet" / "config.json", act_fn="sine"),
