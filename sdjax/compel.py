@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sdjax.prompts import Chunking, Fragment, Token, in_chunks
+from sdjax.prompts import Chunking, Fragment, Token, check_weights, in_chunks
 from sdjax.values import RequestError
 
 PLUS, MINUS = 1.1, 0.9
@@ -70,12 +70,13 @@ def encodings(prompt: str, tokenize: Callable[[str], list[int]], chunking: Chunk
     A phrase of weight w below 1 is also pulled towards the prompt without it, tan((1 - w) pi / 2) to 1.
 
     Raises:
-        RequestError: see `parse`; or it takes more than MAX_ENCODINGS of them.
+        RequestError: see `parse` and `check_weights`; or it takes more than MAX_ENCODINGS of them.
     """
     result: list[list[Encoding]] = []
     for part in parse(prompt):
         column: list[list[Encoding]] = []  # of each encoding its chunks
         for share, words in part.blends:
+            check_weights([share, part.weight, *(part.weight * fragment.weight for fragment in words)])
             numbered = [Fragment(fragment.text, i) for i, fragment in enumerate(words)]
             chunks = in_chunks([numbered], tokenize, chunking)
             there = sorted({int(token.weight) for chunk in chunks for token in chunk})
@@ -169,5 +170,8 @@ def fragments(text: str) -> list[Fragment]:
 def _factor(suffix: str) -> float:
     """The weight that `++`, `--`, `1.3` or nothing stands for."""
     if suffix[:1] in ("+", "-"):
-        return (PLUS if suffix[0] == "+" else MINUS) ** len(suffix)
+        try:
+            return (PLUS if suffix[0] == "+" else MINUS) ** len(suffix)
+        except OverflowError:
+            return math.inf
     return float(suffix) if suffix else 1.0

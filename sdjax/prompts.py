@@ -12,13 +12,16 @@ to no other by a number at its end; here both are text.
 """
 
 import re
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from sdjax.values import RequestError, shown
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_CLAUSES = 8
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\bBREAK\b")
@@ -69,7 +72,7 @@ def parse(prompt: str, *, join: bool = True) -> list[Clause]:
         join: whether AND is heeded, which it is not in a negative prompt.
 
     Raises:
-        RequestError: it names a network to load, as `<lora:name:1>` does.
+        RequestError: it names a network to load, as `<lora:name:1>` does; or see `check_weights`.
     """
     if found := _NETWORK.search(prompt):
         raise RequestError(
@@ -104,7 +107,11 @@ def _parts(text: str) -> tuple[tuple[Fragment, ...], ...]:
 
 
 def fragments(text: str) -> list[Fragment]:
-    """Text by weight, brackets and escapes resolved; neighbours of one weight are one."""
+    """Text by weight, brackets and escapes resolved; neighbours of one weight are one.
+
+    Raises:
+        RequestError: see `check_weights`.
+    """
     pieces: list[str] = []
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -128,7 +135,14 @@ def fragments(text: str) -> list[Fragment]:
             merged[-1] = Fragment(merged[-1].text + piece, weight)
         elif piece:
             merged.append(Fragment(piece, weight))
+    check_weights(fragment.weight for fragment in merged)
     return merged
+
+
+def check_weights(weights: Iterable[float]) -> None:
+    """Raise RequestError where a weight is more than the float32 of text states can hold, or no number."""
+    if not all(abs(weight) <= MAX_WEIGHT for weight in weights):
+        raise RequestError(f"prompt has a weight beyond {MAX_WEIGHT:.1e}; take out some of its brackets or signs")
 
 
 def in_chunks(

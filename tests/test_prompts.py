@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdjax import Request, RequestError, StableDiffusion
@@ -135,6 +135,37 @@ def test_vectors_of_one_word_are_in_one_chunk_where_they_fit():
 @pytest.fixture(scope="module")
 def spec(tiny):
     return Spec(tiny)
+
+
+RUNS = st.builds(
+    str.__mul__,
+    st.sampled_from(["+", "-", "(", ")", "[", "]", '"', "9", " ", "(a", "(a:99)", ")+"]),
+    st.integers(1, 900),
+)
+PIECES = st.sampled_from(
+    ["a", " ", ", ", "(", ")9", ":1.5)", '"', '"a"', "\\", ".blend(", ".and(", " AND ", "BREAK", "0", "1.3"]
+)
+
+
+@example(prompt="cat" + "+" * 8000, language="compel")
+@example(prompt="(" * 4990 + "a" + ")" * 4990, language="a1111")
+@example(prompt="(a)" + "9" * 400, language="compel")
+@example(prompt=f'("a").and({"9" * 400})', language="compel")
+@example(prompt=f'("a", "b").blend({"9" * 400}, -{"9" * 400})', language="compel")
+@example(prompt=f'("(a){"9" * 30}").and({"9" * 30})', language="compel")
+@given(
+    prompt=st.lists(RUNS | PIECES, min_size=1, max_size=8).map("".join),
+    language=st.sampled_from(["a1111", "compel"]),
+)
+@settings(deadline=None)
+def test_any_prompt_has_finite_weights_or_is_refused(spec, prompt, language):
+    try:
+        text = spec.text(spec.resolve(Request(prompt=prompt, prompt_language=language)))
+    except RequestError as error:
+        assert "\n" not in str(error)
+        return
+    arrays = [text.weights, text.clauses, *((text.variants.weights, text.variants.shares) if text.variants else ())]
+    assert all(np.isfinite(array).all() for array in arrays)
 
 
 @given(text=st.text(st.sampled_from("red cat,:.É!é"), min_size=1, max_size=70).filter(str.strip))
