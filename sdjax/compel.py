@@ -11,8 +11,11 @@ refused. Knows no tokenizer and no JAX.
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import NamedTuple
+
+import numpy as np
 
 from sdjax.prompts import Chunking, Fragment, Token, check_weights, in_chunks
 from sdjax.values import RequestError
@@ -33,7 +36,7 @@ _TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _TEXT = r'"((?:\\.|[^"\\])*)"'
-_CALL = re.compile(rf"\s*\(\s*((?:{_TEXT}\s*,?\s*)+)\)\s*\.(blend|and|add)\(([\d\s,.-]*)(no_normalize\s*)?\)\s*")
+_CALL = re.compile(rf"\s*\(\s*((?:{_TEXT}\s*(?:,\s*)?)+)\)\s*\.(blend|and|add)\(([\d\s,.-]*)(no_normalize\s*)?\)\s*")
 _UNSUPPORTED = re.compile(r"\.swap\(|\b(?:with|use)Lora\(")
 
 
@@ -74,30 +77,29 @@ def encodings(prompt: str, tokenize: Callable[[str], list[int]], chunking: Chunk
     """
     result: list[list[Encoding]] = []
     for part in parse(prompt):
-        column: list[list[Encoding]] = []  # of each encoding its chunks
+        read: list[tuple[list[list[Token]], dict[int | None, float]]] = []  # each prompt's chunks, and the pulls
         for share, words in part.blends:
             check_weights([share, part.weight, *(part.weight * fragment.weight for fragment in words)])
             numbered = [Fragment(fragment.text, i) for i, fragment in enumerate(words)]
             chunks = in_chunks([numbered], tokenize, chunking)
             there = sorted({int(token.weight) for chunk in chunks for token in chunk})
-            pulls: dict[int | None, float] = {None: 1.0}
-            pulls |= {i: _pull(words[i].weight) for i in there if words[i].weight < 1}
-            for hidden, pull in pulls.items():
-                column.append(
-                    [
-                        Encoding(
-                            share * pull / sum(pulls.values()),
-                            part.weight,
-                            [Token(token.id, words[int(token.weight)].weight) for token in chunk],
-                            [token.weight != hidden for token in chunk],
-                        )
-                        for chunk in chunks
-                    ]
+            read.append((chunks, {None: 1.0} | {i: _pull(words[i].weight) for i in there if words[i].weight < 1}))
+        count = sum(len(pulls) for _, pulls in read)
+        if count > MAX_ENCODINGS:
+            raise RequestError(f"prompt blends texts and lowers phrases {count} times; allowed are {MAX_ENCODINGS}")
+        column = [  # of each encoding its chunks
+            [
+                Encoding(
+                    share * pull / sum(pulls.values()),
+                    part.weight,
+                    [Token(token.id, words[int(token.weight)].weight) for token in chunk],
+                    [token.weight != hidden for token in chunk],
                 )
-        if len(column) > MAX_ENCODINGS:
-            raise RequestError(
-                f"prompt blends texts and lowers phrases {len(column)} times; allowed are {MAX_ENCODINGS}"
-            )
+                for chunk in chunks
+            ]
+            for (share, words), (chunks, pulls) in zip(part.blends, read, strict=True)
+            for hidden, pull in pulls.items()
+        ]
         longest = max(map(len, column))
         padded = [chunks + [chunks[0]._replace(tokens=[], keep=[])] * (longest - len(chunks)) for chunks in column]
         result += map(list, zip(*padded, strict=True))
@@ -135,31 +137,32 @@ def parse(prompt: str) -> list[Part]:
     return [Part(1.0, tuple(Blend(weight / total, prompt) for weight, prompt in zip(weights, prompts, strict=True)))]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # refused by `encodings`
 def fragments(text: str) -> list[Fragment]:
     """Text by weight, brackets, quotes and escapes resolved; neighbours of one weight are one."""
     pieces: list[str] = []
-    weights: list[float] = []
-    opened: list[tuple[str, int]] = []
+    weights = np.ones(len(text))
+    opened: dict[str, list[int]] = {"(": [], '"': []}
     for match in _TOKEN.finditer(text):
         token, suffix = match[0], match[0][1:]
-        opener = {")": "(", '"': '"'}.get(token[0])
-        starts = [i for i, (kind, _) in enumerate(opened) if kind == opener]
+        starts = opened.get({")": "(", '"': '"'}.get(token[0], ""), [])
         begins = not (pieces and pieces[-1][-1:].isalnum())  # in the middle of a word a bracket is text
         if (token == "(" and begins) or (token == '"' and not starts):
-            opened.append((token, len(pieces)))
+            opened[token].append(len(pieces))
         elif starts:
-            start = opened[starts[-1]][1]
-            del opened[starts[-1] :]
-            weights[start:] = [_factor(suffix) * inner for inner in weights[start:]]
+            start = starts[-1]
+            for each in opened.values():  # what opened inside has no partner
+                del each[bisect_left(each, start) :]
+            weights[start : len(pieces)] *= _factor(suffix)
             pieces[start] = token = " "
         elif len(token) == 2 and token[0] == "\\":
             token = token[1]
-        elif token.strip("+-") == "" and match.start() and not text[match.start() - 1].isspace() and weights:
-            weights[-1], token = weights[-1] * _factor(token), ""
+        elif token.strip("+-") == "" and match.start() and not text[match.start() - 1].isspace() and pieces:
+            weights[len(pieces) - 1] *= _factor(token)
+            token = ""
         pieces.append(token)
-        weights.append(1.0)
     merged: list[Fragment] = []
-    for piece, weight in zip(pieces, weights, strict=True):
+    for piece, weight in zip(pieces, weights.tolist(), strict=False):
         if merged and (piece.isspace() or merged[-1].weight == weight):
             merged[-1] = Fragment(merged[-1].text + piece, merged[-1].weight)
         elif piece.strip():

@@ -106,6 +106,7 @@ def _parts(text: str) -> tuple[tuple[Fragment, ...], ...]:
     return tuple(map(tuple, parts))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # refused below
 def fragments(text: str) -> list[Fragment]:
     """Text by weight, brackets and escapes resolved; neighbours of one weight are one.
 
@@ -113,7 +114,7 @@ def fragments(text: str) -> list[Fragment]:
         RequestError: see `check_weights`.
     """
     pieces: list[str] = []
-    weights: list[float] = []
+    weights = np.ones(len(text))
     opened: dict[str, list[int]] = {"(": [], "[": []}
     for match in _TOKEN.finditer(text):
         token, weight = match[0], match[1]
@@ -125,12 +126,11 @@ def fragments(text: str) -> list[Fragment]:
         elif (token in (")", "]") or weight is not None) and opened[closes]:
             start = opened[closes].pop()
             factor = float(weight) if weight is not None else ROUND if closes == "(" else SQUARE
-            weights[start:] = [factor * inner for inner in weights[start:]]
+            weights[start : len(pieces)] *= factor
             pieces[start] = token = ""
         pieces.append(token)
-        weights.append(1.0)
     merged: list[Fragment] = []
-    for piece, weight in zip(pieces, weights, strict=True):
+    for piece, weight in zip(pieces, weights.tolist(), strict=False):
         if piece and merged and merged[-1].weight == weight:
             merged[-1] = Fragment(merged[-1].text + piece, weight)
         elif piece:

@@ -1,7 +1,9 @@
 """The prompt language: what is a weight and what is text, chunks, and that plain prompts stay diffusers'."""
 
+import contextlib
 import dataclasses
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -166,6 +168,24 @@ def test_any_prompt_has_finite_weights_or_is_refused(spec, prompt, language):
         return
     arrays = [text.weights, text.clauses, *((text.variants.weights, text.variants.shares) if text.variants else ())]
     assert all(np.isfinite(array).all() for array in arrays)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "language"),
+    [
+        ("(" * 5000 + ")" * 5000, "a1111"),
+        ("([a" * 1666 + "])" * 1666, "a1111"),
+        ("(a " * 2500 + ")" * 2500, "compel"),
+        ("(a " * 2000 + ")-" * 2000, "compel"),
+        ("(" * 3300 + '"" ' * 2200, "compel"),
+        ("(" + '"a"  ' * 1999, "compel"),
+    ],
+)
+def test_no_prompt_takes_long_to_read(spec, prompt, language):
+    started = time.process_time()
+    with contextlib.suppress(RequestError):
+        spec.text(Request(prompt=prompt, prompt_language=language))
+    assert time.process_time() - started < 1.5
 
 
 @given(text=st.text(st.sampled_from("red cat,:.É!é"), min_size=1, max_size=70).filter(str.strip))
