@@ -7,7 +7,6 @@ files are fetched side by side.
 import io
 import json
 import posixpath
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby
@@ -20,7 +19,8 @@ from pipelines import sources, tables
 from pipelines.records import RowError
 from pipelines.storage import retry
 from sdjax import inputs
-from sdjax.training.data import CAPTIONS, IMAGES, sample_key
+from sdjax.training.encoded import DataError
+from sdjax.training.samples import CAPTIONS, IMAGES, Member, members, sample_key
 
 _BLOCK = 2**23  # bytes that a file is read by
 _ROWS = 16  # of a Parquet file that are held at once
@@ -79,37 +79,27 @@ def of_tar(file: str) -> Samples:
     """A WebDataset's samples: neighbours with one name up to its first dot. Read once, from end to end."""
     with open_file(file) as stream:
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                files = (member for member in tar if member.isfile())
-                for key, members in groupby(files, key=lambda member: sample_key(member.name)[0]):
-                    yield partial(_of_members, file, key, *_contents(tar, members))
-                end = tar.offset  # tarfile takes any damaged header but the first for the end
-            stream.seek(end)
-            damaged = stream.read(tarfile.BLOCKSIZE).strip(b"\0") != b""
-        except tarfile.TarError:
-            damaged = True
-    if damaged:
-        yield partial(_raise, RowError(f"{file} is damaged or cut short; what follows in it is not read"))
+            for key, parts in groupby(members(stream, file), key=lambda member: sample_key(member.name)[0]):
+                yield partial(_of_members, file, key, *_contents(stream, parts))
+        except DataError as error:  # a sample whose caption is lost may seem to have another, in its .json
+            yield partial(_raise, RowError(f"{error}; the sample there and all after it are not read"))
 
 
 def _contents(
-    tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo]
+    stream: IO[bytes], parts: Iterable[Member]
 ) -> tuple[tuple[int, bytes] | None, dict[str, bytes] | RowError]:
     """Where a sample's image begins and its bytes, and all that is read of it by extension."""
     image, contents = None, {}
-    for member in members:
+    for member in parts:
         extension = sample_key(member.name)[1]
         if extension not in (*IMAGES, ".txt", ".json"):
             continue
         if member.size > inputs.MAX_BYTES:
             return None, RowError(f"{member.name} is larger than {inputs.MAX_BYTES >> 20} MiB, which is the most")
-        file = tar.extractfile(member)
-        assert file is not None, "members are files"
-        contents[extension] = file.read()
-        if len(contents[extension]) < member.size:
-            raise tarfile.ReadError("cut short")
+        stream.seek(member.start)
+        contents[extension] = stream.read(member.size)
         if extension in IMAGES and image is None:
-            image = member.offset_data, contents[extension]
+            image = member.start, contents[extension]
     return image, contents
 
 

@@ -23,7 +23,7 @@ from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
 from pipelines.storage import retry
 from sdjax import inputs
-from sdjax.training.data import CAPTIONS, IMAGES
+from sdjax.training.samples import CAPTIONS, IMAGES
 from sdjax.values import RequestError
 
 READERS = 16  # images that are fetched or decoded at once

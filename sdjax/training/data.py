@@ -7,7 +7,6 @@ number, the batch of any step can be made without having made those before it, w
 import importlib
 import json
 import posixpath
-import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,11 +21,10 @@ from sdjax import inputs
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.encoded import DataError, EncodedSet
+from sdjax.training.samples import CAPTIONS, IMAGES, members, sample_key
 from sdjax.values import RequestError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
-CAPTIONS = ("text", "caption", "prompt")  # the columns of metadata.jsonl that are taken, the first that is there
 
 
 class Source(Protocol):
@@ -133,15 +131,12 @@ class Shards:
     def _index(self, shard: str) -> Iterator[tuple[_Span, _Span]]:
         found: dict[str, dict[str, _Span]] = {}
         try:
-            with self._fs.open(shard, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in tar:
-                    key, extension = sample_key(member.name)
-                    span = _Span(shard, member.offset_data, member.offset_data + member.size)
-                    found.setdefault(key, {})[extension] = span
+            with self._fs.open(shard, "rb") as stream:
+                for name, start, size in members(stream, shard):
+                    key, extension = sample_key(name)
+                    found.setdefault(key, {})[extension] = _Span(shard, start, start + size)
         except FileNotFoundError:
             raise DataError(f"{shard} is not there") from None
-        except tarfile.TarError:
-            raise DataError(f"{shard} is not a tar file") from None
         for parts in found.values():
             image = next((parts[extension] for extension in IMAGES if extension in parts), None)
             if image is not None and ".txt" in parts:
@@ -211,13 +206,6 @@ def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
             yield row["file_name"], next(row[column] for column in CAPTIONS if column in row)
         except (ValueError, KeyError, TypeError, StopIteration):
             raise DataError(f"{what} line {number} needs file_name and one of {', '.join(CAPTIONS)}") from None
-
-
-def sample_key(name: str) -> tuple[str, str]:
-    """A tar member's sample and its extension, as WebDataset splits them: at the first dot of the file's name."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return folder + slash + stem, dot + extension.lower()
 
 
 def decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size 3"]:

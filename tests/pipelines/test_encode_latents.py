@@ -24,6 +24,7 @@ from sdjax.encode import Encoder
 from sdjax.training.encoded import DataError, EncodedSet
 from tests import checkpoints
 from tests.pipelines.outputs import account, files, no_load, summary
+from tests.training.test_samples import tar_of
 
 SIZE = 16
 DRAW = np.random.default_rng(0)
@@ -230,6 +231,7 @@ def test_a_tar_that_is_cut_short_gives_what_it_holds(encoded):
     data = (encoded / "tar-set" / "0.tar").read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         third = [member for member in tar if member.name.endswith(".png")][2]
+        caption = next(member for member in tar if member.name.endswith("001.txt"))
 
     def read(data):
         fsspec.filesystem("memory").pipe_file("/cut.tar", data)
@@ -241,6 +243,11 @@ def test_a_tar_that_is_cut_short_gives_what_it_holds(encoded):
     damaged = bytearray(data)
     damaged[third.offset : third.offset + 512] = b"\xff" * 512
     assert "damaged" in str(read(bytes(damaged))[-1])
+    damaged[caption.offset : caption.offset + 512] = b"\xff" * 512
+    [(picture, _), error] = read(bytes(damaged))  # the second's .json has a caption that is not its own
+    assert picture.key == "v1.0/000"
+    assert "damaged" in str(error)
+    assert "cut.tar is damaged or cut short" in str(read(tar_of({"GNU.sparse.map": "x,y"}))[-1])
     assert all(not isinstance(picture, Exception) for picture in read(data))
 
 

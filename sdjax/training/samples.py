@@ -1,0 +1,54 @@
+"""How captioned images are stored: what training and `pipelines.encode_latents` both read of tars and metadata."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+from sdjax.training.encoded import DataError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+CAPTIONS = ("text", "caption", "prompt")  # the columns that are taken as a caption, the first that is there
+
+
+class Member(NamedTuple):
+    """A file inside a tar: its bytes are the `size` from `start`."""
+
+    name: str
+    start: int
+    size: int
+
+
+def members(stream: IO[bytes], file: str) -> Iterator[Member]:
+    """The files of a tar in order, header by header; without sparse ones, whose bytes do not lie as they are.
+
+    Raises:
+        DataError: it is no tar, damaged or cut short; `file` is how errors call it.
+    """
+    fault = f"{file} is not a tar file"
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    try:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            fault = f"{file} is damaged or cut short"
+            for member in tar:
+                plain = member.isreg() and not member.issparse()
+                # A header may say any size; a negative one would lead back to what was read already, for ever.
+                if not 0 <= (member.size if plain else 0) <= tar.offset - member.offset_data or tar.offset > end:
+                    raise tarfile.ReadError
+                if plain:
+                    yield Member(member.name, member.offset_data, member.size)
+            stream.seek(tar.offset)  # tarfile takes any damaged header but the first for the end, which is two of zeros
+            if stream.read(2 * tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError
+    except OSError:  # of the disk or the bucket
+        raise
+    except Exception:  # tarfile raises all sorts over what headers may say
+        raise DataError(fault) from None
+
+
+def sample_key(name: str) -> tuple[str, str]:
+    """A tar member's sample and its extension, as WebDataset splits them: at the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return folder + slash + stem, dot + extension.lower()
