@@ -20,7 +20,7 @@ from pipelines.records import RowError
 from pipelines.storage import retry
 from sdjax import inputs
 from sdjax.training.encoded import DataError
-from sdjax.training.samples import CAPTIONS, IMAGES, Member, members, sample_key
+from sdjax.training.samples import IMAGES, Member, members, sample_key, split_caption, text_of
 
 _BLOCK = 2**23  # bytes that a file is read by
 _ROWS = 16  # of a Parquet file that are held at once
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 Samples = Iterator[Callable[[], Sample]]
-"""Each call may raise RowError."""
+"""Each call may raise RowError or DataError."""
 
 
 def of_folder(folder: str, names: Iterable[str]) -> Samples:
@@ -54,7 +54,7 @@ def of_folder(folder: str, names: Iterable[str]) -> Samples:
 
 def _captioned_file(folder: str, name: str) -> Sample:
     file = posixpath.join(folder, name)
-    caption = _utf8(_whole_file(posixpath.splitext(file)[0] + ".txt"), f"the caption of {name}")
+    caption = text_of(_whole_file(posixpath.splitext(file)[0] + ".txt"), f"the caption of {name}")
     return Sample(file, 0, 0, name, _whole_file(file), caption, {})
 
 
@@ -67,7 +67,7 @@ def of_metadata(piece: sources.Piece) -> Samples:
 def _listed_file(root: str, row: dict[str, Any] | RowError) -> Sample:
     if isinstance(row, RowError):
         raise row
-    caption, extras = _split_caption(row)
+    caption, extras = split_caption(row)
     name = extras.pop("file_name", None)
     if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name:
         raise RowError(f"file_name={name!r:.200} is no file below {root}")
@@ -109,14 +109,14 @@ def _of_members(file: str, key: str, image: tuple[int, bytes] | None, contents: 
     facts: Any = {}
     if ".json" in contents:
         try:
-            facts = json.loads(_utf8(contents[".json"], f"{key}.json"))
+            facts = json.loads(text_of(contents[".json"], f"{key}.json"))
         except (ValueError, RecursionError):
             raise RowError(f"{key}.json is not JSON") from None
         if not isinstance(facts, dict):
             raise RowError(f"{key}.json is not a JSON object")
-    caption, extras = _split_caption(facts)
+    caption, extras = split_caption(facts)
     if ".txt" in contents:
-        caption = _utf8(contents[".txt"], f"{key}.txt")
+        caption = text_of(contents[".txt"], f"{key}.txt")
     start, data = image or (0, b"")
     return Sample(file, start, start + len(data), key, data, caption, extras)
 
@@ -127,7 +127,7 @@ def of_parquet(file: str, group: int, first_row: int) -> Samples:
         if isinstance(row, RowError):
             yield partial(_raise, row)
             continue
-        caption, extras = _split_caption({name: value for name, value in row.items() if not _is_image(name)})
+        caption, extras = split_caption({name: value for name, value in row.items() if not _is_image(name)})
         key = f"row {first_row + number}"
         yield partial(Sample, file, group, number, key, _image(row), caption, extras)
 
@@ -170,20 +170,6 @@ def _image(row: dict[str, Any]) -> Any:
 def open_file(file: str) -> IO[bytes]:
     """A file to be read in large blocks."""
     return retry(lambda: io.BufferedReader(fsspec.open(file, "rb", block_size=_BLOCK).open()))  # pyright: ignore
-
-
-def _split_caption(row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A row's caption, from the first column that may hold one, and the other columns."""
-    names = {name.strip().lower(): name for name in reversed(row)}
-    column = next((names[name] for name in CAPTIONS if name in names), "")
-    return row.get(column), {name: value for name, value in row.items() if name != column}
-
-
-def _utf8(data: bytes, what: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise RowError(f"{what} is not valid UTF-8") from None
 
 
 def _whole_file(file: str) -> bytes:

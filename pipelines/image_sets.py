@@ -23,6 +23,7 @@ from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
 from pipelines.storage import retry
 from sdjax import inputs
+from sdjax.training.encoded import DataError
 from sdjax.training.samples import CAPTIONS, IMAGES
 from sdjax.values import RequestError
 
@@ -195,7 +196,7 @@ def _checked(part: str, sample: Callable[[], Sample]) -> Found | RowError:
         return picture, extras
     except RowError as error:
         return error
-    except RequestError as error:
+    except (DataError, RequestError) as error:
         return RowError(str(error))
     except UnicodeEncodeError:
         return RowError("a file's name that is not valid UTF-8")

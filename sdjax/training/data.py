@@ -21,7 +21,7 @@ from sdjax import inputs
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.encoded import DataError, EncodedSet
-from sdjax.training.samples import CAPTIONS, IMAGES, members, sample_key
+from sdjax.training.samples import CAPTIONS, IMAGES, members, sample_key, split_caption, text_of
 from sdjax.values import RequestError
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
@@ -89,7 +89,7 @@ class Folder:
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         path, caption = self._files[index]
-        return self._read(_beside(path)).decode().strip() if caption is None else caption
+        return text_of(self._read(_beside(path)), _beside(path)).strip() if caption is None else caption
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each file's name, caption if metadata.jsonl has it, size, and when it was last written."""
@@ -150,7 +150,8 @@ class Shards:
         return decode(self._read(span), self._size, f"an image of {span.shard}")
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        return self._read(self._examples[index][1]).decode().strip()
+        span = self._examples[index][1]
+        return text_of(self._read(span), f"the caption at byte {span.start} of {span.shard}").strip()
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each example's tar and place in it, the tar's size, and when it was last written."""
@@ -198,14 +199,20 @@ def open_source(data: Data) -> Source | EncodedSet:
 
 
 def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(content.decode().splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(content.split(b"\n"), 1):
+        text = text_of(line, f"{what} line {number}")
+        if not text.strip():
             continue
         try:
-            row = json.loads(line)
-            yield row["file_name"], next(row[column] for column in CAPTIONS if column in row)
-        except (ValueError, KeyError, TypeError, StopIteration):
-            raise DataError(f"{what} line {number} needs file_name and one of {', '.join(CAPTIONS)}") from None
+            caption, others = split_caption(json.loads(text))
+            name = others["file_name"]
+            if not isinstance(name, str) or not isinstance(caption, str):
+                raise TypeError
+            (name + caption).encode()  # half of a surrogate pair is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            columns = ", ".join(CAPTIONS)
+            raise DataError(f"{what} line {number} needs file_name and one of {columns}, as strings") from None
+        yield name, caption.strip()
 
 
 def decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size 3"]:

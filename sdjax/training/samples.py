@@ -3,7 +3,7 @@
 import io
 import tarfile
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from sdjax.training.encoded import DataError
 
@@ -52,3 +52,18 @@ def sample_key(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
     return folder + slash + stem, dot + extension.lower()
+
+
+def split_caption(row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A row's caption, from the first column that may hold one, and the other columns."""
+    names = {name.strip().lower(): name for name in reversed(row)}
+    column = next((names[name] for name in CAPTIONS if name in names), "")
+    return row.get(column), {name: value for name, value in row.items() if name != column}
+
+
+def text_of(data: bytes, what: str) -> str:
+    """A small file's text, without a byte order mark. Raises DataError; `what` is how errors call it."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{what} is not valid UTF-8") from None

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines import image_sets
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.data import DataError, Loader, Scenes, indices, open_source
@@ -55,6 +56,62 @@ def test_a_folder_with_metadata(tmp_path):
     rows = [{"file_name": f"{key}.png", "text": f"row {key}"} for key in PICTURES]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     _same(_read(open_source(Data(folder=str(tmp_path), size=24))), lambda key: f"row {key}")
+
+
+def test_a_line_of_metadata_ends_at_its_newline_alone(tmp_path):
+    _folder(str(tmp_path))
+    captions = {key: f"row {key} \u2028 and \u0085on" for key in PICTURES}
+    rows = [{"Text": f" {caption} ", "file_name": f"{key}.png"} for key, caption in captions.items()]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    _same(_read(open_source(Data(folder=str(tmp_path), size=24))), captions.get)
+    [piece] = image_sets.cut(f"{tmp_path}/metadata.jsonl")
+    assert {picture.caption for _, (picture, _) in image_sets.read(piece)} == set(captions.values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"file_name": "000.png"}',
+        b'{"file_name": "000.png", "text": null, "caption": "a"}',
+        b'{"file_name": "000.png", "text": 3}',
+        b'{"file_name": "000.png", "text": "half \\ud83d"}',
+        b'{"file_name": 3, "text": "a"}',
+        b'{"text": "a"}',
+        b'["file_name", "text"]',
+        b'"file_name text"',
+        b"null",
+        b"{",
+        pytest.param(b"[" * 10**5, id="deep"),
+    ],
+)
+def test_a_line_of_metadata_that_is_no_captioned_file_is_named(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "000.png", "text": "a"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 3 needs file_name and one of .*, as strings"):
+        open_source(Data(folder=str(tmp_path)))
+
+
+def test_text_that_is_not_utf8_is_named_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf a cat\n")
+    for key in ("a", "b"):
+        (tmp_path / f"{key}.png").write_bytes(_png(PICTURES["000"]))
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("[ab].*")):
+            tar.add(path, path.name)
+    for data, name in ((Data(folder=str(tmp_path)), r"a\.txt"), (Data(shards=f"{tmp_path}/c.tar"), r"c\.tar")):
+        source = open_source(data)
+        assert source.caption(1, RNG) == "a cat"
+        with pytest.raises(DataError, match=f"{name} is not valid UTF-8"):
+            source.caption(0, RNG)
+    for path in (tmp_path, tmp_path / "c.tar"):
+        [piece] = image_sets.cut(str(path))
+        [(_, error), (_, (picture, _))] = image_sets.read(piece)
+        assert "a.txt is not valid UTF-8" in str(error) or "caption of a.png is not valid UTF-8" in str(error)
+        assert picture.caption == "a cat"
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "a.png", "text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 1 is not valid UTF-8"):
+        open_source(Data(folder=str(tmp_path)))
 
 
 def _shards(folder):
