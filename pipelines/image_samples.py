@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from pipelines import sources, tables
 from pipelines.records import RowError
-from pipelines.storage import retry
+from pipelines.storage import is_transient, retry
 from sdjax import inputs
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import IMAGES, Member, members, sample_key, split_caption, text_of
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 Samples = Iterator[Callable[[], Sample]]
-"""Each call may raise RowError or DataError."""
+"""Each call may raise RowError or DataError, or UnicodeEncodeError over a name."""
 
 
 def of_folder(folder: str, names: Iterable[str]) -> Samples:
@@ -53,7 +53,7 @@ def of_folder(folder: str, names: Iterable[str]) -> Samples:
 
 
 def _captioned_file(folder: str, name: str) -> Sample:
-    file = posixpath.join(folder, name)
+    file = _below(folder, name)
     caption = text_of(_whole_file(posixpath.splitext(file)[0] + ".txt"), f"the caption of {name}")
     return Sample(file, 0, 0, name, _whole_file(file), caption, {})
 
@@ -69,10 +69,17 @@ def _listed_file(root: str, row: dict[str, Any] | RowError) -> Sample:
         raise row
     caption, extras = split_caption(row)
     name = extras.pop("file_name", None)
-    if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name:
-        raise RowError(f"file_name={name!r:.200} is no file below {root}")
-    file = posixpath.join(root, name)
+    file = _below(root, name)
     return Sample(file, 0, 0, name, _whole_file(file), caption, extras)
+
+
+def _below(folder: str, name: Any) -> str:
+    """The path of a folder's file, whose name may be anything."""
+    outside = ("://", "::", "\0")  # "::" would make a chain of file systems of the path
+    if not isinstance(name, str) or name.startswith("/") or ".." in name.split("/") or any(x in name for x in outside):
+        raise RowError(f"file_name={name!r:.200} is no file below {folder}")
+    name.encode()  # UnicodeEncodeError, before a file system has another error for it
+    return posixpath.join(folder, name)
 
 
 def of_tar(file: str) -> Samples:
@@ -180,6 +187,10 @@ def _whole_file(file: str) -> bytes:
         raise RowError(f"{file} is not there") from None
     except IsADirectoryError:
         raise RowError(f"{file} is a folder") from None
+    except Exception as error:  # each of fsspec's file systems has errors of its own
+        if is_transient(error):
+            raise
+        raise RowError(f"{file:.200} cannot be read: {' '.join(str(error).split()):.200}") from None
     if len(data) > inputs.MAX_BYTES:
         raise RowError(f"{file} is larger than {inputs.MAX_BYTES >> 20} MiB, which is the most")
     return data

@@ -194,6 +194,7 @@ def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
         ("{", "not JSON"),
         ({"file_name": "\ud83d.png", "text": "x"}, "name that is not valid UTF-8"),
         ({"file_name": "a\0.png", "text": "x"}, "is no file below"),
+        ({"file_name": "nope::foo", "text": "x"}, "is no file below"),
         ({"file_name": ".", "text": "x"}, "is a folder"),
         ({"file_name": "000.png/x", "text": "x"}, "is not there"),
         ({"file_name": "000.png", "text": "half \ud83d"}, "half of a surrogate pair"),
@@ -210,6 +211,27 @@ def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
         assert line["file"].endswith("metadata.jsonl")
     kept = {(id, row["sha256"]) for id, row in manifest(tmp_path / "out").items()}
     assert kept == {(id, row["sha256"]) for id, row in manifest(encoded / "metadata").items()}
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), ValueError("400:\nthe name is too long")])
+def test_a_file_that_cannot_be_read_costs_its_row_only(monkeypatch, error):
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    for key in ("a", "b", "c::d", "e"):
+        memory.pipe({f"/set/{key}.png": png(PICTURES["000"]), f"/set/{key}.txt": b"a cat"})
+    read = type(memory).cat_file
+
+    def cat_file(self, path, *args, **options):
+        if path == "/set/b.png":
+            raise error
+        return read(self, path, *args, **options)
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    [piece] = image_sets.cut("memory://set")
+    (first, _), bad, chain, (last, _) = [found for _, found in image_sets.read(piece)]
+    assert (first.key, last.key) == ("a.png", "e.png")
+    assert str(bad) == f"memory://set/b.png cannot be read: {str(error).replace(chr(10), ' ')}"
+    assert "'c::d.png' is no file below memory://set" in str(chain)
 
 
 def test_a_bad_caption_in_parquet_costs_its_row_only(tmp_path):
