@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from functools import partial
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import contact_sheet, layout, progress, report
 from pipelines.storage import Store, spread
@@ -34,11 +32,11 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
 def _files(store: Store, tolerant: bool, manifest: str) -> list[str]:
     """The files of images that a manifest commits; one of latents commits none."""
     try:
-        table = pq.read_table(pa.BufferReader(store.read(manifest)), columns=["file"])
-    except pa.ArrowInvalid as error:
+        table = store.read_table(manifest, ["file"])
+    except ValueError:
         if tolerant:
             return []
-        raise ValueError(f"{manifest} cannot be read: {error}") from None
+        raise
     return table["file"].to_pylist() if table.num_columns else []
 
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.files import write_whole
@@ -173,6 +175,20 @@ class Store:
             return json.loads(self.read(name))
         except (FileNotFoundError, json.JSONDecodeError):
             return None
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """A Parquet file's table, of those of the columns that it has.
+
+        Raises:
+            ValueError: it is damaged, or no Parquet file; one line that names it.
+        """
+        data = self.read(name)
+        try:
+            table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
+            table.validate(full=True)  # text that is not UTF-8, which reading alone lets through
+        except Exception as error:  # damage makes pyarrow raise all sorts
+            raise ValueError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
+        return table
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,12 +1,21 @@
 """verify finds whatever is done to a dataset."""
 
+import json
 import shutil
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
-from pipelines import verify
+from pipelines import latents, verify
+from pipelines.layout import manifest_name, shard_name
 from pipelines.sinks import MANIFEST
+from pipelines.storage import Store
+from pipelines.units import unit_name
 from tests.pipelines import standin
 
 
@@ -120,6 +129,95 @@ def test_damage_is_found(dataset, damage, capsys):
     assert verify.verify(str(dataset)).faults != []
     assert verify.main([str(dataset)]) == 1
     assert "fault: " in capsys.readouterr().out
+
+
+def set_first(name, value):
+    """Another value in the first manifest's first row."""
+
+    def damage(dataset):
+        rows = pq.read_table(first_manifest(dataset)).to_pylist()
+        pq.write_table(pa.Table.from_pylist([{**rows[0], name: value}, *rows[1:]], MANIFEST), first_manifest(dataset))
+
+    return damage
+
+
+@pytest.mark.parametrize("name", ["id", "bytes", "sha256", "flags", "prompt", "file", "offset"])
+def test_a_row_that_lacks_a_value_is_found(dataset, name):
+    set_first(name, None)(dataset)
+    assert f"manifest/{first_manifest(dataset).name}: a row lacks a value" in verify.verify(str(dataset)).faults
+
+
+@pytest.mark.parametrize("place", ["../beside.txt", "shards/../../beside.txt", "/etc/passwd", "a\0b", "x" * 5000])
+def test_a_manifest_names_nothing_outside_the_dataset(dataset, place):
+    (dataset.parent / "beside.txt").write_text("somebody's own")
+    set_first("shard", place)(dataset)
+    assert any(f"{place} is no name that jobs give" in fault for fault in verify.verify(str(dataset)).faults)
+
+
+@pytest.mark.parametrize("summary", [{"finished": True}, {"finished": True, "images": "2"}])
+def test_a_summary_without_counts_is_found(dataset, summary):
+    (dataset / "summary.json").write_text(json.dumps(summary))
+    assert verify.verify(str(dataset)).faults == ["summary.json lacks the counts of a finished job"]
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A shard of latents as encode_latents writes it; no network has seen a picture for it."""
+    store = Store(str(tmp_path_factory.mktemp("verify") / "latents"))
+    draw = np.random.default_rng(0).standard_normal
+    unconditional = draw((3, 2)).astype(np.float16)
+    arrays = [latents.Arrays(draw((2, 2, 4)), draw((3, 2)), unconditional) for _ in range(2)]
+    arrays = [latents.Arrays(*(array.astype(np.float16) for array in example)) for example in arrays]
+    ids = [f"{i:032x}" for i in range(2)]
+    shard = shard_name(unit_name(ids), latents.SUFFIX)
+    tensors = {name: np.stack([getattr(example, name) for example in arrays]) for name in ("moments", "text")}
+    store.write(shard, save({**tensors, "unconditional": unconditional}))
+    rows = [
+        {
+            "id": id,
+            "shard": shard,
+            "index": i,
+            "bytes": one.bytes,
+            "sha256": one.sha256,
+            "flags": [],
+            "caption": "a cat",
+        }
+        for i, (id, one) in enumerate(zip(ids, arrays, strict=True))
+    ]
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, latents.MANIFEST), buffer, compression="zstd")
+    store.write(manifest_name(unit_name(ids)), buffer.getvalue().to_pybytes())
+    found = verify.verify(store.url)
+    assert (found.images, found.faults) == (2, [])
+    return store
+
+
+@pytest.mark.parametrize("lost", ["moments", "text", "unconditional"])
+def test_a_shard_of_latents_without_one_of_its_tensors_is_found(encoded, lost):
+    shard = encoded.find("shards")[0]
+    whole = encoded.read(shard)
+    encoded.write(shard, save({name: tensor for name, tensor in load(whole).items() if name != lost}))
+    try:
+        (fault,) = verify.verify(encoded.url).faults
+    finally:
+        encoded.write(shard, whole)
+    assert f"{shard} is no whole shard of latents" in fault
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_flipped_bit_stops_it(made, encoded, data):
+    store = Store(data.draw(st.sampled_from([str(made), encoded.url])))
+    name = data.draw(st.sampled_from([*store.find("manifest"), *store.find("shards"), *store.find("images")]))
+    whole = store.read(name)
+    bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+    broken = bytearray(whole)
+    broken[bit // 8] ^= 1 << bit % 8
+    store.write(name, bytes(broken))
+    try:
+        verify.verify(store.url)
+    finally:
+        store.write(name, whole)
 
 
 def test_a_dataset_of_another_version_is_proven_too(dataset):
