@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import apache_beam as beam
-import pyarrow as pa
-import pyarrow.parquet as pq
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import TaggedOutput
 
@@ -225,8 +223,7 @@ class ReadDone(beam.DoFn):
     def process(self, element: list[str]) -> Iterator[tuple[int, tuple[str, bytes]]]:
         shards: dict[int, list[str]] = {}
         for name in element:
-            table = pq.read_table(pa.BufferReader(self._store.read(name)), columns=["id"])
-            for id in table["id"].to_pylist():
+            for id in self._store.read_table(name, ["id"])["id"].to_pylist():
                 shards.setdefault(shard_of(id, self._shards), []).append(id)
         yield from ((shard, ("done", pack(ids))) for shard, ids in shards.items())
 

@@ -3,11 +3,15 @@
 import random
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.sources import Place
 from pipelines.units import (
+    ReadDone,
     Row,
     SendToFiles,
     make_units,
@@ -110,6 +114,25 @@ def test_ids_that_are_done_are_held_only_where_they_meet_rows(tmp_path):
         "planned": 50,
     }
     assert peak < 2**21  # all ids together are more than 2**24
+
+
+@pytest.mark.parametrize("damage", ["cut short", "its footer", "its text"])
+def test_a_damaged_manifest_stops_the_plan_by_its_name(tmp_path, damage):
+    path = tmp_path / "manifest" / f"{'a' * 32}.parquet"
+    path.parent.mkdir()
+    ids = [f"{i:032x}" for i in range(9)]
+    pq.write_table(pa.table({"id": ids}), path, compression="none", use_dictionary=False, write_statistics=False)
+    name = f"manifest/{path.name}"
+    ((shard, (kind, packed)),) = ReadDone(1, str(tmp_path)).process([name])
+    assert (shard, kind, unpack(packed)) == (0, "done", ids)
+    data = bytearray(path.read_bytes())
+    if damage == "its text":
+        data[data.index(ids[3].encode())] = 0xFF
+    elif damage == "its footer":
+        data[-int.from_bytes(data[-8:-4], "little") - 8] ^= 0xFF
+    path.write_bytes(data[:-9] if damage == "cut short" else data)
+    with pytest.raises(ValueError, match=f"^{name} cannot be read: [^\n]+$"):
+        list(ReadDone(1, str(tmp_path)).process([name]))
 
 
 def test_a_rejection_is_one_readable_line():
