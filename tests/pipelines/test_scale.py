@@ -1,5 +1,6 @@
 """Sizes that datasets have: a million rows planned, ten thousand images on a page."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -12,10 +13,12 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 
 from pipelines import generate_images, sources
 from pipelines.options import parse
 from tests.pipelines import standin
+from tests.pipelines.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,19 +66,26 @@ def test_a_million_rows_are_planned_in_minutes_and_little_memory(tmp_path, suffi
     assert measured[1_000_000][1] - measured[10_000][1] < 500
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
-def test_a_browser_shows_and_searches_ten_thousand_images(tmp_path):
-    (tmp_path / "p.txt").write_text("".join(f"prompt {i} of the sheet\n" for i in range(10_000)))
-    arguments = ("--prompts", tmp_path / "p.txt", "--output", tmp_path / "out", "--contact-sheet", 10_000)
+@pytest.fixture(scope="module")
+def sheet(tmp_path_factory) -> Path:
+    """A page of ten thousand images."""
+    folder = tmp_path_factory.mktemp("sheet")
+    (folder / "p.txt").write_text("".join(f"prompt {i} of the sheet\n" for i in range(10_000)))
+    arguments = ("--prompts", folder / "p.txt", "--output", folder / "out", "--contact-sheet", 10_000)
     assert standin.run(*arguments) == 0
+    return folder / "out" / "index.html"
 
+
+CHROMIUM = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu"]
+needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_shows_and_searches_ten_thousand_images(sheet):
     def browse(fragment: str) -> str:
-        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-        page = f"file://{tmp_path}/out/index.html{fragment}"
-        return subprocess.run(
-            [*command, "--dump-dom", page], capture_output=True, check=True, timeout=120
-        ).stdout.decode()
+        command = [*CHROMIUM, "--virtual-time-budget=3000", "--dump-dom", f"file://{sheet}{fragment}"]
+        return subprocess.run(command, capture_output=True, check=True, timeout=120).stdout.decode()
 
     whole = browse("")
     assert ">10,000 images<" in whole
@@ -84,3 +94,30 @@ def test_a_browser_shows_and_searches_ten_thousand_images(tmp_path):
     assert ">1 found<" in found
     assert found.count("<figure") == 1
     assert ">prompt 7777 of the sheet</figcaption>" in found
+    assert ">0 found<" in browse("#100%")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_browser_goes_on_drawing_while_the_end_is_near_its_window(sheet, tmp_path):
+    """In a window so wide that a hundred images are three rows; after a search too, when the end has not moved away."""
+    probe = """<script>
+        const say = () => document.title = document.querySelectorAll("figure").length + " of " + shown.length;
+        const enter = text => { search.value = text; search.dispatchEvent(new Event("input")); };
+        setTimeout(() => { enter("7777"); setTimeout(() => { enter(""); setInterval(say, 100); }, 500); }, 500);
+    </script>"""
+    page, port = tmp_path / "page.html", free_port()
+    page.write_text(sheet.read_text(encoding="utf-8") + probe, encoding="utf-8")
+    options = [f"--remote-debugging-port={port}", f"--user-data-dir={tmp_path}/profile", "--window-size=7680,2160"]
+    browser = subprocess.Popen([*CHROMIUM, *options, f"file://{page}"], stderr=subprocess.DEVNULL)
+    drawn, deadline = 0, time.monotonic() + 60
+    try:
+        while drawn < 400 and time.monotonic() < deadline:
+            time.sleep(0.5)
+            with contextlib.suppress(requests.ConnectionError):
+                tabs = requests.get(f"http://127.0.0.1:{port}/json", timeout=10).json()
+                drawn = max([int(tab["title"].split()[0]) for tab in tabs if tab["title"].endswith(" of 10000")] or [0])
+    finally:
+        browser.terminate()
+        browser.wait()
+    assert 400 <= drawn < 2000
