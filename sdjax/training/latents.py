@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float16
+from flax import nnx
+from jaxtyping import Array, Float, Float16, UInt8
 from tqdm import tqdm
 
 from sdjax.files import write_whole
+from sdjax.models import tiling
 from sdjax.training import identity
-from sdjax.training.networks import bind
+from sdjax.training.networks import Params, bind
 from sdjax.training.objective import to_unit
 
 if TYPE_CHECKING:
@@ -25,16 +28,18 @@ _BATCH = 64
 _SAMPLE = 512  # images that the scaling factor is measured on
 
 
+def moments(
+    module: nnx.Module, params: Params, pixels: UInt8[Array, "batch height width 3"]
+) -> Float[Array, "batch h w moments"]:
+    """The latents' mean, then their logvar; of large pictures in the memory that one takes."""
+    return jnp.concatenate(tiling.encode(bind(module, params), to_unit(pixels)), axis=-1)
+
+
 def _encoder(run: Run):
     """The function uint8 [batch, h, w, 3] -> mean and logvar [batch, h / f, w / f, 2 c], on the first device."""
-    module = run.networks.modules["vae"]
     params = run.state.ema["vae"] if run.config.task == "vae" else run.networks.params["vae"]
-
-    @jax.jit
-    def moments(params, pixels):
-        return jnp.concatenate(bind(module, params).encode(to_unit(pixels)), axis=-1)
-
-    return lambda pixels: np.asarray(moments(params, pixels), np.float32)
+    compiled = jax.jit(partial(moments, run.networks.modules["vae"]))
+    return lambda pixels: np.asarray(compiled(params, pixels), np.float32)
 
 
 def cached(run: Run, stop: threading.Event | None = None) -> Float16[np.ndarray, "examples h w moments"] | None:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from sdjax.generate import StableDiffusion
 from sdjax.images import contact_sheet
+from sdjax.models import tiling
 from sdjax.request import Request
 from sdjax.spec import Spec
-from sdjax.training.networks import bind
+from sdjax.training.networks import Params, bind
 from sdjax.training.objective import to_unit
 
 if TYPE_CHECKING:
     from sdjax.training.loop import Run
 
 _EXAMPLES, _COLUMNS = 16, 8
+
+
+def reconstructed(
+    module: nnx.Module, params: Params, pixels: UInt8[Array, "batch height width 3"]
+) -> Float[Array, "batch height width 3"]:
+    """Pictures through the VAE, from -1 to 1; large ones in the memory that one takes."""
+    vae = bind(module, params)
+    return tiling.decode(vae, tiling.encode(vae, to_unit(pixels))[0])
 
 
 class Sheet:
@@ -29,8 +40,7 @@ class Sheet:
         self._run = run
         self._networks: dict = {}
         self._pipe: StableDiffusion | None = None
-        module = run.networks.modules["vae"]
-        self._reconstruct = jax.jit(lambda params, x: bind(module, params).decode(bind(module, params).encode(x)[0]))
+        self._reconstruct = jax.jit(partial(reconstructed, run.networks.modules["vae"]))
 
     def write(self, step: int) -> None:
         """Write the sheet of the run's state."""
@@ -45,7 +55,7 @@ class Sheet:
     def _reconstructions(self) -> Image.Image:
         source = self._run.pictures
         originals = [source.image(index % len(source)) for index in range(_EXAMPLES)]
-        output = self._reconstruct(self._run.state.ema["vae"], to_unit(jnp.asarray(np.stack(originals))))
+        output = self._reconstruct(self._run.state.ema["vae"], np.stack(originals))
         images = list(np.round((np.clip(np.asarray(output, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8))
         rows = [part[at : at + _COLUMNS] for at in range(0, _EXAMPLES, _COLUMNS) for part in (originals, images)]
         return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
@@ -61,4 +71,6 @@ class Sheet:
             each = -(-len(prompts) // len(devices))
             self._pipe = StableDiffusion(Spec(folder), self._networks, each, devices)
         results = self._pipe.generate([Request(prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts)])
+        for leaf in jax.tree.leaves(self._networks):  # of which the devices hold the run's own copy too
+            leaf.delete()
         return contact_sheet([result.image for result in results], prompts, columns=min(4, len(prompts)), cell=128)
