@@ -7,7 +7,9 @@ from typing import Any
 def add_model_options(to: Any) -> None:
     """Add the options to a parser or to a group of one."""
     to.add_argument(
-        "--model", help="folder, hub id, URL or single .safetensors file of a checkpoint (default: the bundled model)"
+        "--model",
+        help="folder, hub id (org/name or org/name@revision), URL or single .safetensors file of a checkpoint "
+        "(default: the bundled model)",
     )
     to.add_argument("--variant", help="which weight files to read of the networks that have several, such as fp16")
     to.add_argument(

@@ -42,7 +42,8 @@ class Checkpoint:
     """A checkpoint that can be read: its configurations, its files' fingerprint, its tensors.
 
     Args:
-        source: a folder, a hub id (`org/name`, through huggingface_hub's cache) or an fsspec URL (`gs://bucket/folder`).
+        source: a folder, a hub id (`org/name` or `org/name@revision`, through huggingface_hub's cache) or an fsspec URL
+            (`gs://bucket/folder`).
         variant: which of several weight files to read (`fp16`), for each component that has it, and the plain one for
             the others. None takes the plain one, else the one that is there.
 

@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 from urllib.parse import unquote
 
@@ -16,11 +17,12 @@ _ADDRESS = re.compile(
 
 
 def folder(repo_id: str, choose: Callable[[list[str]], Iterable[str]]) -> str:
-    """The local folder of a repository (`org/name`), with the files that are chosen of those that it has.
+    """The local folder of a repository, with the files that are chosen of those that it has.
 
     Where the hub cannot be asked, the folder is as the cache has it.
 
     Args:
+        repo_id: `org/name`, or `org/name@revision`: a branch, a tag or a commit.
         choose: is given the paths of all files, and returns those to have; what it raises is passed on.
 
     Raises:
@@ -31,17 +33,19 @@ def folder(repo_id: str, choose: Callable[[list[str]], Iterable[str]]) -> str:
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise CheckpointError(f"{repo_id} is neither a folder, nor a hub id (org/name), nor an fsspec URL")
     start = f"{repo_id} is no folder here, and the hub"
+    name, _, revision = repo_id.partition("@")
+    get = partial(snapshot_download, name, revision=revision or None)
     try:
-        about = _had(start, lambda: HfApi().model_info(repo_id))
+        about = _had(start, lambda: HfApi().model_info(name, revision=revision or None))
     except CheckpointError as error:
         try:
             # Without patterns, a folder that was fetched in part would be refused.
-            return _had(start, lambda: snapshot_download(repo_id, allow_patterns=[], local_files_only=True))
+            return _had(start, lambda: get(allow_patterns=[], local_files_only=True))
         except CheckpointError:
             raise error from None
     paths = choose([file.rfilename for file in about.siblings or []])
     patterns = [glob.escape(path) for path in paths]
-    return _had(start, lambda: snapshot_download(repo_id, allow_patterns=patterns))
+    return _had(start, lambda: get(allow_patterns=patterns))
 
 
 def file(source: str) -> str:

@@ -11,13 +11,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+def commit(name: str) -> str:
+    return hashlib.sha1(name.encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def serve(repositories: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
-    """Serve folders by their ids; yields the address, and a list that gets each file that is fetched."""
+    """Serve folders by their ids, `org/name` or `org/name@revision`.
+
+    Yields the address, and a list that gets each file that is fetched.
+    """
     fetched: list[str] = []
+    asked = {name.partition("@")[0] for name in repositories}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -30,20 +36,26 @@ def serve(repositories: Mapping[str, Path]) -> Iterator[tuple[str, list[str]]]:
 
         def do_GET(self):
             path = unquote(self.path.partition("?")[0])
-            name = next((name for name in repositories if f"/{name}/" in f"{path}/"), None)
+            name = next((name for name in asked if f"/{name}/" in f"{path}/"), None)
             if name is None:
                 return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
-            folder, rest = repositories[name], path.partition(name)[2]
+            rest = path.partition(name)[2]
+            for other in repositories:  # a revision is asked for by its name, or by its commit
+                if other.startswith(f"{name}@") and {other.partition("@")[2], commit(other)} & set(rest.split("/")):
+                    name = other
+            if name not in repositories:
+                return self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+            folder = repositories[name]
             if path.startswith("/api/"):
                 files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
                 tree = [{"type": "file", "path": str(f.relative_to(folder)), **about(f)} for f in files]
                 siblings = [{"rfilename": entry["path"]} for entry in tree]
-                info = {"id": name, "sha": COMMIT, "siblings": siblings}
+                info = {"id": name, "sha": commit(name), "siblings": siblings}
                 return self.answer(json.dumps(tree if "/tree/" in rest else info).encode())
             file = folder / rest.removeprefix("/resolve/").partition("/")[2]
             if self.command == "GET":
                 fetched.append(f"{name}/{file.relative_to(folder)}")
-            headers = {"ETag": f'"{about(file)["oid"]}"', "X-Repo-Commit": COMMIT}
+            headers = {"ETag": f'"{about(file)["oid"]}"', "X-Repo-Commit": commit(name)}
             return self.answer(file.read_bytes(), 200, headers)
 
         def answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] = {}) -> None:

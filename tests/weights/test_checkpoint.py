@@ -118,6 +118,23 @@ def test_a_vae_of_its_own_has_the_variant_or_not(tiny, copy):
     assert len(Spec(copy, vae=plain).entries("vae")) > 1
 
 
+def test_a_repository_is_read_at_the_revision_that_is_named(tiny, tmp_path):
+    old = shutil.copytree(tiny, tmp_path / "old")
+    config = old / "unet" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    repositories = {"some/model": Path(tiny), "some/model@v1.0": old}
+    commit = fake_hub.commit("some/model@v1.0")
+    code = (
+        "from sdjax.spec import Spec\n"
+        f"for revision in ('', '@v1.0', '@{commit}'):\n"
+        "    print(Spec(f'some/model{revision}').fingerprint)\n"
+    )
+    expected = [Spec(tiny).fingerprint, Spec(old).fingerprint, Spec(old).fingerprint]
+    with fake_hub.serve(repositories) as (address, _):
+        assert fake_hub.run(code, tmp_path / "cache", address).splitlines() == expected
+    assert fake_hub.run(code, tmp_path / "cache", None).splitlines() == expected
+
+
 def test_of_a_repository_the_files_that_are_read_are_fetched(tiny, loaded, tmp_path):
     def renamed(name, change):
         for file in shutil.copytree(tiny, tmp_path / name).rglob("*.safetensors"):
