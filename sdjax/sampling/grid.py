@@ -174,7 +174,12 @@ def _free_levels(
         if grid.kind == "k":
             ends = np.interp(_spaced(schedule, grid, n, spacing), index, table)
         low, high = schedule.option("sigma_min", ends.min()), schedule.option("sigma_max", ends.max())
-        ratios = SIGMAS[sigmas](n, low, high, **({} if rho is None else {"rho": rho}))
+        if min(low, high) < _LEAST:
+            raise SamplingError(f"sigmas={sigmas} needs {_LEAST:g} or more of sigma_min={low:g} and sigma_max={high:g}")
+        with np.errstate(over="ignore", invalid="ignore"):  # of the values that are refused below
+            ratios = SIGMAS[sigmas](n, np.float64(low), np.float64(high), **({} if rho is None else {"rho": rho}))
+        if not np.all((ratios > 0) & (ratios < np.inf)):
+            raise SamplingError(f"sigmas={sigmas} has no values at rho={rho}; use a larger one")
         t = schedule.timestep_of(ratios)
         if sigmas in ("karras", "lu") and grid.whole:
             t = np.round(t)

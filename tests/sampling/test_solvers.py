@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sdjax.sampling import SAMPLERS, SamplingError, Schedule, canonical, default_sampler, make_table, stack
 from sdjax.sampling import grid as grids
+from sdjax.sampling.grid import NAMES
 from sdjax.sampling.schedule import CLASSES, SPACINGS
 from sdjax.sampling.solvers import kdiffusion
 from sdjax.sampling.trace import HISTORY
@@ -228,6 +229,61 @@ def test_any_list_of_sigmas_makes_a_table_or_is_refused(sampler, listed, ordered
     with suppress(SamplingError):
         table = make_table(schedule, sampler=sampler, sigmas=listed)
         assert all(np.all(np.isfinite(column)) for column in (table.a, table.b, table.cx, table.cm, table.cn))
+
+
+NUMBERS = {  # of a scheduler_config.json, as far as they may go
+    "num_train_timesteps": st.integers(2, 1200),
+    "beta_start": st.floats(1e-7, 1e-3) | st.floats(0, 1),
+    "beta_end": st.floats(1e-7, 0.1) | st.floats(0, 1),
+    "sigma_min": st.floats(0, 10_000) | st.just(0),
+    "sigma_max": st.floats(0, 10_000) | st.just(14.6),
+    "steps_offset": st.integers(0, 2000),
+    "lambda_min_clipped": st.floats(max_value=10_000, allow_nan=False) | st.integers(max_value=-(10**400)),
+    "original_inference_steps": st.integers(1, 2000),
+    "timestep_scaling": st.floats(0, 100_000),
+    "solver_order": st.integers(),
+    "predictor_order": st.integers(),
+    "corrector_order": st.integers(),
+    "disable_corrector": st.lists(st.integers()) | st.integers(),
+    "rescale_betas_zero_snr": st.booleans(),
+    "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
+    "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+    "_class_name": st.sampled_from(sorted(CLASSES)),
+}
+
+
+@given(
+    st.fixed_dictionaries({}, optional=NUMBERS),
+    st.none() | st.sampled_from(sorted(SAMPLERS)),
+    st.integers(1, 30),
+    st.tuples(st.none() | st.sampled_from(["", *NAMES]), st.none())
+    | st.tuples(st.sampled_from(["karras", "polyexponential"]), st.floats(0, 100) | st.floats()),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+@pytest.mark.filterwarnings("error")
+def test_any_numbers_of_a_config_make_a_table_or_are_refused_in_one_line(numbers, sampler, n, sigmas_and_rho, eta):
+    sigmas, rho = sigmas_and_rho
+    try:
+        schedule = Schedule.from_config(config("v_prediction", **numbers))
+        table = make_table(schedule, sampler=sampler, num_inference_steps=n, sigmas=sigmas, rho=rho, eta=eta)
+    except SamplingError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(np.all(np.isfinite(column)) for column in stack([table]))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "changes", "names"),
+    [
+        ({"sigma_max": 14.6}, {"sigmas": "karras", "rho": 0.001}, "rho=0.001"),
+        ({"sigma_min": 0}, {"sigmas": "exponential"}, "sigma_min=0"),
+        ({"sigma_max": 0}, {"sigmas": "karras"}, "sigma_max=0"),
+    ],
+)
+def test_a_sigma_schedule_without_values_is_refused_by_what_made_it_so(numbers, changes, names):
+    with pytest.raises(SamplingError, match=names):
+        make_table(Schedule.from_config(config(**numbers)), sampler="euler", num_inference_steps=9, **changes)
 
 
 def test_uni_pc_ends_at_first_order_where_the_image_is_clean():
