@@ -82,16 +82,14 @@ def torch_latent(generator: TorchGenerator, shape: Sequence[int]) -> Float32[np.
     return generator.normal((1, channels, height, width))[0].transpose(1, 2, 0)
 
 
-def torch_step_noise(
-    table: Table, generator: TorchGenerator, shape: Sequence[int], rows: int | None = None
-) -> Float32[np.ndarray, "R H W C"]:
-    """Every row's noise as diffusers would draw it; zeros where a row uses none, and in rows after the table's own.
+def torch_step_noise(table: Table, generator: TorchGenerator, shape: Sequence[int]) -> Float32[np.ndarray, "R H W C"]:
+    """Every row's noise as diffusers would draw it; zeros where a row uses none.
 
     Call it after the start latent has been drawn from the same generator. Draws that diffusers makes and does not use
     are made too where a used one follows. A Brownian motion is of the generator's seed, as in diffusers where
-    noise_sampler_seed is that. shape: (H, W, C).  rows: R, by default the table's own.
+    noise_sampler_seed is that. shape: (H, W, C).
     """
-    noise = np.zeros((table.calls if rows is None else rows, *shape), np.float32)
+    noise = np.zeros((table.calls, *shape), np.float32)
     used = table.uses_noise
     if table.walk:
         if used.any():
