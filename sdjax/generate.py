@@ -40,7 +40,7 @@ _READERS = 8  # images of a batch that are fetched at once
 _Pictures = TypeVar("_Pictures")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no truth value
 class Result:
     """A finished image.
 
@@ -113,8 +113,8 @@ class StableDiffusion:
         on = devices if isinstance(devices, Devices) else Devices(devices)
         if batch_size is None:
             batch_size = 1 if on.platform == "cpu" else 4
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} makes nothing; allowed is 1 or more")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} is no number of images; allowed is an integer of 1 or more")
         _ = spec.tokenizers, spec.refiner and spec.refiner.tokenizers  # refused now where they cannot be read
 
         def compile_for(batch: list[Request], networks: dict[str, Any]) -> None:

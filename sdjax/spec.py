@@ -236,7 +236,10 @@ class Spec:
 
         Raises:
             RequestError: this checkpoint cannot make it, or a picture cannot be used.
+            TypeError: it is no Request.
         """
+        if not isinstance(request, Request):
+            raise TypeError(f"a {type(request).__name__} is no request; give Request(prompt=...)")
         known = None not in (request.image_sha256, request.width, request.height)
         mask_known = request.mask_image is None or request.mask_image_sha256 is not None
         if request.image is not None and (read or not (known and mask_known)):

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import threading
+import tomllib
+from pathlib import Path
 
 import diffusers
 import jax
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import sdjax
 from sdjax import Request, RequestError, StableDiffusion, programs
 from sdjax.parallel import Devices
 from sdjax.spec import Spec
@@ -180,6 +185,39 @@ def test_what_came_before_a_request_that_cannot_be_made_is_handed_out(pipe, wron
         assert [next(stream).request.prompt for _ in range(before)] == [RED.prompt] * before
         with pytest.raises(RequestError, match=r"magic|such\.png is not there"):
             next(stream)
+
+
+def test_what_is_no_request_or_batch_size_is_refused_in_a_line():
+    """Where types are not checked at every call, as in the tests they are."""
+    code = """
+from sdjax import Spec, StableDiffusion
+for call in (lambda: Spec().resolve("a red circle"), lambda: StableDiffusion.from_pretrained(batch_size=2.0)):
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines() == [
+        "TypeError a str is no request; give Request(prompt=...)",
+        "ValueError batch_size=2.0 is no number of images; allowed is an integer of 1 or more",
+    ]
+
+
+def test_results_can_be_compared_and_kept_in_sets(pipe):
+    one, other = pipe.generate([RED, RED])
+    assert one == one
+    assert one != other
+    assert other in [one, other]
+    assert len({one, other}) == 2
+
+
+def test_type_checkers_are_told_that_there_are_types():
+    root = Path(sdjax.__file__).parents[1]
+    data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package in ("sdjax", "pipelines"):
+        assert (root / package / "py.typed").is_file()
+        assert "py.typed" in data[package]
 
 
 def test_guidance_holds_in_its_interval_alone(pipe):
