@@ -98,6 +98,8 @@ def expand(pattern: str) -> list[str]:
 def _look_into(file: str, prompt_column: str | None) -> Source:
     if not file.lower().endswith(SUFFIXES):
         raise SourceError(f"{file}: not a prompt file; allowed are {', '.join(SUFFIXES)}")
+    if not _is_text(file):
+        raise SourceError(f"{file!r}: its name is not valid UTF-8, as which manifests keep it; rename it")
     try:
         source, row = _first_row(Source(file))
     except FileNotFoundError:

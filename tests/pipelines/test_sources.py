@@ -186,6 +186,14 @@ def test_missing_files_and_globs_without_a_match_are_refused(tmp_path):
         sources.find([str(tmp_path / "*.txt")])
 
 
+@pytest.mark.parametrize("pattern", ["p\udcff.txt", "p*.txt"])
+def test_a_file_whose_name_no_manifest_can_hold_is_refused(tmp_path, pattern):
+    written(tmp_path / "p\udcff.txt", "a cat\n")
+    with pytest.raises(SourceError, match=r"p\\udcff\.txt': its name is not valid UTF-8") as error:
+        sources.find([str(tmp_path / pattern)])
+    assert str(error.value).isascii()
+
+
 def test_empty_parts_that_a_glob_matches_are_passed_over(tmp_path):
     for suffix, empty, full in [
         ("csv", "prompt,seed\n", "prompt,seed\na,1\n"),
