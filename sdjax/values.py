@@ -94,7 +94,11 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
 
 def shown(value: Any) -> str:
     """A value for an error's one line."""
-    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        text = "a number of too many digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _listed(name: str, value: Any) -> Any:
@@ -109,7 +113,7 @@ def _listed(name: str, value: Any) -> Any:
         return value
     try:
         found = [float(number) for number in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = []
     if not (0 < len(found) <= MAX_STEPS + 1 and all(map(math.isfinite, found))):
         raise RequestError(f"{name}={shown(value)} is no list of 1 to {MAX_STEPS} numbers, such as '9,5,1'")

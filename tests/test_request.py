@@ -25,6 +25,8 @@ REFUSED = [
     ({"seed": MAX_SEED + 1}, "allowed is 0 to 4294967295"),
     ({"seed": 1.5}, "seed=1.5 is not a whole number"),
     ({"seed": "9" * 5000}, "is not a whole number"),
+    ({"sigmas": [10**400]}, "is no list of 1 to 1000 numbers"),
+    ({"controlnet_conditioning_scale": 10**400}, "is no list of 1 to 1000 numbers"),
     ({"seed": "42.5"}, "seed='42.5' is not a whole number"),
     ({"seed": ".0"}, "seed='.0' is not a whole number"),
     ({"seed": True}, "seed=True is not a whole number"),
@@ -95,6 +97,11 @@ def test_a_bad_value_is_refused_in_one_line(values, message):
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 200
+
+
+def test_a_number_of_too_many_digits_to_be_shown_is_refused():
+    with pytest.raises(RequestError, match="seed=a number of too many digits is not a whole number"):
+        Request(prompt="a", seed=10**5000)
 
 
 def test_lists_of_numbers_are_one_text_however_they_are_written():
