@@ -25,6 +25,8 @@ from typing import Any
 from sdjax.request import field_types
 from sdjax.values import RequestError, coerce
 
+MAX_ROWS = 10**9
+
 _FIELDS = frozenset(field_types())
 _SWEPT = _FIELDS - {"prompt"}
 
@@ -48,12 +50,15 @@ class Template:
 
         Raises:
             TemplateError: not TOML, an unknown key, no prompts, a list that is empty, missing or of no use, a value of
-                another type, or a prompt that formats a list's value.
+                another type, a prompt that formats a list's value, or more than MAX_ROWS rows.
         """
         try:
             spec = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except RecursionError:
+            raise TemplateError("nested too deeply") from None
+        except ValueError as error:  # also of a number of too many digits
             raise TemplateError(f"not TOML: {error}") from None
+        _check_numbers(spec)
         unknown = set(spec) - {"prompts", "lists", "request", "images_per_prompt"}
         if unknown:
             raise TemplateError(
@@ -85,6 +90,8 @@ class Template:
         idle = lists.keys() - {name for turning in template._turning.values() for name in turning}
         if idle:
             raise TemplateError(f"lists.{min(idle)} is in no prompt, and no Request field")
+        if template._ends[-1] > MAX_ROWS:
+            raise TemplateError(f"more than {MAX_ROWS:,} rows; shorten its lists, or lower images_per_prompt")
         return template
 
     @cached_property
@@ -121,6 +128,17 @@ class Template:
         fields["seed"] += image
         texts = [text + ("" if name is None else str(values[name])) for text, name in _parts(prompt)]
         return {**columns, **fields, "prompt": "".join(texts)}
+
+
+def _check_numbers(spec: Any) -> None:
+    """Raise TemplateError where a whole number is beyond TOML's 64 bits; no file may be able to hold it."""
+    left = [spec]
+    while left:
+        value = left.pop()
+        if isinstance(value, (dict, list)):
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise TemplateError("a whole number of more than 64 bits")
 
 
 def _seed(value: Any) -> int:

@@ -102,6 +102,16 @@ def test_a_template_of_a_million_rows_makes_any_of_them_at_once():
         ('prompts = ["a"]\nimages_per_prompt = 0', "images_per_prompt=0"),
         ('prompts = ["a"]\n[lists]\nb = [1]', "lists.b is in no prompt, and no Request field"),
         ('prompts = ["a"]\n[lists]\nb = []', "lists.b must be a list"),
+        ('prompts = ["a"]\n[request]\nseed = 0x' + "f" * 5000, "a whole number of more than 64 bits"),
+        ('prompts = ["a{b}"]\n[lists]\nb = [[{c = 0x8000000000000000}]]', "more than 64 bits"),
+        ('prompts = ["a"]\n[request]\nseed = ' + "9" * 5000, "not TOML"),
+        ("prompts = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ('images_per_prompt = 9223372036854775807\nprompts = ["a", "b"]', "more than 1,000,000,000 rows"),
+        (
+            f'prompts = ["{"".join(f"{{l{i}}}" for i in range(10))}"]\n[lists]\n'
+            + "\n".join(f"l{i} = {[*range(100)]}" for i in range(10)),
+            "more than 1,000,000,000 rows; shorten its lists",
+        ),
         ('prompts = ["a"]\n[request]\nsteps = 3', "request.steps is not a Request field"),
     ],
 )
