@@ -161,6 +161,18 @@ class EncodeOptions(JobOptions):
             raise OptionError(f"--{name} would change the text encoder that training then starts from; leave it out")
         if self.vae:
             raise OptionError("--vae would give latents of another VAE than the one that training keeps; leave it out")
+        if self.variant:
+            raise OptionError(
+                "--variant may read other weights than training does; name a folder of that variant alone"
+            )
+        if self.model:
+            from sdjax.weights.single_file import is_single_file
+
+            if is_single_file(self.model):
+                raise OptionError(
+                    f"--model={self.model} is a single file, and training starts from a folder: "
+                    "StableDiffusion.from_single_file(FILE).save_pretrained(FOLDER) writes it as one"
+                )
         for name in ("controlnet", "refiner"):
             if getattr(self, name):
                 raise OptionError(f"--{name} has no part in encoding; leave it out")

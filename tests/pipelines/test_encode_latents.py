@@ -338,8 +338,16 @@ def test_sets_that_no_job_can_run_on_are_refused(tmp_path, tiny, capsys):
         assert message in line
     assert encode_latents.main(["--images", str(tmp_path), "--output", "o", "--model", str(tiny), "--size", "17"]) == 2
     assert "--size=17 is not a multiple of" in capsys.readouterr().err
-    assert run(tiny, "--images", tmp_path, "--output", tmp_path / "out", "--lora", "x.safetensors") == 2
-    assert "--lora would change the text encoder" in capsys.readouterr().err
+    for option, value, message in [
+        ("--lora", "x.safetensors", "--lora would change the text encoder"),
+        ("--variant", "fp16", "--variant may read other weights than training does"),
+        ("--model", "x.safetensors", "--model=x.safetensors is a single file, and training starts from a folder"),
+        ("--model", "https://hub/x.ckpt?download=true", "is a single file, and training starts from a folder"),
+    ]:
+        arguments = ["--images", str(tmp_path), "--output", str(tmp_path / "out"), option, value]
+        assert encode_latents.main(arguments, load=no_load) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def damage_shard(output):
