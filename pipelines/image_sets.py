@@ -227,8 +227,9 @@ def _from_row_group(pictures: list[Picture]) -> Iterator[tuple[Picture, bytes]]:
     for number, data in enumerate(image_samples.images_of_group(pictures[0].file, pictures[0].start)):
         if number in wanted:
             yield wanted.pop(number), data
-    if wanted:
-        raise RequestError(f"{pictures[0].file} has changed since the job was planned")
+            if not wanted:
+                return
+    raise RequestError(f"{pictures[0].file} has changed since the job was planned")
 
 
 def _fetched(use: Callable[[Picture, bytes], T], picture: Picture) -> T:

@@ -17,7 +17,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from pipelines import encode_latents, image_sets, latents, verify
+from pipelines import encode_latents, image_sets, latents, tables, verify
 from pipelines.sources import SourceError
 from sdjax import train
 from sdjax.encode import Encoder
@@ -246,6 +246,18 @@ def test_a_bad_caption_in_parquet_costs_its_row_only(tmp_path):
     assert "not valid UTF-8" in str(bad)
     decoded = list(image_sets.load([first, last], lambda picture, data: (picture.caption, data)))
     assert decoded == [("a", images[0]), ("b", images[2])]
+
+
+def test_a_row_group_is_decoded_up_to_the_last_picture_that_is_wanted(tmp_path, monkeypatch):
+    images = [png(PICTURES["000"] + np.uint8(i)) for i in range(40)]
+    path = str(tmp_path / "set.parquet")
+    pq.write_table(pa.table({"image": images, "text": ["a"] * 40}), path)
+    [piece] = image_sets.cut(path)
+    found = [picture for _, (picture, _) in image_sets.read(piece)]
+    decoded, rows = [], tables.rows
+    monkeypatch.setattr(tables, "rows", lambda batch: decoded.append(batch.num_rows) or rows(batch))
+    assert list(image_sets.load([found[1], found[17]], lambda picture, data: data)) == [images[1], images[17]]
+    assert sum(decoded) == 32
 
 
 def test_a_tar_that_is_cut_short_gives_what_it_holds(encoded):
