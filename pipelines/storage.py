@@ -170,11 +170,12 @@ class Store:
             retry(lambda: self.fs.rm(self.path(name), recursive=True))
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file's object, or None where it is absent or cut short."""
+        """A JSON file's object, or None where it is absent, cut short or anything else."""
         try:
-            return json.loads(self.read(name))
-        except (FileNotFoundError, json.JSONDecodeError):
+            value = json.loads(self.read(name))
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
+        return value if isinstance(value, dict) else None
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """A Parquet file's table, of those of the columns that it has.
