@@ -31,19 +31,19 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
         try:
             pipeline = beam.Pipeline(options=job.beam)
             stack.enter_context(store.held())
+            other_form = "" if job.overwrite else _other_form(job, store)
             swept = leftovers.sweep(store, everything=job.overwrite)
+            begun = {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            store.write_json(report.SUMMARY, begun)
         except (ValueError, OSError) as error:
             return refuse(job.command, error)
-        return _run(job, build, pipeline, store, swept)
+        for said in (swept, other_form):
+            if said:
+                print(f"{job.command}: {said}", file=sys.stderr)
+        return _run(job, build, pipeline, store)
 
 
-def _run(
-    job: JobOptions, build: Callable[[beam.Pipeline], Any], pipeline: beam.Pipeline, store: Store, swept: str
-) -> int:
-    for said in (swept, _other_form(job, store)):
-        if said:
-            print(f"{job.command}: {said}", file=sys.stderr)
-    store.write_json(report.SUMMARY, {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], pipeline: beam.Pipeline, store: Store) -> int:
     build(pipeline)
     result = None
     try:
@@ -60,11 +60,23 @@ def _run(
 
 
 def _other_form(job: JobOptions, store: Store) -> str:
-    """That what is there was written in another form, and stays so; nothing where it was not."""
-    before, usual = store.read_json(report.SUMMARY) or {}, job.defaults()
-    if job.overwrite or not before.get("images", 0) + before.get("already_done", 0):
+    """That what is there was written in another form, and stays so; nothing where it was not.
+
+    Raises:
+        ValueError: it is another job's, or cannot be read.
+    """
+    manifests = layout.find(store, "manifest")
+    if not manifests:
         return ""
-    was = {name: before["options"].get(name, usual[name]) for name in ("format", "image_format") if name in usual}
+    there = store.read_table(manifests[0], ["file", "shard"])
+    images = "format" in job.defaults()
+    if images != ("file" in there.column_names):
+        kinds = ("latents", "images") if images else ("images", "latents")
+        raise ValueError(f"{store.url} holds {kinds[0]}, and this job makes {kinds[1]}; choose another --output")
+    if not images or not there.num_rows:
+        return ""
+    row = there.slice(0, 1).to_pylist()[0]
+    was = {"format": "tar" if row["shard"] else "files", "image_format": row["file"].rpartition(".")[2]}
     other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]
     return f"what is there stays as it is, {' '.join(other)}; --overwrite makes it anew" if other else ""
 
