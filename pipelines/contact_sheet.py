@@ -18,20 +18,26 @@ from pipelines.storage import Store, spread
 
 NAME = "index.html"
 SIDE = 160  # pixels of a thumbnail's longer side
+_CARD = ("id", "prompt", "facts", "file", "thumb")
 _COLUMNS = ["id", "prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "sampler", "width"]
 _COLUMNS += ["height", "flags", "file", "shard", "offset", "bytes"]
 
 
 def write(store: Store, limit: int) -> None:
-    """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept."""
+    """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept.
+
+    An image that is gone or damaged is left out: finding it is for `pipelines.verify`.
+    """
     old = _cards_of(store)
     rows: list[dict[str, Any]] = []
     total = 0
     for manifest in spread(partial(_manifest, store), layout.find(store, "manifest")):
+        if not set(_COLUMNS) <= set(manifest.schema_arrow.names):  # of latents, say
+            continue
         total += manifest.metadata.num_rows
         if len(rows) < limit:
             rows += manifest.read(columns=_COLUMNS).slice(0, limit - len(rows)).to_pylist()
-    cards = list(spread(partial(_card, store, old), rows))
+    cards = [card for card in spread(partial(_card, store, old), rows) if card]
     page = files("pipelines").joinpath("index.html").read_text(encoding="utf-8")
     # No "<" at all: what may end or open a script element is more than "</script>".
     data = json.dumps(cards, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -43,19 +49,24 @@ def _manifest(store: Store, name: str) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(store.read(name)))
 
 
-def _card(store: Store, old: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any]:
+def _card(store: Store, old: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
     if row["id"] in old:
         return old[row["id"]]
+    path = row["shard"] or row["file"]
+    if not layout.is_ours(path):  # nor does a damaged manifest lead out of the output
+        return None
+    try:
+        thumb = thumbnail(store.read(path, row["offset"], row["offset"] + row["bytes"]))
+    except Exception:  # decoders raise all sorts over broken files, and the images are made
+        return None
     facts = f"seed {row['seed']}, {row['sampler']}, {row['num_inference_steps']} steps, "
     facts += f"guidance {row['guidance_scale']:g}, {row['width']}x{row['height']}"
     if row["negative_prompt"]:
         facts += f", not: {row['negative_prompt']}"
     if row["flags"]:
         facts += f" [{', '.join(row['flags'])}]"
-    path = row["shard"] or row["file"]
-    data = store.read(path, row["offset"], row["offset"] + row["bytes"])
     place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
-    return {"id": row["id"], "prompt": row["prompt"], "facts": facts, "file": place, "thumb": thumbnail(data)}
+    return {"id": row["id"], "prompt": row["prompt"], "facts": facts, "file": place, "thumb": thumb}
 
 
 def thumbnail(data: bytes) -> str:
@@ -69,9 +80,15 @@ def thumbnail(data: bytes) -> str:
 
 
 def _cards_of(store: Store) -> dict[str, dict[str, Any]]:
+    """The page's cards by id; none where there is no page, or one of somebody else's."""
     try:
         page = store.read(NAME).decode()
-    except FileNotFoundError:
+        found = re.search(r'<script type="application/json" id="cards">(.*?)</script>', page, re.DOTALL)
+        cards = json.loads(found[1]) if found else []
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    found = re.search(r'<script type="application/json" id="cards">(.*?)</script>', page, re.DOTALL)
-    return {card["id"]: card for card in json.loads(found[1])} if found else {}
+    return {card["id"]: card for card in cards if _is_card(card)} if isinstance(cards, list) else {}
+
+
+def _is_card(card: Any) -> bool:
+    return isinstance(card, dict) and all(isinstance(card.get(name), str) for name in _CARD)

@@ -9,12 +9,16 @@ import threading
 from collections import Counter
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipelines import contact_sheet, progress, report
+from pipelines import contact_sheet, latents, progress, report
+from pipelines.layout import manifest_name
 from pipelines.progress import Heartbeat, ProgressLine, totals
 from pipelines.report import AccountError, Job, SumAccounts, summarize
+from pipelines.sinks import MANIFEST
 from pipelines.storage import Store
 from tests.pipelines import standin
 
@@ -135,6 +139,62 @@ def test_a_longer_output_is_shown_in_part_and_thumbnails_are_kept(made, monkeypa
     page = (output / "index.html").read_text(encoding="utf-8")
     assert len(cards(page)) == 7
     assert f"7 of {len(prompts)} images" in page
+
+
+CARD = {"id": "x", "prompt": "", "facts": "", "file": "", "thumb": ""}
+NO_CARDS = ["{", "null", "2", '{"id": "x"}', "[" * 100_000]
+NO_CARDS += [json.dumps([card]) for card in ("x", [], None, {**CARD, "id": 2}, {**CARD, "id": []}, {"id": "x"})]
+
+
+@pytest.mark.parametrize("page", ["latin-1", "no script", *NO_CARDS], ids=range(2 + len(NO_CARDS)))
+def test_a_page_without_cards_of_its_own_is_made_anew(made, tmp_path, page):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    script = f'<script type="application/json" id="cards">{page}</script>'
+    text = {"latin-1": "Bär".encode("latin-1"), "no script": b"mine"}.get(page, script.encode())
+    (output / "index.html").write_bytes(text)
+    contact_sheet.write(Store(str(output)), 100)
+    assert len(cards((output / "index.html").read_text(encoding="utf-8"))) == len(made[1])
+
+
+def test_cards_that_are_broken_are_made_anew(made, tmp_path):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    contact_sheet.write(Store(str(output)), 100)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    whole = cards(page)
+    (output / "index.html").write_text(page.replace('"thumb":', '"other":'), encoding="utf-8")
+    contact_sheet.write(Store(str(output)), 100)
+    assert cards((output / "index.html").read_text(encoding="utf-8")) == whole
+
+
+@pytest.mark.parametrize("damage", ["no shard", "no image", "shards/../../beside.png", "../beside.png"])
+def test_an_image_that_cannot_be_shown_costs_its_own_card(made, tmp_path, damage):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    (output / "index.html").unlink()
+    manifest = min((output / "manifest").iterdir())
+    rows = pq.read_table(manifest).to_pylist()
+    lost = 1
+    if damage == "no shard":
+        (output / rows[0]["shard"]).unlink()
+        lost = len(rows)
+    elif damage == "no image":
+        data = bytearray((output / rows[0]["shard"]).read_bytes())
+        data[rows[0]["offset"] : rows[0]["offset"] + rows[0]["bytes"]] = bytes(rows[0]["bytes"])
+        (output / rows[0]["shard"]).write_bytes(data)
+    else:
+        shutil.copy(output / rows[0]["shard"], tmp_path / "beside.png")
+        rows[0]["shard"] = damage
+        pq.write_table(pa.Table.from_pylist(rows, MANIFEST), manifest)
+    contact_sheet.write(Store(str(output)), 100)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert len(cards(page)) == len(made[1]) - lost
+    assert f"{len(cards(page))} of {len(made[1])} images" in page
+
+
+def test_a_manifest_of_latents_has_no_cards(made, tmp_path):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    pq.write_table(latents.MANIFEST.empty_table(), output / manifest_name("a" * 32))
+    contact_sheet.write(Store(str(output)), 100)
+    assert f"{len(made[1])} images" in (output / "index.html").read_text(encoding="utf-8")
 
 
 def test_manifests_are_read_together(made, monkeypatch):
