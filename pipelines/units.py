@@ -80,14 +80,22 @@ class PackedUnit(NamedTuple):
 
 
 def extras_json(extras: dict[str, Any]) -> str:
-    """A row's other columns as the manifest keeps them.
+    """A row's other columns as the manifest keeps them; a number that is not finite, which JSON has none of, is null.
 
     Raises:
         UnicodeEncodeError, RecursionError: a value that no file can hold.
     """
-    text = json.dumps(extras, ensure_ascii=False, sort_keys=True, default=str)
+    text = json.dumps(_finite(extras), ensure_ascii=False, sort_keys=True, default=str, allow_nan=False)
     text.encode()
     return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pack(value: Any) -> bytes:

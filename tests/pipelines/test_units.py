@@ -1,7 +1,10 @@
 """Packing: a plan depends on its rows alone, its units are alike inside, and little of a batch is padding."""
 
+import json
+import math
 import random
 import tracemalloc
+from datetime import date
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +17,7 @@ from pipelines.units import (
     ReadDone,
     Row,
     SendToFiles,
+    extras_json,
     make_units,
     pack,
     padded_calls,
@@ -133,6 +137,33 @@ def test_a_damaged_manifest_stops_the_plan_by_its_name(tmp_path, damage):
     path.write_bytes(data[:-9] if damage == "cut short" else data)
     with pytest.raises(ValueError, match=f"^{name} cannot be read: [^\n]+$"):
         list(ReadDone(1, str(tmp_path)).process([name]))
+
+
+numbers = st.floats() | st.integers() | st.none() | st.booleans() | st.text(st.characters(codec="utf-8"))
+columns = st.dictionaries(
+    st.text("abc"), st.recursive(numbers, lambda v: st.lists(v) | st.tuples(v) | st.dictionaries(st.text("abc"), v))
+)
+
+
+@given(columns)
+@settings(max_examples=60, deadline=None)
+def test_other_columns_are_json(extras):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    json.loads(extras_json(extras), parse_constant=refuse)
+
+
+def test_a_gap_among_other_columns_is_null():
+    gaps = {
+        "score": math.nan,
+        "far": [-math.inf, (1.5, math.inf)],
+        "deep": {"a": {"b": math.nan}},
+        "day": date(2026, 1, 2),
+    }
+    said = '{"day": "2026-01-02", "deep": {"a": {"b": null}}, "far": [null, [1.5, null]], "score": null}'
+    assert extras_json(gaps) == said
+    assert extras_json({"b": 1.0, "a": "ü", "c": [True, None]}) == '{"a": "ü", "b": 1.0, "c": [true, null]}'
 
 
 def test_a_rejection_is_one_readable_line():
