@@ -1,6 +1,7 @@
 """One folder on a disk or in a bucket, through fsspec: whole-or-absent writes, retries, listings."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -29,6 +30,7 @@ FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
 READERS = 32  # files that are fetched at once: a bucket answers in tens of milliseconds, however small they are
 
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT_NUMBERS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
 S = TypeVar("S")
@@ -38,6 +40,8 @@ T = TypeVar("T")
 def is_transient(error: Exception) -> bool:
     """Whether the same call may succeed later: cut connections, timeouts, 429 and 5xx answers, a full disk."""
     if isinstance(error, _PERMANENT) or str(error).startswith("Forbidden"):
+        return False
+    if isinstance(error, OSError) and error.errno in _PERMANENT_NUMBERS:
         return False
     gcs = sys.modules.get("gcsfs.retry")  # only where some path is a gs:// one
     if gcs is not None and gcs.is_retriable(error):

@@ -103,6 +103,12 @@ def test_other_faults_are_raised_at_once(faulty):
         (FileNotFoundError(), False),
         (PermissionError(), False),
         (OSError("Forbidden: bucket"), False),
+        (OSError(errno.ENOSPC, "full"), True),
+        (OSError(errno.EIO, "cut"), True),
+        (OSError(errno.EROFS, "read-only"), False),
+        (OSError(errno.ENAMETOOLONG, "too long"), False),
+        (OSError(errno.ELOOP, "links in a circle"), False),
+        (OSError(errno.EINVAL, "no such name"), False),
         (ValueError(), False),
     ],
 )
