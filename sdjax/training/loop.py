@@ -74,7 +74,7 @@ class Run:
         """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end.
 
         Raises:
-            FloatingPointError: the loss is no number; the checkpoints before it stay.
+            FloatingPointError: the loss or a weight is not finite; the checkpoints before it stay.
             DataError, OSError: an example can't be read, or a file can't be written; a checkpoint was written first.
         """
         config, devices = self.config, self.devices
@@ -150,7 +150,7 @@ class Run:
                 if saving:
                     self._save(state)
                 if number % config.sheet_every == 0 or finished:
-                    self.state = _first(state)
+                    self._fetch(state)
                     sheet.write(number)
                 if number % config.log_every == 0 or saving:
                     since = time.perf_counter()
@@ -207,8 +207,17 @@ class Run:
             batch_size=config.batch_size,
         )
 
+    def _fetch(self, state: State) -> None:
+        """Take the state of all devices for the run's."""
+        found = jax.tree.map(lambda leaf: np.array(leaf[0]), state)
+        for network, params in (*found.params.items(), *found.ema.items()):
+            for name, leaf in params.items():
+                if not np.isfinite(leaf).all():
+                    raise FloatingPointError(f"{network}: {name} is not finite after step {found.step}")
+        self.state = found
+
     def _save(self, state: State) -> None:
-        self.state = _first(state)
+        self._fetch(state)
         if int(self.state.step):
             self.checkpoints.save(self.state)
 
@@ -223,8 +232,3 @@ def check_replaceable(folder: Path) -> None:
         return
     if folder.exists():
         raise TrainConfigError(f"{folder} holds something other than a model; name another folder")
-
-
-def _first(state: State) -> State:
-    """The state without its device axis, on the host."""
-    return jax.tree.map(lambda leaf: np.array(leaf[0]), state)

@@ -181,6 +181,30 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path, capsys, counted):
     assert _checkpoints(tmp_path / "run") == [2]
 
 
+@pytest.mark.parametrize("kind", ["params", "ema"])
+def test_weights_that_are_no_numbers_are_neither_saved_nor_exported(tmp_path, capsys, monkeypatch, counted, kind):
+    """Their loss is finite: it is from before the update."""
+    counting = loop.make_step
+
+    def overflowing(*arguments, **options):
+        count = counting(*arguments, **options)
+
+        def step(state, frozen, batch):
+            state, row = count(state, frozen, batch)
+            spoilt = jax.tree.map(lambda leaf: leaf + np.float32(np.inf), getattr(state, kind))
+            return state._replace(**{kind: spoilt}) if state.step[0] == 5 else state, row
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", overflowing)
+    path = _change(write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=1, steps=5)
+    for _ in range(2):
+        assert train.main(["--config", str(path)]) == 1
+        assert " is not finite after step 5" in capsys.readouterr().err
+        assert _checkpoints(tmp_path / "run") == [3, 4]
+        assert not (tmp_path / "run" / "model").exists()
+
+
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
     path = _change(write(tmp_path, "vae", cache="false"), checkpoint_every=1, steps=5)
     run = Run(dataclasses.replace(config.load(path), keep_checkpoints=3), ONE)
