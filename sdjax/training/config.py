@@ -5,9 +5,11 @@ components' own config.json files and are checked by `sdjax.config`.
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -100,6 +102,38 @@ class Train:
     sheet_prompts: tuple[str, ...] = ()
 
 
+_RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
+    (
+        "be at least 1",
+        lambda value: value >= 1,
+        ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sheet_every")
+        + ("data.size", "data.workers", "optimizer.accumulate"),
+    ),
+    (
+        "be at least 0",
+        lambda value: value >= 0,
+        ("optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.clip_norm"),
+    ),
+    (
+        "be at least 0 and finite",
+        lambda value: 0 <= value < math.inf,
+        ("optimizer.weight_decay", "diffusion.offset_noise", "reconstruction.edges", "reconstruction.kl"),
+    ),
+    ("be above 0 and finite", lambda value: 0 < value < math.inf, ("optimizer.learning_rate",)),
+    ("be above 0", lambda value: value > 0, ("diffusion.min_snr_gamma",)),
+    ("lie between 0 and 1", lambda value: 0 <= value <= 1, ("diffusion.caption_dropout", "optimizer.ema_decay")),
+    ("be at least 0 and below 1", lambda value: 0 <= value < 1, ("optimizer.beta1", "optimizer.beta2")),
+    ("be at least 0 and below 2**63", lambda value: 0 <= value < 2**63, ("seed",)),
+]
+_OTHERS = {  # what only the other task's runs look at
+    "vae": (
+        *("remat", "sheet_prompts", "data.cache_latents", "diffusion."),
+        *("model.unet", "model.text_encoder", "model.scheduler", "model.tokenizer"),
+    ),
+    "unet": ("reconstruction.",),
+}
+
+
 def load(path: str | Path, **overrides: Any) -> Train:
     """Read a TOML file; `overrides` replace top-level keys where they are not None.
 
@@ -153,8 +187,17 @@ def build(kind: Any, value: Any, name: str = "") -> Any:
     return value
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a configuration's values by their whole names, `optimizer.beta1`."""
+    found = {}
+    for each in dataclasses.fields(value):
+        item, name = getattr(value, each.name), f"{prefix}{each.name}"
+        found |= flat(item, f"{name}.") if dataclasses.is_dataclass(item) else {name: item}
+    return found
+
+
 def check(config: Train) -> None:
-    """Raise TrainConfigError where values do not go together."""
+    """Raise TrainConfigError where a value is out of range, does nothing, or does not go with another."""
     data = config.data
     if sum(source is not None for source in (data.folder, data.shards, data.latents, data.generator)) != 1:
         raise TrainConfigError("data must name exactly one of folder, shards, latents and generator")
@@ -164,24 +207,15 @@ def check(config: Train) -> None:
         fresh += ["data.cache_latents"] * data.cache_latents + ["task vae"] * (config.task == "vae")
         if fresh:
             raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")
-    positive = {"steps": config.steps, "batch_size": config.batch_size, "data.size": data.size}
-    positive |= {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every}
-    positive |= {"sheet_every": config.sheet_every, "keep_checkpoints": config.keep_checkpoints}
-    positive |= {"optimizer.accumulate": config.optimizer.accumulate, "data.workers": data.workers}
-    for name, value in positive.items():
-        if value < 1:
-            raise TrainConfigError(f"{name} is {value}; it must be at least 1")
-    if config.diffusion.min_snr_gamma is not None and not config.diffusion.min_snr_gamma > 0:
-        raise TrainConfigError(f"diffusion.min_snr_gamma is {config.diffusion.min_snr_gamma}; it must be above 0")
-    for name, value in {"seed": config.seed, "optimizer.clip_norm": config.optimizer.clip_norm or 0}.items():
-        if not value >= 0:
-            raise TrainConfigError(f"{name} is {value}; it must be at least 0")
-    for name, value in {
-        "diffusion.caption_dropout": config.diffusion.caption_dropout,
-        "optimizer.ema_decay": config.optimizer.ema_decay,
-    }.items():
-        if not 0 <= value <= 1:
-            raise TrainConfigError(f"{name} is {value}; it must lie between 0 and 1")
+    values, others = flat(config), _OTHERS[config.task]
+    for what, allowed, names in _RANGES:
+        for name in names:
+            if values[name] is not None and not allowed(values[name]):
+                raise TrainConfigError(f"{name} is {values[name]}; it must {what}")
+    defaults = flat(Train(task=config.task, output="", steps=1, batch_size=1, data=Data()))
+    for name in values:
+        if name.startswith(others) and values[name] != defaults[name]:
+            raise TrainConfigError(f"{name} does nothing where task is {config.task!r}; take it out")
     if config.reconstruction.decoder_only and config.optimizer.weight_decay:
         raise TrainConfigError("optimizer.weight_decay does not go with reconstruction.decoder_only: the encoder stays")
     if config.optimizer.warmup_steps + config.optimizer.decay_steps > config.steps:

@@ -1,13 +1,12 @@
 """What a run is made from: what tells its checkpoints and its latents from another's."""
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from sdjax.files import write_whole
-from sdjax.training.config import Train, TrainConfigError
+from sdjax.training.config import Train, TrainConfigError, flat
 from sdjax.training.data import Source
 from sdjax.training.encoded import EncodedSet
 
@@ -31,7 +30,7 @@ def of_source(source: Source | EncodedSet, *, times: bool) -> str:
 
 def of_run(config: Train, source: Source | EncodedSet, init: str | None) -> dict[str, Any]:
     """What a run's numbers follow from, by name; `init` is the fingerprint of what was read to start from."""
-    made = {key: value for key, value in _flat(config).items() if key not in _FREE}
+    made = {key: value for key, value in flat(config).items() if key not in _FREE}
     made |= {"data": of_source(source, times=False), "init": init}
     return json.loads(json.dumps(made, default=str))
 
@@ -53,11 +52,3 @@ def write(folder: Path, made: dict[str, Any]) -> None:
     """Say in `folder` what its run is made from."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _FILE, (json.dumps(made, indent=1) + "\n").encode())
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for field in dataclasses.fields(value):
-        item, name = getattr(value, field.name), f"{prefix}{field.name}"
-        found |= _flat(item, f"{name}.") if dataclasses.is_dataclass(item) else {name: item}
-    return found

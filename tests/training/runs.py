@@ -62,6 +62,7 @@ offset_noise = 0.1
 
 def write(folder, task="unet", cache="true", prompts=()):
     path = folder / f"{task}.toml"
+    cache = cache if task == "unet" else "false"
     text = f'task = "{task}"\nsheet_prompts = {list(prompts)}\n{SHARED}'.format(output=folder / "run", cache=cache)
     path.write_text(text + (UNET if task == "unet" else ""))
     return path

@@ -31,6 +31,11 @@ def test_the_bundled_models_configurations(name):
     assert len(made) == (1 if name == "bundled-vae" else 2)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("bundled-*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_of_the_bundled_model_is_taken(path):
+    config.load(path)
+
+
 def test_defaults_and_overrides(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('task = "vae"\noutput = "x"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "y"\n')
@@ -61,6 +66,28 @@ def test_defaults_and_overrides(tmp_path):
         ({"optimizer": {"clip_norm": float("nan")}}, "optimizer.clip_norm is nan; it must be at least 0"),
         ({"diffusion": {"min_snr_gamma": 0.0}}, "diffusion.min_snr_gamma is 0.0; it must be above 0"),
         ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": 10**20}, "seed is 100000000000000000000; it must be at least 0 and below 2**63"),
+        ({"optimizer": {"warmup_steps": -5}}, "optimizer.warmup_steps is -5; it must be at least 0"),
+        ({"optimizer": {"decay_steps": -5}}, "optimizer.decay_steps is -5; it must be at least 0"),
+        ({"optimizer": {"learning_rate": 0}}, "optimizer.learning_rate is 0.0; it must be above 0"),
+        ({"optimizer": {"learning_rate": -1e-4}}, "optimizer.learning_rate is -0.0001; it must be above 0"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate is nan; it must be above 0"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "it must be above 0 and finite"),
+        ({"optimizer": {"beta1": 1.5}}, "optimizer.beta1 is 1.5; it must be at least 0 and below 1"),
+        ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2 is 1.0; it must be at least 0 and below 1"),
+        ({"optimizer": {"weight_decay": -0.1}}, "optimizer.weight_decay is -0.1; it must be at least 0"),
+        ({"diffusion": {"offset_noise": -3}}, "diffusion.offset_noise is -3.0; it must be at least 0"),
+        ({"reconstruction": {"kl": -1}}, "reconstruction.kl is -1.0; it must be at least 0"),
+        ({"reconstruction": {"edges": float("nan")}}, "reconstruction.edges is nan; it must be at least 0 and finite"),
+        ({"diffusion": {"offset_noise": 0.1}}, "diffusion.offset_noise does nothing where task is 'vae'; take it out"),
+        ({"data": {"folder": "y", "cache_latents": True}}, "data.cache_latents does nothing where task is 'vae'"),
+        ({"remat": True}, "remat does nothing where task is 'vae'"),
+        ({"sheet_prompts": ["a"]}, "sheet_prompts does nothing where task is 'vae'"),
+        ({"model": {"tokenizer": {"merges": 3}}}, "model.tokenizer does nothing where task is 'vae'"),
+        (
+            {"task": "unet", "reconstruction": {"decoder_only": True}},
+            "reconstruction.decoder_only does nothing where task is 'unet'; take it out",
+        ),
         ({"diffusion": 3}, "diffusion is a table, not 3"),
         ({"sheet_prompts": ["a", 3]}, "sheet_prompts is 3"),
         ({"dtype": "float8"}, "dtype is 'float8'; it can be 'float32' or 'bfloat16'"),
