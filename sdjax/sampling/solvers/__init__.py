@@ -10,7 +10,7 @@ from sdjax.sampling.schedule import CLASSES, SPACINGS, Schedule
 from sdjax.sampling.solvers import correctors, discrete, dpmpp, kdiffusion, multistep
 from sdjax.sampling.solvers.plan import Plan
 from sdjax.sampling.table import Table
-from sdjax.sampling.trace import Level, Trace
+from sdjax.sampling.trace import Level, Row, Trace
 
 
 @dataclass(frozen=True)
@@ -163,63 +163,68 @@ def make_table(
     """
     name = default_sampler(schedule) if sampler is None else canonical(sampler)
     spec = SAMPLERS[name]
-    if order is None:
-        # The config's order is meant for its own class, which may differ from a sampler that the request names; and a
-        # config keeps the order of the class that the checkpoint had before, which its own may lack.
-        own = name == _class_sampler(schedule) and spec.orders and spec.order_key
-        order = schedule.option(spec.order_key, spec.order) if own else spec.order
-    if order not in (spec.orders or (spec.order,)):
-        raise SamplingError(f"{name} has no order {order}; it has {spec.orders or 'only one'}")
+    order = _order(schedule, name, order)
     if not 0 <= eta <= 1:
         raise SamplingError(f"eta={eta} is out of range; use 0 to 1")
     if strength is not None and not 0 < strength <= 1:
         raise SamplingError(f"strength={strength} is out of range; use more than 0, at most 1")
-    if sigmas is None:
-        sigmas = grids.default_sigmas(schedule, spec.grid) if timesteps is None else ""
-    elif timesteps is not None and not (isinstance(sigmas, str) and sigmas == ""):
-        raise SamplingError("give sigmas or timesteps, not both")
-    spacing = schedule.option("timestep_spacing", spec.grid.spacing) if spec.grid.heeds_spacing else spec.grid.spacing
-    if isinstance(sigmas, str) and sigmas in SPACINGS:
-        spacing = sigmas
-    if not isinstance(sigmas, str):
-        sigmas = [sigma for sigma in sigmas if sigma != 0]
+    sigmas = _sigmas(schedule, spec.grid, sigmas, timesteps)
+    spacing = _spacing(schedule, spec.grid, sigmas)
     n = _steps(schedule, num_inference_steps, timesteps if isinstance(sigmas, str) else sigmas)
+
     listed = timesteps is not None
     all_steps = all_steps and spec.grid.kind == "distilled" and sigmas == "" and not listed
     share = strength if all_steps and strength is not None else 1.0
     levels = grids.levels(
         schedule, spec.grid, n, sigmas=sigmas, timesteps=timesteps, rho=rho, spacing=spacing, share=share
     )
-    begin = first = 0 if strength is None or all_steps else _begin(n, strength)
-    if denoising_start is not None:
-        if name == "plms":
-            raise SamplingError(
-                "plms takes its first step twice, so it cannot go on from another run; use another sampler"
-            )
-        begin = max(first, _reached(schedule, levels, denoising_start))
-    end = n if denoising_end is None else _reached(schedule, levels, denoising_end)
-    if begin >= end:
-        share, side = (denoising_end, "base") if denoising_start is None else (denoising_start, "refiner")
-        raise SamplingError(
-            f"denoising_end={share} leaves the {side} no step of {n - first}; give another, or more steps"
-        )
+
+    first = 0 if strength is None or all_steps else _begin(n, strength)
+    begin, end = _part(schedule, name, levels, first, denoising_start, denoising_end)
     solver_type = spec.solver_type or schedule.option("solver_type", "")
-    plan = Plan(schedule, levels, begin, int(order or 1), eta, solver_type, listed=listed)
-    trace = Trace(schedule.prediction_type)
-    try:
-        spec.loop(trace, plan)
-    except SamplingError:
-        raise
-    except (ArithmeticError, LookupError, ValueError) as error:  # levels so near or so far that a formula has no value
-        raise SamplingError(f"{name} has no steps through these levels ({type(error).__name__}: {error})") from None
-    start = trace.rows[0].level
-    scaled = spec.grid.scaled and spacing != "leading"
-    signal, noise = (0.0, start.sigma if scaled else 1.0) if strength is None else (start.alpha, start.sigma)
+    rows = _rows(name, Plan(schedule, levels, begin, order, eta, solver_type, listed=listed))
+
+    start = rows[0].level
     if denoising_start is not None:
         signal, noise = 1.0, 0.0
+    elif strength is not None:
+        signal, noise = start.alpha, start.sigma
+    else:
+        signal, noise = 0.0, start.sigma if spec.grid.scaled and spacing != "leading" else 1.0
     walk_from = levels[0].ratio if spec.walks else None
-    table = Table.from_rows(trace.rows, start_signal=signal, start_noise=noise, walk_from=walk_from)
+    table = Table.from_rows(rows, start_signal=signal, start_noise=noise, walk_from=walk_from)
     return table.part(begin - first, end - first)
+
+
+def _order(schedule: Schedule, name: str, order: int | None) -> int:
+    """The order of the method: the request's, else the config's, else the usual one."""
+    spec = SAMPLERS[name]
+    # The config's order is meant for its own class, which may differ from a sampler that the request names; and a
+    # config keeps the order of the class that the checkpoint had before, which its own may lack.
+    own = name == _class_sampler(schedule) and spec.orders and spec.order_key
+    usual = schedule.option(spec.order_key, spec.order) if own else spec.order
+    chosen = usual if order is None else order
+    if chosen not in (spec.orders or (spec.order,)):
+        raise SamplingError(f"{name} has no order {chosen}; it has {spec.orders or 'only one'}")
+    return int(chosen)
+
+
+def _sigmas(
+    schedule: Schedule, grid: Grid, sigmas: str | Sequence[float] | None, timesteps: Sequence[float] | None
+) -> str | list[float]:
+    """The sigma schedule's name, "" where timesteps say it, or the list without its final 0."""
+    if sigmas is None:
+        return grids.default_sigmas(schedule, grid) if timesteps is None else ""
+    if timesteps is not None and not (isinstance(sigmas, str) and sigmas == ""):
+        raise SamplingError("give sigmas or timesteps, not both")
+    return sigmas if isinstance(sigmas, str) else [sigma for sigma in sigmas if sigma != 0]
+
+
+def _spacing(schedule: Schedule, grid: Grid, sigmas: str | list[float]) -> str:
+    """The timestep spacing: the request's, else the config's where the sampler looks at that, else the sampler's."""
+    if isinstance(sigmas, str) and sigmas in SPACINGS:
+        return sigmas
+    return schedule.option("timestep_spacing", grid.spacing) if grid.heeds_spacing else grid.spacing
 
 
 def _steps(schedule: Schedule, n: int | None, listed: Sequence[float] | None) -> int:
@@ -245,3 +250,40 @@ def _begin(n: int, strength: float) -> int:
     if left == 0:
         raise SamplingError(f"strength={strength} of {n} steps leaves no step; use at least {1 / n:.3g}, or more steps")
     return n - left
+
+
+def _part(
+    schedule: Schedule,
+    name: str,
+    levels: Sequence[Level],
+    first: int,
+    denoising_start: float | None,
+    denoising_end: float | None,
+) -> tuple[int, int]:
+    """The steps to take, from one and up to another, of those from `first` on."""
+    begin, end = first, len(levels) - 1
+    if denoising_start is not None:
+        if name == "plms":
+            raise SamplingError(
+                "plms takes its first step twice, so it cannot go on from another run; use another sampler"
+            )
+        begin = max(first, _reached(schedule, levels, denoising_start))
+    if denoising_end is not None:
+        end = _reached(schedule, levels, denoising_end)
+    if begin >= end:
+        share, side = (denoising_end, "base") if denoising_start is None else (denoising_start, "refiner")
+        left = len(levels) - 1 - first
+        raise SamplingError(f"denoising_end={share} leaves the {side} no step of {left}; give another, or more steps")
+    return begin, end
+
+
+def _rows(name: str, plan: Plan) -> list[Row]:
+    """The rows that a sampler's loop records."""
+    trace = Trace(plan.schedule.prediction_type)
+    try:
+        SAMPLERS[name].loop(trace, plan)
+    except SamplingError:
+        raise
+    except (ArithmeticError, LookupError, ValueError) as error:  # levels so near or so far that a formula has no value
+        raise SamplingError(f"{name} has no steps through these levels ({type(error).__name__}: {error})") from None
+    return trace.rows
