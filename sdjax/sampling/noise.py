@@ -151,4 +151,5 @@ def jax_latents(keys: UInt32[Array, "B 2"], stream: int | Array, shape: Sequence
         folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), stream)
         return jax.random.normal(folded, tuple(shape), jnp.float32)
 
-    return jax.vmap(draw)(keys)
+    with jax.threefry_partitionable(True):  # the same values whatever is set
+        return jax.vmap(draw)(keys)

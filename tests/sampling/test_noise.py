@@ -72,6 +72,14 @@ def test_jax_noise_depends_on_seed_and_stream_alone():
     assert not np.any(np.asarray(other) == np.asarray(together))
 
 
+def test_jax_noise_is_the_same_whatever_is_set_of_threefry():
+    keys, found = noise.keys([7]), []
+    for is_set in (False, True):
+        with jax.threefry_partitionable(is_set):
+            found.append(jax.jit(lambda keys: noise.jax_latents(keys, noise.START, (8, 8, 4)))(keys))
+    np.testing.assert_array_equal(*found)
+
+
 def test_jax_noise_is_normal():
     drawn = np.asarray(draw(noise.keys(range(4)), noise.ROWS + 3, (64, 64, 4)))
     assert drawn.dtype == np.float32
