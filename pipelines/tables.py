@@ -1,4 +1,4 @@
-"""Parquet files to rows of Python values; a row that Python cannot hold is an error of its own."""
+"""Parquet files to rows of Python values; a row that is too long or that Python cannot hold is an error of its own."""
 
 from collections.abc import Iterator
 from itertools import accumulate
@@ -7,9 +7,9 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.records import RowError
+from pipelines.records import MAX_RECORD, RowError
 
-_BATCH = 1024  # rows that are held at once
+_BATCH = 64  # rows that are held at once; a file of a few hundred bytes may repeat a cell of any size in all of them
 _BUFFER = 2**23  # bytes of a column that are read at once
 
 
@@ -28,10 +28,22 @@ def read(stream: IO[bytes], start: int, stop: int) -> Iterator[dict[str, Any] | 
     for batch in parquet.iter_batches(_BATCH, groups):
         low, high = max(start - here, 0), min(stop - here, batch.num_rows)
         if low < high:
-            yield from rows(batch.slice(low, high - low))
+            yield from _bounded(batch.slice(low, high - low))
         here += batch.num_rows
         if here >= stop:
             return
+
+
+def _bounded(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | RowError]:
+    """The batch's rows; one that is longer than a text file's may be is its RowError."""
+    for i, column in enumerate(batch.columns):
+        if isinstance(column, pa.DictionaryArray):
+            batch = batch.set_column(i, batch.schema.names[i], column.dictionary_decode())
+    if batch.nbytes <= MAX_RECORD:
+        yield from rows(batch)
+        return
+    for row in (batch.slice(i, 1) for i in range(batch.num_rows)):
+        yield from [RowError(f"a row of more than {MAX_RECORD:,} bytes")] if row.nbytes > MAX_RECORD else rows(row)
 
 
 def rows(batch: pa.RecordBatch) -> list[dict[str, Any] | RowError]:

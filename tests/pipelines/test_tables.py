@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import tables
-from pipelines.records import RowError
+from pipelines.records import MAX_RECORD, RowError
 
 SECONDS_OF_YEAR_9999 = 253_370_764_800
 
@@ -49,6 +49,25 @@ def test_a_large_row_group_is_read_by_parts(monkeypatch):
     pq.write_table(pa.table({"n": numbers}), stream, row_group_size=200_000, use_dictionary=False, compression="none")
     assert [row["n"] for row in tables.read(stream, 199_998, 200_000)] == numbers[-2:].tolist()
     assert stream.most < len(stream.getvalue()) / 2
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_row_longer_than_a_text_file_s_may_be_is_refused_alone(kind):
+    buffer = io.BytesIO()
+    cells = ["a", "x" * (MAX_RECORD + 1), "y" * (MAX_RECORD - 100), "b"]
+    pq.write_table(pa.table({"prompt": pa.array(cells, pa.string()).cast(kind), "n": range(4)}), buffer)
+    first, error, *others = tables.read(buffer, 0, 4)
+    assert [row["prompt"] for row in (first, *others)] == [cells[0], *cells[2:]]
+    assert str(error) == "a row of more than 1,048,576 bytes"
+
+
+def test_few_rows_are_held_at_once_however_often_a_small_file_repeats_a_cell(monkeypatch):
+    buffer, held, real = io.BytesIO(), [], tables._bounded
+    monkeypatch.setattr(tables, "_bounded", lambda batch: held.append(batch.nbytes) or real(batch))
+    pq.write_table(pa.table({"prompt": ["x" * 2**16] * 1024}), buffer, compression="zstd")
+    assert len(buffer.getvalue()) < 4096
+    assert sum(row["prompt"] == "x" * 2**16 for row in tables.read(buffer, 0, 1024)) == 1024
+    assert max(held) < 2**24
 
 
 @pytest.mark.parametrize(
