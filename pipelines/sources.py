@@ -7,7 +7,7 @@ numbers, so a piece is a few numbers and any worker may read it.
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from glob import has_magic
@@ -124,7 +124,9 @@ def _first_row(source: Source) -> tuple[Source, dict[str, Any] | RowError | None
     with _open(source.file) as stream:
         if source.suffix == ".parquet":
             parquet = pq.ParquetFile(stream)
-            return source._replace(rows=parquet.metadata.num_rows), dict.fromkeys(parquet.schema_arrow.names)
+            names = parquet.schema_arrow.names
+            _check_names(source.file, names)
+            return source._replace(rows=parquet.metadata.num_rows), dict.fromkeys(names)
         delimiter = _DELIMITERS.get(source.suffix)
         if delimiter is not None:
             source = _with_header(source, stream, delimiter)
@@ -145,10 +147,14 @@ def _with_header(source: Source, stream: IO[bytes], delimiter: str) -> Source:
             raise SourceError(f"{source.file}: its header is not valid UTF-8")
         header = tuple(name.removeprefix("\ufeff").strip() for name in fields)
         if any(header):
-            if len(set(header)) < len(header):
-                raise SourceError(f"{source.file}: two columns have the same name")
+            _check_names(source.file, header)
             return source._replace(header=header, start=end)
     return source._replace(start=end)
+
+
+def _check_names(file: str, columns: Sequence[str]) -> None:
+    if len(set(columns)) < len(columns):
+        raise SourceError(f"{file}: two columns have the same name")
 
 
 def _estimate(stream: IO[bytes], start: int) -> int:

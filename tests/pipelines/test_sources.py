@@ -147,9 +147,9 @@ def test_short_rows_leave_the_last_columns_open(tmp_path):
     assert values(written(tmp_path / "p.csv", "prompt,seed\na\n")) == [{"prompt": "a"}]
 
 
-def parquet(**columns) -> bytes:
+def parquet(names=(), columns=(), **named) -> bytes:
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), buffer)
+    pq.write_table(pa.table([*columns, *named.values()], [*names, *named]), buffer)
     return buffer.getvalue().to_pybytes()
 
 
@@ -166,6 +166,7 @@ def parquet(**columns) -> bytes:
         ("p.jsonl", '{"text": "a"}\n', "no column 'prompt' among 'text'"),
         ("p.parquet", b"PAR1", "p.parquet: "),
         ("p.parquet", parquet(caption=["a"]), "no column 'prompt' among 'caption'"),
+        ("p.parquet", parquet(["prompt", "prompt"], [["a"], ["b"]]), "two columns have the same name"),
         ("p.parquet", parquet(prompt=pa.array([], pa.string())), "holds no prompts"),
         ("p.toml", "prompts = []", "prompts must be a list"),
         ("p.doc", "x", "not a prompt file; allowed are .txt"),
