@@ -107,7 +107,7 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
     except (OSError, ValueError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise SourceError(f"{file}: {_first_line(error)}") from None
     if isinstance(row, dict):
         try:
             select_prompt(row, prompt_column)
@@ -213,7 +213,11 @@ def cut(source: Source, rows: int = PIECE_ROWS) -> Iterator[Piece]:
 
 
 def read(piece: Piece) -> Iterator[tuple[Place, dict[str, Any] | RowError]]:
-    """The piece's rows in order, each with its place; a row that cannot be read is its error."""
+    """The piece's rows in order, each with its place; a row that cannot be read is its error.
+
+    Raises:
+        SourceError: a Parquet file is damaged, so that its rows cannot be told apart.
+    """
     source = piece.source
     for number, row in enumerate(_rows(piece), piece.first_row):
         yield Place(source.file, number), row
@@ -227,7 +231,10 @@ def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
         return
     with _open(source.file) as stream:
         if source.suffix == ".parquet":
-            yield from tables.read(stream, piece.start, piece.stop)
+            try:
+                yield from tables.read(stream, piece.start, piece.stop)
+            except (OSError, ValueError) as error:  # pyarrow's, which names no file
+                raise SourceError(f"{source.file}: it is damaged, or cannot be read: {_first_line(error)}") from error
             return
         for _, record in records(stream, piece.start, piece.stop, _DELIMITERS.get(source.suffix)):
             yield record if isinstance(record, RowError) else _row(source, record)
@@ -251,6 +258,10 @@ def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
     if len(record) > len(source.header):
         return RowError(f"{len(record)} cells where the header names {len(source.header)} columns")
     return dict(zip(source.header, record, strict=False))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _is_text(text: str) -> bool:

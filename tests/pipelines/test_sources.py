@@ -128,6 +128,17 @@ def test_invalid_utf8_in_parquet_spoils_its_row_only(tmp_path):
     assert (a, str(bad), b) == ({"prompt": "a"}, "not valid UTF-8", {"prompt": "b"})
 
 
+def test_a_parquet_file_that_is_damaged_is_named(tmp_path):
+    prompts = [f"prompt number {i}" for i in range(3000)]
+    pq.write_table(pa.table({"prompt": prompts}), tmp_path / "p.parquet", compression="zstd", use_dictionary=False)
+    data = bytearray((tmp_path / "p.parquet").read_bytes())
+    data[100:200] = bytes(100)
+    path = written(tmp_path / "p.parquet", bytes(data))
+    with pytest.raises(SourceError, match=r"p\.parquet: it is damaged, or cannot be read: ") as error:
+        rows(path)
+    assert "\n" not in str(error.value)
+
+
 def test_blank_lines_before_a_header_are_none_and_after_it_are_named(tmp_path):
     path = written(tmp_path / "p.csv", "\ufeff\n , \nprompt,seed\n\na,1\n,\n")
     blank, *others = values(path)
