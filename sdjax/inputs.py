@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import struct
 from typing import NamedTuple
 
 import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sdjax.values import RequestError
 
@@ -62,6 +64,8 @@ def decode(data: bytes, what: str, *, mask: bool = False) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise RequestError(f"{what} has {image.width} x {image.height} pixels; the most is {MAX_PIXELS:,} in all")
+        if isinstance(image, TiffImageFile):
+            _check_tiles(image, data, what)
         image.load()
         image = ImageOps.exif_transpose(image)
         return _lightness(image) if mask else _colours(image)
@@ -71,6 +75,29 @@ def decode(data: bytes, what: str, *, mask: bool = False) -> Image.Image:
         raise RequestError(f"{what} is no picture; read are {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise all sorts over broken files
         raise RequestError(f"{what} is broken: {_line(error)}") from None
+
+
+def _check_tiles(image: TiffImageFile, data: bytes, what: str) -> None:
+    """Refuse a TIFF whose tiles go far beyond the picture: they are decoded whole, however little of them is shown.
+
+    Its tags are read as libtiff does, which decodes: of a tag that is there twice Pillow tells the other value.
+    """
+    order, big = "<" if data.startswith(b"II") else ">", b"+" in data[2:4]
+    start, step, value = (8, 20, 12) if big else (2, 12, 8)
+    (tags,) = struct.unpack_from(order + ("Q" if big else "H"), data, image.tag_v2.offset)
+    sides = {322: 1, 323: 1}  # TileWidth, TileLength
+    for place in range(image.tag_v2.offset + start, image.tag_v2.offset + start + tags * step, step):
+        tag, kind = struct.unpack_from(order + "HH", data, place)
+        if tag in sides:
+            if kind not in (3, 4):
+                raise ValueError("a side of its tiles is neither SHORT nor LONG")
+            sides[tag] = max(sides[tag], *struct.unpack_from(order + " HL"[kind - 2], data, place + value))
+    width, height = sides.values()
+    pixels = -(-image.width // width) * width * (-(-image.height // height) * height)
+    if pixels > 2 * MAX_PIXELS:
+        raise RequestError(
+            f"{what} has tiles of {width} x {height} with {pixels:,} pixels; the most is {2 * MAX_PIXELS:,}"
+        )
 
 
 def _line(error: Exception) -> str:

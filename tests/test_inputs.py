@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sdjax import inputs
 from sdjax.request import Request
@@ -106,6 +108,44 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, data, message):
     assert message in str(refused.value)
     assert str(refused.value).startswith("image ")
     assert "\n" not in str(refused.value)
+
+
+def tiled(sides, big=False, order="<", kind=4):
+    """An 8 x 8 TIFF with these tags for the sides of its tile, whose bytes are those of 16 x 16."""
+    tile = zlib.compress(TILE.tobytes())
+    numbers = [(256, 8), (257, 8), (258, 8), (259, 8), (262, 1), (277, 1), *sides, (324, 400), (325, len(tile))]
+    entry, count = ("HHQQ", "Q") if big else ("HHLL", "H")
+    start = struct.pack(order + "2sHHHQ", b"", 43, 8, 0, 16) if big else struct.pack(order + "2sHL", b"", 42, 8)
+    tags = b"".join(struct.pack(order + entry, tag, kind, 1, number) for tag, number in numbers)
+    data = (b"II" if order == "<" else b"MM") + start[2:] + struct.pack(order + count, len(numbers)) + tags
+    return data.ljust(400, b"\0") + tile
+
+
+TILE = np.arange(256, dtype=np.uint8).reshape(16, 16)
+HUGE = [
+    tiled([(322, 26_000), (323, 26_000)]),
+    tiled([(322, 26_000), (323, 26_000)], order=">"),
+    tiled([(322, 26_000), (323, 26_000)], big=True),
+    tiled([(322, 26_000), (322, 16), (323, 26_000), (323, 16)]),  # Pillow takes the last of each, libtiff the first
+]
+
+
+@pytest.mark.parametrize("data", HUGE)
+def test_tiles_far_larger_than_their_picture_are_not_decoded(data, monkeypatch):
+    monkeypatch.setattr(TiffImageFile, "load", lambda image: pytest.fail("it is decoded"))
+    with pytest.raises(RequestError, match="image has tiles of 26000 x 26000 with 676,000,000 pixels; the most is"):
+        inputs.decode(data, "image")
+
+
+def test_tiles_whose_sides_are_no_numbers_are_refused():
+    with pytest.raises(RequestError, match="image is broken: a side of its tiles is neither SHORT nor LONG"):
+        inputs.decode(tiled([(322, 16), (323, 16)], kind=9), "image")
+
+
+@pytest.mark.parametrize("options", [{}, {"big": True}, {"order": ">"}])
+def test_a_tiled_tiff_is_a_picture(options):
+    picture = inputs.decode(tiled([(322, 16), (323, 16)], **options), "image")
+    assert np.array_equal(picture, np.stack([TILE[:8, :8]] * 3, -1))
 
 
 def test_a_file_may_not_be_larger_than_the_limit(tmp_path, monkeypatch):
