@@ -6,9 +6,8 @@ each image and remembers where it lies, so that only places and captions travel;
 
 import hashlib
 import posixpath
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -21,7 +20,7 @@ from pipelines import image_samples, sources
 from pipelines.image_samples import Sample
 from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
-from pipelines.storage import retry
+from pipelines.storage import retry, spread
 from sdjax import inputs
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import CAPTIONS, IMAGES
@@ -165,10 +164,8 @@ def cut(path: str) -> Iterator[Piece]:
 def read(piece: Piece) -> Iterator[tuple[Place, Found | RowError]]:
     """The piece's pictures in order, each with its place; one that cannot be used is its error."""
     part = f"{piece.file} {piece.first_row}"
-    with ThreadPoolExecutor(READERS) as pool:
-        checked = _ahead(pool, (partial(_checked, part, sample) for sample in _samples(piece)))
-        for row, found in enumerate(checked, piece.first_row):
-            yield Place(piece.file, row), found
+    for row, found in enumerate(spread(partial(_checked, part), _samples(piece), READERS), piece.first_row):
+        yield Place(piece.file, row), found
 
 
 def _samples(piece: Piece) -> image_samples.Samples:
@@ -217,8 +214,7 @@ def load(pictures: Iterable[Picture], use: Callable[[Picture, bytes], T]) -> Ite
             else:
                 yield from (partial(_fetched, use, picture) for picture in together)
 
-    with ThreadPoolExecutor(READERS) as pool:
-        yield from _ahead(pool, calls())
+    yield from spread(lambda call: call(), calls(), READERS)
 
 
 def _from_row_group(pictures: list[Picture]) -> Iterator[tuple[Picture, bytes]]:
@@ -240,14 +236,3 @@ def _fetched(use: Callable[[Picture, bytes], T], picture: Picture) -> T:
     except FileNotFoundError:
         raise RequestError(f"image {picture.key} of {picture.file} is gone since the job was planned") from None
     return use(picture, data)
-
-
-def _ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The calls' values in order; never more than twice the readers are begun and not taken."""
-    begun: deque[Future[T]] = deque()
-    for call in calls:
-        begun.append(pool.submit(call))
-        if len(begun) > 2 * READERS:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
