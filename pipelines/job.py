@@ -117,8 +117,7 @@ def _interrupted(job: JobOptions, result: Any) -> str:
     cloud = job.beam.view_as(GoogleCloudOptions)
     if "Dataflow" in str(job.beam.view_as(StandardOptions).runner):
         if result is None:
-            listed = f"gcloud dataflow jobs list --status=active --project={cloud.project} --region={cloud.region}"
-            return f"interrupted while the job was sent; whether it runs says: {listed}"
+            return f"interrupted while the job was sent; whether it runs says: {listing(cloud.project, cloud.region)}"
         job_id = result.job_id()
         return f"no longer followed; {job_id} runs on; to stop it: {cancelling(job_id, cloud.project, cloud.region)}"
     if result is not None:
@@ -129,6 +128,11 @@ def _interrupted(job: JobOptions, result: Any) -> str:
 def cancelling(job_id: str, project: str | None, region: str | None) -> str:
     """The command that stops a Dataflow job."""
     return f"gcloud dataflow jobs cancel {job_id} --project={project} --region={region}"
+
+
+def listing(project: str | None, region: str | None) -> str:
+    """The command that lists the Dataflow jobs that run."""
+    return f"gcloud dataflow jobs list --status=active --project={project} --region={region}"
 
 
 def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, out: str) -> Any:

@@ -19,20 +19,21 @@ from typing import Any
 
 import google.auth
 import requests
-from google.api_core.exceptions import GoogleAPICallError, NotFound, ServerError
+from google.api_core.exceptions import GoogleAPICallError, NotFound, ServerError, TooManyRequests
 from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import GoogleAuthError
+from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud import dataflow_v1beta3 as api
 
 from pipelines import estimates, generate_images
 from pipelines.dataflow import Deployment, Job, LaunchError, Preset, arguments, faults, flex_request
-from pipelines.job import cancelling
+from pipelines.job import cancelling, listing
 from pipelines.options import OptionError, parse
 from pipelines.progress import ProgressLine
 from pipelines.storage import Store
 
 _SCOPES = ["https://www.googleapis.com/auth/cloud-platform"]
 POLL_SECONDS = 20.0
+ANSWER_SECONDS = 60.0  # the client's own is for ever
 _PATIENCE = 30
 _ENDED = {"JOB_STATE_DONE", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_UPDATED", "JOB_STATE_DRAINED"}
 
@@ -53,12 +54,12 @@ class Service:
 
     def launch(self, job: Job) -> str:
         """Submit the Flex Template; returns the job's id."""
-        return self._templates.launch_flex_template(flex_request(job)).job.id
+        return self._templates.launch_flex_template(flex_request(job), timeout=ANSWER_SECONDS).job.id
 
     def state(self, job_id: str) -> str:
         """Such as "JOB_STATE_RUNNING"."""
         request = api.GetJobRequest(project_id=self._project, location=self._region, job_id=job_id)
-        return self._jobs.get_job(request).current_state.name
+        return self._jobs.get_job(request, timeout=ANSWER_SECONDS).current_state.name
 
     def errors(self, job_id: str) -> list[str]:
         """What Dataflow says went wrong, oldest first."""
@@ -68,7 +69,8 @@ class Service:
             job_id=job_id,
             minimum_importance=api.JobMessageImportance.JOB_MESSAGE_ERROR,
         )
-        return [message.message_text for message in self._messages.list_job_messages(request)]
+        messages = self._messages.list_job_messages(request, timeout=ANSWER_SECONDS)
+        return [message.message_text for message in messages]
 
 
 def plan(job: Job, num_images: int | None) -> str:
@@ -100,7 +102,7 @@ def follow(service: Service, job: Job, job_id: str) -> bool:
         while last not in _ENDED:
             try:
                 state, failed = service.state(job_id), 0
-            except (ServerError, NotFound, requests.ConnectionError):
+            except (ServerError, NotFound, TooManyRequests, TransportError, requests.RequestException):
                 state, failed = last, failed + 1
                 if failed > _PATIENCE:
                     raise
@@ -196,7 +198,12 @@ def main(
     print(plan(job, options.num_images))
     if options.dry_run:
         return 0
-    if not options.yes and ask("Start it? [y/N] ").strip().lower() not in ("y", "yes"):
+    try:
+        agreed = options.yes or ask("Start it? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print("\nNothing was sent; --yes starts it without asking", file=sys.stderr)
+        return 2
+    if not agreed:
         print("Nothing was sent.")
         return 0
 
@@ -207,13 +214,17 @@ def main(
     try:
         service = Service(job.deployment, endpoint)
         job_id = service.launch(job)
-    except (GoogleAPICallError, GoogleAuthError, requests.ConnectionError) as error:
+    except (GoogleAPICallError, GoogleAuthError) as error:
         print(f"not started: {error}", file=sys.stderr)
+        return 1
+    except requests.RequestException as error:
+        listed = listing(job.deployment.project, job.deployment.region)
+        print(f"no answer ({error}); whether the job runs says: {listed}", file=sys.stderr)
         return 1
     print(f"started {job_id}; to stop it: {cancelling(job_id, job.deployment.project, job.deployment.region)}")
     try:
         return 0 if follow(service, job, job_id) else 1
-    except (KeyboardInterrupt, GoogleAPICallError, GoogleAuthError, requests.ConnectionError) as stop:
+    except (KeyboardInterrupt, GoogleAPICallError, GoogleAuthError, requests.RequestException) as stop:
         print(f"\nno longer followed ({stop!r}); {job_id} may run on", file=sys.stderr)
         return 1
 

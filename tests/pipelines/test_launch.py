@@ -5,13 +5,16 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow.parquet
 import pytest
 import requests
 from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
+from google.auth.exceptions import TransportError
 
 from pipelines import launch
 from pipelines.dataflow import Preset
@@ -166,9 +169,60 @@ def test_asks_first(terraform, capsys):
     assert capsys.readouterr().out.endswith("Nothing was sent.\n")
 
 
+def test_without_a_terminal_nothing_is_sent_and_the_way_is_told(terraform, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint=http://localhost:9"]
+    assert launch.main(argv) == 2
+    assert capsys.readouterr().err.strip() == "Nothing was sent; --yes starts it without asking"
+
+
+def falls_silent(cloud, monkeypatch, ending: str) -> list[str]:
+    """Lets the service keep the first call of such a path, and no other, waiting; the calls of it so far."""
+    answer, calls = cloud.answer, []
+
+    def slowly(method, path, body):
+        if path.endswith(ending):
+            calls.append(path)
+            if len(calls) == 1:
+                time.sleep(2)
+        return answer(method, path, body)
+
+    monkeypatch.setattr(launch, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(cloud, "answer", slowly)
+    return calls
+
+
+@pytest.mark.parametrize(("ending", "status"), [(f"/jobs/{JOB_ID}", 0), ("/messages", 1), ("flexTemplates:launch", 1)])
+def test_a_connection_that_falls_silent_is_left(cloud, terraform, capsys, monkeypatch, ending, status):
+    calls = falls_silent(cloud, monkeypatch, ending)
+    cloud.states = ["JOB_STATE_FAILED" if ending == "/messages" else "JOB_STATE_DONE"]
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url, "--yes"]
+    began = time.monotonic()
+    assert launch.main(argv, ask=never) == status
+    assert time.monotonic() - began < 60
+    assert len(calls) == (2 if status == 0 else 1)
+    says = {"/messages": f"{JOB_ID} may run on", "flexTemplates:launch": "whether the job runs says: gcloud dataflow"}
+    assert says.get(ending, "done") in capsys.readouterr().err
+
+
+def test_polls_that_fail_on_the_way_are_made_again():
+    errors = [TransportError("no token"), requests.ReadTimeout(), requests.exceptions.ChunkedEncodingError()]
+
+    class Away:
+        def state(self, job_id):
+            if errors:
+                raise errors.pop()
+            return "JOB_STATE_DONE"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "POLL_SECONDS", 0.0)
+        assert launch.follow(Away(), SimpleNamespace(output="memory://away"), JOB_ID)
+    assert errors == []
+
+
 def test_template_is_launched_and_followed(cloud, terraform, capsys):
     Store("gs://dataset/out").write_json(".progress/worker.json", {"images": 3, "planned": 4, "rows": 4})
-    cloud.states = [404, "JOB_STATE_QUEUED", 503, "JOB_STATE_RUNNING", "JOB_STATE_RUNNING", "JOB_STATE_DONE"]
+    cloud.states = [404, "JOB_STATE_QUEUED", 503, 429, "JOB_STATE_RUNNING", "JOB_STATE_RUNNING", "JOB_STATE_DONE"]
     argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint", cloud.url]
     assert launch.main(argv, ask=lambda question: "y") == 0
 
