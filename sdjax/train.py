@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.export is not None:
             run.export(model, arguments.export_dtype)
             return 0
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted before the first step", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -100,6 +100,15 @@ def test_a_stopped_run_writes_a_checkpoint(tmp_path):
     assert int(run.state.step) == last
 
 
+def test_a_run_stopped_before_its_first_step_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "Run", interrupted)
+    assert train.main(["--config", str(write(tmp_path))]) == 130
+    assert capsys.readouterr().err == "python -m sdjax.train: interrupted before the first step\n"
+
+
 def test_a_checkpoint_can_be_exported_and_started_from(whole, tmp_path):
     """--export writes the average; a new run from it has its networks, and trains the VAE alone."""
     options = ["--config", str(write(tmp_path)), "--output", str(whole), "--export", str(tmp_path / "half")]
