@@ -1,5 +1,6 @@
 """Training configurations: the shipped ones load, and a wrong key is named."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -98,6 +99,16 @@ def test_a_wrong_key_is_named_in_one_line(change, message):
         config.check(config.build(config.Train, LEAST | change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_names_every_key_and_its_default():
+    page = (CONFIGS.parent / "docs" / "training.md").read_text()
+    told = dict(re.findall(r"^\| `([\w.]+)` \| `?(.*?)`? \|", page, re.MULTILINE))
+    # A tuple is TOML's array.
+    words = {"None": "none", "True": "true", "False": "false", "()": "[]", "'float32'": '"float32"'}
+    values = config.flat(config.Train(task="vae", output="", steps=1, batch_size=1, data=config.Data()))
+    required = dict.fromkeys(("task", "output", "steps", "batch_size"), "-")
+    assert told == {name: words.get(repr(value), repr(value)) for name, value in values.items()} | required
 
 
 def test_what_is_missing_is_named():
