@@ -43,7 +43,7 @@ def main(
         sets = image_sets.find(job.images)
         leftovers.refuse_inputs(Store(job.output), sets)
         shards = units.shard_count(sum(map(image_sets.count, sets)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         return jobs.refuse(EncodeOptions.command, error)
     return jobs.run(job, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))
 

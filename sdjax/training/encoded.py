@@ -46,14 +46,14 @@ class EncodedSet:
         self._examples: list[_Place] = []
         models = set()
         for path in manifests:
+            data = self._fs.cat_file(path)
             try:
-                table = pq.read_table(pa.BufferReader(self._fs.cat_file(path)), columns=_COLUMNS)
-            except (pa.ArrowInvalid, KeyError):
-                raise DataError(f"{path} is no manifest of encoded images") from None
-            for row in table.to_pylist():
-                models.add(row["model_fingerprint"])
-                if not row["flags"]:
-                    self._examples.append(_Place(f"{root.rstrip('/')}/{row['shard']}", row["index"]))
+                for row in pq.read_table(pa.BufferReader(data), columns=_COLUMNS).to_pylist():
+                    models.add(row["model_fingerprint"])
+                    if not row["flags"]:
+                        self._examples.append(_Place(f"{root.rstrip('/')}/{row['shard']}", row["index"]))
+            except Exception:  # damage makes pyarrow raise all sorts
+                raise DataError(f"{path} is no whole manifest of encoded images") from None
         if not self._examples:
             raise DataError(f"{url} holds no encoded image; python -m pipelines.encode_latents writes such a folder")
         if len(models) > 1:

@@ -336,3 +336,14 @@ def test_another_models_latents_and_options_that_make_no_sense_are_refused(encod
     assert "diffusion.train_text_encoder does not go with data.latents" in capsys.readouterr().err
     with pytest.raises(DataError, match="holds no encoded image"):
         EncodedSet(str(tmp_path))
+
+
+def test_training_names_a_damaged_manifest(encoded, tmp_path):
+    output = shutil.copytree(encoded / "tar", tmp_path / "out")
+    manifest = next((output / "manifest").iterdir())
+    content = bytearray(manifest.read_bytes())
+    content[-20] ^= 255  # in the footer, over which pyarrow raises an OSError
+    for damaged in (bytes(content), manifest.read_bytes()[:-9], b"PAR1"):
+        manifest.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{manifest.name} is no whole manifest"):
+            EncodedSet(str(output))
