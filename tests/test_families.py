@@ -174,6 +174,7 @@ FAST = [
     ("LCM", "small"),
     ("LCM from an image", "small"),
     ("SDXL refiner", "small"),
+    ("SD inpainting", "small"),  # nine channels
 ]  # what runs without -m slow, beside the plain families' own tests
 CASES = [
     pytest.param(family, configuration, marks=[pytest.mark.slow] * ((family, configuration) not in FAST))
