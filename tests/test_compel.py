@@ -1,5 +1,6 @@
 """compel's prompt language: what compel's own parser and embeddings make of the same text."""
 
+import math
 import random
 
 import jax
@@ -10,6 +11,7 @@ from compel import Compel
 from compel.prompt_parser import Blend, PromptParser
 
 from sdjax import Request, RequestError, StableDiffusion, compel
+from sdjax.prompts import Chunking
 from sdjax.spec import Spec
 from tests import checkpoints
 
@@ -66,6 +68,13 @@ def test_a_prompt_means_what_it_means_to_compel():
 def test_what_cannot_be_had_is_refused(tiny, prompt, message):
     with pytest.raises(RequestError, match=message):
         Spec(tiny).resolve(Request(prompt=prompt, prompt_language="compel"))
+
+
+@pytest.mark.parametrize("weight", ["0", "0.000001", "0.00001"])
+def test_a_phrase_of_no_weight_is_pulled_no_further_than_one_of_a_hundred_thousandth(weight):
+    chunk = compel.encodings(f"a (b){weight}", lambda text: [ord(c) for c in text.strip()], Chunking(7, 0))[0]
+    floor = math.tan((1 - 1e-5) * math.pi / 2)
+    assert [one.share for one in chunk] == pytest.approx([1 / (1 + floor), floor / (1 + floor)], rel=1e-9)
 
 
 def test_without_weights_it_is_a_plain_prompt(tiny):

@@ -97,6 +97,14 @@ def test_bad_rows_of_text_files_are_alone(tmp_path):
         assert row == wanted or wanted in str(row)
 
 
+def test_a_line_may_have_exactly_the_most_bytes_with_its_end(tmp_path):
+    longest = "y" * (MAX_RECORD - 1)
+    path = written(tmp_path / "p.txt", f"{longest}\n{longest}y\nlast")
+    first, error, last = values(path)
+    assert (first, last) == ({"prompt": longest}, {"prompt": "last"})
+    assert "a line of more than" in str(error)
+
+
 @example(lines=20_000, length=12)
 @example(lines=1, length=200_000)
 @given(lines=st.integers(1, 2_000), length=st.integers(0, 500))
