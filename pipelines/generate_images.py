@@ -58,7 +58,7 @@ def main(
 
 
 def _check_defaults(model: Any, defaults: dict[str, str]) -> None:
-    """Raise RequestError where no row could be made with what rows take that leave it open.
+    """Raise RequestError where no row could be made with what rows take that leave it open, or the model's own error.
 
     Rows may bring what the defaults or the checkpoint need: pictures, and a negative prompt.
     """
@@ -68,7 +68,7 @@ def _check_defaults(model: Any, defaults: dict[str, str]) -> None:
     errors = []
     for row in brought:
         try:
-            model.resolve(Request.from_row({"prompt": "any"}, **{**row, **defaults})[0])
+            model.program(model.resolve(Request.from_row({"prompt": "any"}, **{**row, **defaults})[0]))
             return
         except RequestError as error:
             errors.append(error)

@@ -347,11 +347,17 @@ class Spec:
         return Program(width, height, *self.text(resolved).counts, refiner, final[0], final[1], *shortcuts)
 
     def text(self, request: Request) -> Text:
-        """What the text encoders are given for a request. Raises RequestError where prompt and prompt_2 don't match."""
+        """What the text encoders are given for a request.
+
+        Raises:
+            RequestError: its prompts cannot be used.
+            CheckpointError: a tokenizer cannot be read.
+        """
+        tokenizers = self.tokenizers
         first = request.prompt, request.negative_prompt or ""
         second = request.prompt_2 or first[0], request.negative_prompt_2 or first[1]
         try:
-            read = _text(self.tokenizers, (first, second)[: len(self.tokenizers)], request.prompt_language)
+            read = _text(tokenizers, (first, second)[: len(tokenizers)], request.prompt_language)
         except ValueError as error:
             raise RequestError(str(error)) from None
         return read.with_negative_twice() if self.family.edits else read

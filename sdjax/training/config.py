@@ -123,7 +123,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     ("be above 0", lambda value: value > 0, ("diffusion.min_snr_gamma",)),
     ("lie between 0 and 1", lambda value: 0 <= value <= 1, ("diffusion.caption_dropout", "optimizer.ema_decay")),
     ("be at least 0 and below 1", lambda value: 0 <= value < 1, ("optimizer.beta1", "optimizer.beta2")),
-    ("be at least 0 and below 2**63", lambda value: 0 <= value < 2**63, ("seed",)),
+    ("be at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed",)),
 ]
 _OTHERS = {  # what only the other task's runs look at
     "vae": (

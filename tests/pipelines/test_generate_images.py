@@ -210,6 +210,17 @@ def test_rows_may_bring_what_the_checkpoint_and_the_job_wide_values_need(tiny, t
             generate_images._check_defaults(spec, wrong)
 
 
+def test_a_model_whose_tokenizer_cannot_be_read_is_refused_before_any_row(tiny, tmp_path, capsys):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    for file in (model / "tokenizer").glob("*.json"):
+        file.write_text("[]")
+    (tmp_path / "p.txt").write_text("a\n")
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out"), "--model", str(model)]
+    assert generate_images.main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "the tokenizer cannot be read" in line
+
+
 def test_many_files_and_templates_in_one_job(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.toml").write_text('images_per_prompt = 3\nprompts = ["{x}"]\n[lists]\nx = ["two", "three"]')
