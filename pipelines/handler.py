@@ -50,7 +50,7 @@ class _Clock:
     """Seconds by kind. Apart from the model, because jax keeps its listeners for ever."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._lock, self._listens = threading.Lock(), False
 
     def listen(self) -> None:
@@ -63,8 +63,17 @@ class _Clock:
 
     def heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            with self._lock:  # programs are compiled in threads
-                self.seconds["compile"] = self.seconds.get("compile", 0.0) + duration_secs
+            self.add("compile", duration_secs)
+
+    def add(self, kind: str, seconds: float) -> None:
+        with self._lock:  # programs are compiled in threads
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
+
+    def take(self) -> dict[str, float]:
+        """The seconds since last asked."""
+        with self._lock:
+            taken, self._seconds = self._seconds, {}
+        return taken
 
 
 class LazyModel:
@@ -83,13 +92,12 @@ class LazyModel:
                 self._clock.listen()
                 started = time.monotonic()
                 self._pipe = self._load(**options)
-                self._clock.seconds["load"] = time.monotonic() - started
+                self._clock.add("load", time.monotonic() - started)
             return self._pipe
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of loading, and of compiling, a part of it meanwhile, since last asked."""
-        taken, self._clock.seconds = self._clock.seconds, {}
-        return taken
+        return self._clock.take()
 
 
 class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]):

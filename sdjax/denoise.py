@@ -66,7 +66,7 @@ class Denoiser:
 
         Args:
             control_images: of each request.
-            stage: 1 for the second of two UNets, whose noise is another.
+            stage: see `keys`.
         """
         split, texts = self._devices.split, [self._spec.text(request) for request in requests]
         return Batch(
@@ -75,10 +75,14 @@ class Denoiser:
             cut=[text.truncated for text in texts],
             clauses=np.stack([text.clauses for text in texts]),
             conditions=self._conditions(requests, texts),
-            keys=split(noise.keys([stage << 32 | request.seed for request in requests])),
+            keys=self.keys(requests, stage),
             is_given=split(np.array([request.noise == "torch" for request in requests])),
             rescale=split(np.array([request.guidance_rescale for request in requests], np.float32)),
         )
+
+    def keys(self, requests: list[Request], stage: int) -> jax.Array:
+        """Keys of noise="jax", for each stage others: 0, 1 for the second of two UNets, 2 for a second pass."""
+        return self._devices.split(noise.keys([stage << 32 | request.seed for request in requests]))
 
     def _conditions(self, requests: list[Request], texts: list[Text]) -> programs.Conditions:
         """What the UNet is told of each request whatever the size."""

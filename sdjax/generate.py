@@ -29,14 +29,12 @@ from sdjax.family import TOKENIZERS
 from sdjax.networks import build, load
 from sdjax.parallel import Device, Devices
 from sdjax.request import Request
-from sdjax.sampling import noise
 from sdjax.spec import BUNDLED, REFINER, Program, Spec
 from sdjax.values import RequestError
 from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file
 
 IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
-_HIRES = 2 << 32  # beside a seed, as the second pass's noise would begin with the first's; a refiner's stage is 1
 _READERS = 8  # images of a batch that are fetched at once
 
 _Pictures = TypeVar("_Pictures")
@@ -291,7 +289,7 @@ class StableDiffusion:
     def _second_pass(self, latents: jax.Array, shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
         """Latents at the size of `hires_scale`: the first pass's image or latent, enlarged, to start from."""
         height, width, rows = program.final_height, program.final_width, shared.requests
-        shared = shared._replace(keys=self.devices.split(noise.keys([_HIRES | request.seed for request in rows])))
+        shared = shared._replace(keys=self._denoiser.keys(rows, stage=2))
         tables = [self.spec.hires_table(request) for request in rows]
         shape = self._shape(height, width)
         directly = [request.hires_upscaler == "latent" for request in rows]

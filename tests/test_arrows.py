@@ -49,8 +49,7 @@ MAY_IMPORT = {
     },
     "sdjax/generate.py": {
         *("sdjax.batch", "sdjax.canvas", "sdjax.denoise", "sdjax.family", "sdjax.networks", "sdjax.parallel"),
-        *("sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.values"),
-        "sdjax.weights",
+        *("sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec", "sdjax.values", "sdjax.weights"),
     },
     "sdjax/planning": {
         *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.programs"),

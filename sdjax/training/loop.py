@@ -147,10 +147,12 @@ class Run:
                 saving = number % config.checkpoint_every == 0 or finished or stopped
                 if number % config.log_every == 0 or saving:
                     record()
-                if saving:
-                    self._save(state)
-                if number % config.sheet_every == 0 or finished:
+                showing = number % config.sheet_every == 0 or finished
+                if saving or showing:
                     self._fetch(state)
+                if saving:
+                    self._save()
+                if showing:
                     sheet.write(number)
                 if number % config.log_every == 0 or saving:
                     since = time.perf_counter()
@@ -161,7 +163,8 @@ class Run:
         except Exception:
             with contextlib.suppress(RuntimeError):  # a step that failed took its state with it
                 record()
-                self._save(state)
+                self._fetch(state)
+                self._save()
             raise
         finally:
             progress.close()
@@ -216,8 +219,7 @@ class Run:
                     raise FloatingPointError(f"{network}: {name} is not finite after step {found.step}")
         self.state = found
 
-    def _save(self, state: State) -> None:
-        self._fetch(state)
+    def _save(self) -> None:
         if int(self.state.step):
             self.checkpoints.save(self.state)
 
