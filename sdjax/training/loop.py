@@ -3,15 +3,14 @@
 import contextlib
 import shutil
 import threading
-import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Float16
 
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
@@ -19,10 +18,10 @@ from sdjax.sampling.schedule import Schedule
 from sdjax.training import identity, latents, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
-from sdjax.training.data import Batch, Loader, Source, open_source
+from sdjax.training.data import Loader, Source, open_source
 from sdjax.training.encoded import EncodedSet
-from sdjax.training.metrics import Metrics
 from sdjax.training.networks import Networks, Params, prepare
+from sdjax.training.progress import Progress
 from sdjax.training.sheet import Sheet
 from sdjax.training.step import State, initial, make_step, parts
 
@@ -77,98 +76,57 @@ class Run:
             FloatingPointError: the loss or a weight is not finite; the checkpoints before it stay.
             DataError, OSError: an example can't be read, or a file can't be written; a checkpoint was written first.
         """
-        config, devices = self.config, self.devices
+        config = self.config
         identity.write(self.folder, self._made)
         cache = None
         if config.task == "unet" and config.data.cache_latents:
             cache = latents.cached(self, stop)
             if cache is None:
                 return False
-        encoded = isinstance(self.source, EncodedSet)
-        tokenizer = self.networks.tokenizer() if config.task == "unet" and not encoded else None
-        loader = Loader(
-            self.source,
-            config.batch_size,
-            config.seed,
-            images=cache is None,
-            captions=tokenizer is not None,
-            caption_dropout=config.diffusion.caption_dropout,
-            workers=config.data.workers,
-        )
-
-        def arrays(batch: Batch) -> dict[str, np.ndarray]:
-            result = {"place": np.arange(config.batch_size, dtype=np.int32)}
-            given = {"pixels": batch.pixels, "moments": batch.moments, "context": batch.context}
-            result |= {name: array for name, array in given.items() if array is not None}
-            if tokenizer is not None and batch.captions is not None:
-                result["ids"] = tokenizer(batch.captions)[0]
-            if cache is not None:
-                result["moments"] = cache[batch.indices]
-            return result
-
         step = make_step(
             self._objective(),
             config.optimizer,
             steps=config.steps,
             batch_size=config.batch_size,
             seed=config.seed,
-            devices=devices,
+            devices=self.devices,
         )
-        start = int(self.state.step)
-        metrics = Metrics(self.folder, start)
         sheet = Sheet(self)
         state, frozen = self._replicated(self.state), self._replicated(self.frozen)
-        pending: list[tuple[int, Mapping[str, Any]]] = []
-        progress = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
-        since, done = time.perf_counter(), start
+        start = int(self.state.step)
+        progress = Progress(self.folder, start, config.steps, config.batch_size)
         finished = True
-
-        def record() -> None:
-            """Write the numbers of the steps since the last time."""
-            nonlocal pending, done
-            if not pending:
-                return
-            rows = [{"step": at, **{name: float(v[0]) for name, v in row.items()}} for at, row in pending]
-            number = rows[-1]["step"]
-            speed = (number - done) * config.batch_size / (time.perf_counter() - since)
-            metrics.write(rows, speed)
-            progress.update(number - done)
-            progress.set_postfix_str(f"loss {np.mean([row['loss'] for row in rows]):.4f}, {speed:.1f} images/s")
-            pending, done = [], number
-            if not np.isfinite(rows[-1]["loss"]):
-                raise FloatingPointError(f"the loss is {rows[-1]['loss']} at step {number}")
-
         try:
-            for number, batch in enumerate(loader.batches(start, config.steps), start + 1):
-                state, values = step(state, frozen, parts(arrays(batch), config.optimizer.accumulate, devices))
-                pending.append((number, values))
+            for number, batch in enumerate(self._batches(start, cache), start + 1):
+                state, values = step(state, frozen, batch)
+                progress.add(number, values)
                 finished = number == config.steps
                 stopped = stop is not None and stop.is_set()
                 saving = number % config.checkpoint_every == 0 or finished or stopped
-                if number % config.log_every == 0 or saving:
-                    record()
                 showing = number % config.sheet_every == 0 or finished
+                logging = number % config.log_every == 0 or saving
+                if logging:
+                    progress.write()
                 if saving or showing:
                     self._fetch(state)
                 if saving:
                     self._save()
                 if showing:
                     sheet.write(number)
-                if number % config.log_every == 0 or saving:
-                    since = time.perf_counter()
+                if logging:
+                    progress.rest()
                 if stopped and not finished:
                     break
         except FloatingPointError:  # with its state nothing can be begun
             raise
         except Exception:
             with contextlib.suppress(RuntimeError):  # a step that failed took its state with it
-                record()
+                progress.write()
                 self._fetch(state)
                 self._save()
             raise
         finally:
             progress.close()
-            metrics.close()
         return finished
 
     def export(self, folder: Path, dtype: str | None = None) -> None:
@@ -197,6 +155,30 @@ class Run:
         finally:
             shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _batches(self, start: int, cache: Float16[np.ndarray, "examples h w moments"] | None) -> Iterator[Any]:
+        """The batches of the steps after `start`, on the devices; with `cache`, latents in place of pictures."""
+        config = self.config
+        words = config.task == "unet" and not isinstance(self.source, EncodedSet)
+        tokenizer = self.networks.tokenizer() if words else None
+        loader = Loader(
+            self.source,
+            config.batch_size,
+            config.seed,
+            images=cache is None,
+            captions=words,
+            caption_dropout=config.diffusion.caption_dropout,
+            workers=config.data.workers,
+        )
+        for batch in loader.batches(start, config.steps):
+            given = {"pixels": batch.pixels, "moments": batch.moments, "context": batch.context}
+            arrays = {name: array for name, array in given.items() if array is not None}
+            arrays["place"] = np.arange(config.batch_size, dtype=np.int32)
+            if tokenizer is not None and batch.captions is not None:
+                arrays["ids"] = tokenizer(batch.captions)[0]
+            if cache is not None:
+                arrays["moments"] = cache[batch.indices]
+            yield parts(arrays, config.optimizer.accumulate, self.devices)
 
     def _objective(self) -> objective.Objective:
         config, modules = self.config, self.networks.modules
