@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
+from sdjax.models import tiling
 from sdjax.sampling.schedule import Schedule
 from sdjax.training.config import Diffusion, Reconstruction
 from sdjax.training.networks import Params, bind
@@ -89,7 +90,8 @@ def denoising(
         if "moments" in batch:
             mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
         else:
-            mean, logvar = (part.astype(jnp.float32) for part in networks["vae"].encode(to_unit(batch["pixels"])))
+            encoded = tiling.encode(networks["vae"], to_unit(batch["pixels"]))
+            mean, logvar = (part.astype(jnp.float32) for part in encoded)
         x = (mean + jnp.exp(0.5 * logvar) * _normal(key_latent, place, mean.shape[1:])) * scaling_factor
 
         part = (jax.random.uniform(key_time) + place / batch_size) % 1

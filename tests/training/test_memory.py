@@ -1,4 +1,4 @@
-"""What a run holds on a device beside its steps: latents and sheets of large pictures, and the networks of a sheet."""
+"""What a run holds on a device beside its UNet: large pictures as latents and in sheets, and a sheet's networks."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from PIL import Image
 from sdjax.config import VAEConfig
 from sdjax.models import tiling
 from sdjax.models.vae import AutoencoderKL
-from sdjax.training import config, latents, sheet
+from sdjax.sampling.schedule import Schedule
+from sdjax.training import config, latents, objective, sheet
 from sdjax.training.loop import Run
 from sdjax.training.networks import flat
 from tests.training.runs import ONE, write
@@ -35,7 +36,25 @@ def vae():
     return AutoencoderKL(VAEConfig.from_dict(VAE), rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("function", [latents.moments, sheet.reconstructed])
+class UNet(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x, t, context):
+        return self.w * x
+
+
+def gradient(vae, params, pixels):
+    """Of a step of a UNet that takes no memory."""
+    count = len(pixels)
+    modules, schedule = {"vae": vae, "unet": UNet()}, Schedule.from_config({})
+    loss = objective.denoising(modules, schedule, config.Diffusion(), scaling_factor=0.5, batch_size=count)
+    batch = {"pixels": pixels, "place": jnp.arange(count), "context": jnp.zeros((count, 1, 1))}
+    total = lambda trained: loss(trained, {"vae": params}, batch, jax.random.key(0))[0].sum()  # noqa: E731
+    return jax.grad(total)({"unet": {"w": jnp.ones(())}})["unet"]["w"]
+
+
+@pytest.mark.parametrize("function", [latents.moments, sheet.reconstructed, gradient])
 def test_large_pictures_take_the_memory_of_one(vae, function):
     def temporaries(count):
         pixels = jax.ShapeDtypeStruct((count, SIDE, SIDE, 3), np.uint8)
@@ -51,7 +70,7 @@ def test_large_pictures_take_the_memory_of_one(vae, function):
 
 def test_latents_and_sheets_of_one_picture_at_a_time_are_those_of_the_batch(vae, monkeypatch):
     pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)), jnp.uint8)
-    functions = [latents.moments, sheet.reconstructed]
+    functions = [latents.moments, sheet.reconstructed, gradient]
     whole = [jax.jit(partial(function, vae))(flat(vae), pixels) for function in functions]
     monkeypatch.setattr(tiling, "SLICED", 16 * 16)
     for function, expected in zip(functions, whole, strict=True):
