@@ -201,6 +201,8 @@ def check(config: Train) -> None:
     data = config.data
     if sum(source is not None for source in (data.folder, data.shards, data.latents, data.generator)) != 1:
         raise TrainConfigError("data must name exactly one of folder, shards, latents and generator")
+    if data.options and data.generator is None:
+        raise TrainConfigError("data.options does nothing without data.generator; take it out")
     if data.latents is not None:
         fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
         fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder

@@ -73,7 +73,7 @@ class Run:
         """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end.
 
         Raises:
-            FloatingPointError: the loss or a weight is not finite; the checkpoints before it stay.
+            FloatingPointError: the loss, a weight, an average or a moment is not finite; checkpoints before it stay.
             DataError, OSError: an example can't be read, or a file can't be written; a checkpoint was written first.
         """
         config = self.config
@@ -195,10 +195,10 @@ class Run:
     def _fetch(self, state: State) -> None:
         """Take the state of all devices for the run's."""
         found = jax.tree.map(lambda leaf: np.array(leaf[0]), state)
-        for network, params in (*found.params.items(), *found.ema.items()):
-            for name, leaf in params.items():
-                if not np.isfinite(leaf).all():
-                    raise FloatingPointError(f"{network}: {name} is not finite after step {found.step}")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+            if not np.isfinite(leaf).all():
+                name = jax.tree_util.keystr(path, simple=True, separator=" ")
+                raise FloatingPointError(f"{name} is not finite after step {found.step}")
         self.state = found
 
     def _save(self) -> None:

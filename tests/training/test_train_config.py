@@ -56,6 +56,7 @@ def test_defaults_and_overrides(tmp_path):
         ({"data": {}}, "data must name exactly one"),
         ({"data": {"folder": "a", "shards": "b"}}, "data must name exactly one"),
         ({"data": {"folder": "a", "sise": 3}}, "data.sise is no option"),
+        ({"data": {"folder": "a", "options": {"count": 3}}}, "data.options does nothing without data.generator"),
         ({"optimizer": {"learning_rate": "fast"}}, "optimizer.learning_rate is 'fast'; it must be of type float"),
         ({"optimizer": {"warmup_steps": 8, "decay_steps": 8}}, "together are more than steps"),
         (
