@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -12,6 +12,8 @@ from sdjax import compel, vocabulary
 from sdjax.compel import Encoding
 from sdjax.prompts import Chunking, Token, in_chunks, parse
 from sdjax.weights.safetensors import CheckpointError
+
+T = TypeVar("T")
 
 MAX_CHUNKS = 8
 """Chunks that a prompt may have; the rest of it is cut off. Each number of them is a program of its own."""
@@ -185,7 +187,7 @@ def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], 
     cut = any(len(chunk) > tokenizers[0].length - 2 for clauses in read for _, chunks in clauses for chunk in chunks)
     count = min(longest, MAX_CHUNKS)
     rows = [
-        [[tokenizer.row(chunk) for chunk in (chunks + [[]] * count)[:count]] for _, chunks in clauses]
+        [[tokenizer.row(chunk) for chunk in _exactly(count, chunks, [])] for _, chunks in clauses]
         for tokenizer, clauses in zip(tokenizers, read, strict=True)
     ]
     ids, weights = (
@@ -208,8 +210,8 @@ def _variants(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]
     rows = [
         [
             [
-                [tokenizer.encoding(one) for one in ([nothing, *encodings] + [nothing] * size)[:size]]
-                for encodings in (text + [[blank]] * count)[:count]
+                [tokenizer.encoding(one) for one in _exactly(size, [nothing, *encodings], nothing)]
+                for encodings in _exactly(count, text, [blank])
             ]
             for text in pair
         ]
@@ -220,3 +222,8 @@ def _variants(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]
         for part, dtype in enumerate((np.int32, np.float32, np.bool_, np.float32))
     )
     return Variants(*(column.swapaxes(2, 3) for column in (ids, weights, keep, shares)))
+
+
+def _exactly(count: int, items: list[T], filler: T) -> list[T]:
+    """The first `count` of the items, or all with as many fillers as are missing."""
+    return (items + [filler] * count)[:count]
