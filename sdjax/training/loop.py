@@ -170,10 +170,11 @@ class Run:
             caption_dropout=config.diffusion.caption_dropout,
             workers=config.data.workers,
         )
+        place = np.arange(config.batch_size, dtype=np.int32)
         for batch in loader.batches(start, config.steps):
             given = {"pixels": batch.pixels, "moments": batch.moments, "context": batch.context}
             arrays = {name: array for name, array in given.items() if array is not None}
-            arrays["place"] = np.arange(config.batch_size, dtype=np.int32)
+            arrays["place"] = place
             if tokenizer is not None and batch.captions is not None:
                 arrays["ids"] = tokenizer(batch.captions)[0]
             if cache is not None:
