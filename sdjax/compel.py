@@ -29,7 +29,7 @@ _TOKEN = re.compile(
     rf"""
     \\[()"+-]                                                   # an escaped character
     | [)"] (?:{_SUFFIX})?                                       # a bracket or quote closes with its weight
-    | (?<=[^\s()"+-]) (?:\++|-+) (?=[\s()",.]|$)                # the weight of the word before
+    | (?<=[^\s()"+-]) (?P<weight>\++|-+) (?=[\s()",.]|$)        # of the word before
     | [^\s()"\\,.+-]+ (?:[+.-]+ [^\s()"\\,.+-]+)*               # a word, also with such characters inside
     | \s+ | .
     """,
@@ -157,7 +157,7 @@ def fragments(text: str) -> list[Fragment]:
             pieces[start] = token = " "
         elif len(token) == 2 and token[0] == "\\":
             token = token[1]
-        elif token.strip("+-") == "" and match.start() and not text[match.start() - 1].isspace() and pieces:
+        elif match["weight"]:
             weights[len(pieces) - 1] *= _factor(token)
             token = ""
         pieces.append(token)

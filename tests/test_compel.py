@@ -29,6 +29,9 @@ PROMPTS = [
     '("a","b-","c").blend(1, 1, 1, no_normalize)',
     '("a+","b").and(1,0.5)',
     '("a", "b").and()',
+    "(-5 degrees) outside, x (-y)1.2",
+    "a cat,-dog",
+    "(+1)",
 ]
 WORDS = ["red", "cat+", "blue-", "(a b)1.3", "(c)++", "(d (e)0.5 f)1.2", ", ", "x-y", '"q r"-', "\\(z\\)", "tree---"]
 
