@@ -67,6 +67,9 @@ class Preset:
             raise LaunchError(f"{path}: cannot be read as TOML: {error}") from None
         if unknown := sorted(set(tables) - {"dataflow", "pipeline", "estimate"}):
             raise LaunchError(f"{path}: unknown {unknown[0]!r}; the tables are [dataflow], [pipeline] and [estimate]")
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise LaunchError(f"{path}: {name} = {table!r} is no table; write [{name}] above its keys")
         for table, types in (("dataflow", _DATAFLOW), ("estimate", _ESTIMATE)):
             for key, value in tables.get(table, {}).items():
                 if key not in types:

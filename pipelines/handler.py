@@ -186,7 +186,8 @@ class UnitHandler(SdjaxModelHandler):
     def run_inference(
         self, batch: Sequence[PackedUnit], model: LazyModel, inference_args: Mapping[str, Any] | None = None
     ) -> Iterable[dict[str, Any]]:
-        units = [unpack(packed.blob) for packed in batch]
+        units, heartbeat = [unpack(packed.blob) for packed in batch], model.heartbeat
+        assert heartbeat is not None  # from `load_model`
         while units:
             left = []
             for unit in units:
@@ -196,21 +197,20 @@ class UnitHandler(SdjaxModelHandler):
                 else:
                     yield {"images": made, "units": 1}
             try:
-                made_now = list(self._make(left, model)) if left else []
+                made_now = list(self._make(left, model, heartbeat)) if left else []
             except RequestError:  # such as an image to start from that is gone since the plan was made
                 units, rejected = sift(left, model.get().spec)
                 if not rejected:
                     raise
                 write_rejected(self._store, rejected)
                 self._counters["rejected"].inc(len(rejected))
+                heartbeat.add(rejected=len(rejected))
                 yield {"rejected": len(rejected)}
             else:
                 yield from made_now
                 return
 
-    def _make(self, units: list[Unit], model: LazyModel) -> Iterator[dict[str, Any]]:
-        heartbeat = model.heartbeat
-        assert heartbeat is not None
+    def _make(self, units: list[Unit], model: LazyModel, heartbeat: Heartbeat) -> Iterator[dict[str, Any]]:
         pipe = model.get(first=units[0].rows[0].request)
         started = time.time()
         made_by = Provenance(pipe.spec.name, pipe.spec.fingerprint, pipe.devices.devices[0].device_kind)

@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 
 from pipelines import sources, tables
 from pipelines.records import RowError
-from pipelines.storage import is_transient, retry
 from sdjax import inputs
+from sdjax.retrying import is_transient, retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import IMAGES, Member, members, sample_key, split_caption, text_of
+from sdjax.values import one_line
 
 _BLOCK = 2**23  # bytes that a file is read by
 _ROWS = 16  # of a Parquet file that are held at once
@@ -180,17 +181,16 @@ def open_file(file: str) -> IO[bytes]:
 
 
 def _whole_file(file: str) -> bytes:
-    fs, path = fsspec.core.url_to_fs(file)
     try:
-        data = retry(lambda: bytes(fs.cat_file(path, 0, inputs.MAX_BYTES + 1)))  # type: ignore[arg-type]
-    except (FileNotFoundError, NotADirectoryError):
-        raise RowError(f"{file} is not there") from None
-    except IsADirectoryError:
-        raise RowError(f"{file} is a folder") from None
+        data = inputs.read(file)
     except Exception as error:  # each of fsspec's file systems has errors of its own
         if is_transient(error):
             raise
-        raise RowError(f"{file:.200} cannot be read: {' '.join(str(error).split()):.200}") from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise RowError(f"{file} is not there") from None
+        if isinstance(error, IsADirectoryError):
+            raise RowError(f"{file} is a folder") from None
+        raise RowError(f"{file:.200} cannot be read: {one_line(error)}") from None
     if len(data) > inputs.MAX_BYTES:
         raise RowError(f"{file} is larger than {inputs.MAX_BYTES >> 20} MiB, which is the most")
     return data

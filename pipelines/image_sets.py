@@ -16,15 +16,16 @@ from typing import Any, NamedTuple, TypeVar
 import fsspec
 from PIL import Image
 
-from pipelines import image_samples, sources
+from pipelines import image_samples, layout, sources
 from pipelines.image_samples import Sample
 from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
-from pipelines.storage import retry, spread
+from pipelines.storage import spread
 from sdjax import inputs
+from sdjax.retrying import retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import CAPTIONS, IMAGES
-from sdjax.values import RequestError
+from sdjax.values import RequestError, one_line
 
 READERS = 16  # images that are fetched or decoded at once
 FOLDER_FILES = 4096  # of a folder in a piece
@@ -111,8 +112,8 @@ def _in_folder(url: str) -> list[str]:
             raise SourceError(f"{url}: its images have no captions; give {_METADATA}, or .txt files beside them")
         return [url]
     # Where generate_images wrote, a shard without its manifest is no data.
-    units = {name[9:-8] for name in names if name.startswith("manifest/") and name.endswith(".parquet")}
-    tars = [name for name in names if name.endswith(".tar") and (not units or name[7:-4] in units)]
+    units = {layout.unit_of(name) for name in names if name.startswith("manifest/") and name.endswith(".parquet")}
+    tars = [name for name in names if name.endswith(".tar") and (not units or layout.unit_of(name) in units)]
     chosen = tars or [name for name in names if name.endswith(".parquet") and not units]
     if not chosen:
         raise SourceError(f"{url}: it holds no image ({', '.join(IMAGES)}), no .tar and no .parquet")
@@ -128,7 +129,7 @@ def _check_columns(file: str) -> None:
     try:
         names = image_samples.columns(file)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise SourceError(f"{file}: {one_line(error)}") from None
     if "image" not in names or not names.intersection(CAPTIONS):
         raise SourceError(f"{file}: it needs a column image and one of {', '.join(CAPTIONS)}")
 

@@ -93,8 +93,7 @@ class LatentSpec:
     """
 
     def __init__(self, spec: Any, size: int | None) -> None:
-        side = spec.configs["unet"].sample_size or 64
-        self.spec, self.size = spec, size or (side if isinstance(side, int) else min(side)) * spec.scale
+        self.spec, self.size = spec, size or min(spec.default_size)
         self.name, self.dtype = spec.name, spec.dtype
         spec.family.check_trainable(self.name)
         if self.size % spec.scale:

@@ -35,6 +35,11 @@ def rejects_name(digest: str) -> str:
     return f"rejected/{digest}.jsonl"
 
 
+def unit_of(name: str) -> str:
+    """The unit of a manifest or a shard, or the id of an image."""
+    return name.rpartition("/")[2].partition(".")[0]
+
+
 def is_ours(name: str) -> bool:
     """Whether jobs name their manifests, shards, images or rejects so."""
     pattern = _OURS.get(name.partition("/")[0])

@@ -20,8 +20,8 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     """
     names = {folder: store.find(folder) for folder in layout.RESULTS}
     ours = {folder: list(filter(layout.is_ours, found)) for folder, found in names.items()}
-    units = {_stem(name) for name in ours["manifest"]}
-    shards = [name for name in ours["shards"] if _stem(name) not in units]
+    units = {layout.unit_of(name) for name in ours["manifest"]}
+    shards = [name for name in ours["shards"] if layout.unit_of(name) not in units]
     images = set(ours["images"])
     if images:
         for committed in spread(partial(_files, store, tolerant), ours["manifest"]):
@@ -38,10 +38,6 @@ def _files(store: Store, tolerant: bool, manifest: str) -> list[str]:
             return []
         raise
     return table["file"].to_pylist() if table.num_columns else []
-
-
-def _stem(name: str) -> str:
-    return name.rsplit("/", 1)[1].partition(".")[0]
 
 
 def _temporary(store: Store, names: Iterable[str]) -> list[str]:

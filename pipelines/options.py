@@ -9,10 +9,11 @@ from pipelines import sinks
 from sdjax.images import FORMATS
 from sdjax.model_options import add_model_options
 from sdjax.request import field_types
+from sdjax.request_options import add_request_options
+from sdjax.values import DTYPES
 
 # In this process, with nothing to fetch. Beam's own DirectRunner first tries to download the Prism runner.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class OptionError(ValueError):
@@ -20,7 +21,7 @@ class OptionError(ValueError):
 
 
 class JobOptions(argparse.Namespace):
-    """What the jobs' options share.
+    """What the jobs' options share. A Request's field that is not given is no attribute.
 
     They are not Beam's, which writes the options that it knows into the description of the job, for all to read who may
     see it.
@@ -32,7 +33,7 @@ class JobOptions(argparse.Namespace):
     command = ""
     description = ""
     needed: tuple[str, ...] = ("output",)
-    choices: ClassVar[dict[str, tuple[str, ...]]] = {"dtype": _DTYPES}
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"dtype": DTYPES}
     least: ClassVar[dict[str, int]] = {"unit_size": 1, "batch_size": 1}
 
     beam: PipelineOptions
@@ -59,7 +60,8 @@ class JobOptions(argparse.Namespace):
 
     def given(self) -> dict[str, Any]:
         """The job's own options that are not at their default."""
-        return {name: getattr(self, name) for name, value in self.defaults().items() if getattr(self, name) != value}
+        defaults = self.defaults()
+        return {name: value for name, value in vars(self).items() if name != "beam" and value != defaults.get(name)}
 
     def check(self) -> None:
         """Refuse what needs no look at files or a model to refuse.
@@ -88,7 +90,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> Any:
     job = parser.add_argument_group("job")
     job.add_argument("--output", metavar="DIR", help="a folder or an fsspec URL")
     add_model_options(job)
-    job.add_argument("--dtype", default="float32", help=f"{', '.join(_DTYPES)}; default: %(default)s")
+    job.add_argument("--dtype", default="float32", help=f"{', '.join(DTYPES)}; default: %(default)s")
     job.add_argument("--batch-size", type=int, help="images that one device takes at once; default: the model's")
     job.add_argument("--unit-size", type=int, default=256, help="images a shard; default: %(default)s")
     job.add_argument("--overwrite", action="store_true", help="delete what the output holds of earlier jobs first")
@@ -125,14 +127,10 @@ class GenerateOptions(JobOptions):
         job.add_argument(
             "--contact-sheet", type=int, default=2000, help="images in index.html, 0 for no page; default: %(default)s"
         )
-        request = parser.add_argument_group("request", "values for rows that leave them open")
-        for name in field_types():
-            if name != "prompt":
-                request.add_argument(f"--{name.replace('_', '-')}")
+        add_request_options(parser, "values for rows that leave them open")
 
     def request_defaults(self) -> dict[str, Any]:
-        values = {name: getattr(self, name) for name in field_types() if name != "prompt"}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if name in field_types()}
 
 
 class EncodeOptions(JobOptions):

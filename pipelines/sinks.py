@@ -3,6 +3,7 @@
 `Sink` is what a job writes with; `Images` is the one for pictures, `pipelines.latents` has one for latents.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -92,6 +93,7 @@ class Sink(Protocol):
         ...
 
 
+@functools.cache
 def versions() -> str:
     """The packages that decide about pixels and files, with their versions."""
     found = []

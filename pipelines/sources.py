@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from pipelines import tables
 from pipelines.records import MAX_RECORD, RowError, records
-from pipelines.storage import retry
 from pipelines.templates import Template, TemplateError
+from sdjax.retrying import retry
+from sdjax.values import one_line
 
 PIECE_ROWS = 16_384
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
@@ -107,7 +108,7 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
     except (OSError, ValueError) as error:
         if isinstance(error, SourceError):
             raise
-        raise SourceError(f"{file}: {_first_line(error)}") from None
+        raise SourceError(f"{file}: {one_line(error)}") from None
     if isinstance(row, dict):
         try:
             select_prompt(row, prompt_column)
@@ -234,7 +235,7 @@ def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
             try:
                 yield from tables.read(stream, piece.start, piece.stop)
             except (OSError, ValueError) as error:  # pyarrow's, which names no file
-                raise SourceError(f"{source.file}: it is damaged, or cannot be read: {_first_line(error)}") from error
+                raise SourceError(f"{source.file}: it is damaged, or cannot be read: {one_line(error)}") from error
             return
         for _, record in records(stream, piece.start, piece.stop, _DELIMITERS.get(source.suffix)):
             yield record if isinstance(record, RowError) else _row(source, record)
@@ -258,10 +259,6 @@ def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
     if len(record) > len(source.header):
         return RowError(f"{len(record)} cells where the header names {len(source.header)} columns")
     return dict(zip(source.header, record, strict=False))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _is_text(text: str) -> bool:

@@ -1,13 +1,9 @@
-"""One folder on a disk or in a bucket, through fsspec: whole-or-absent writes, retries, listings."""
+"""One folder on a disk or in a bucket, through fsspec: whole-or-absent writes, listings."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
-import random
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,42 +20,13 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.files import write_whole
+from sdjax.retrying import retry
+from sdjax.values import one_line
 
-ATTEMPTS = 9
-FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
 READERS = 32  # files that are fetched at once: a bucket answers in tens of milliseconds, however small they are
-
-_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_PERMANENT_NUMBERS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-_TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
 S = TypeVar("S")
 T = TypeVar("T")
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same call may succeed later: cut connections, timeouts, 429 and 5xx answers, a full disk."""
-    if isinstance(error, _PERMANENT) or str(error).startswith("Forbidden"):
-        return False
-    if isinstance(error, OSError) and error.errno in _PERMANENT_NUMBERS:
-        return False
-    gcs = sys.modules.get("gcsfs.retry")  # only where some path is a gs:// one
-    if gcs is not None and gcs.is_retriable(error):
-        return True
-    return isinstance(error, OSError) or str(getattr(error, "code", "")) in map(str, _TRANSIENT_CODES)
-
-
-def retry(call: Callable[[], T]) -> T:
-    """The call's value, tried again with growing waits while its errors are transient."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except Exception as error:
-            if attempt == ATTEMPTS - 1 or not is_transient(error):
-                raise
-            # Full jitter: a hundred hosts that failed together do not come back together.
-            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))
-    raise AssertionError("unreachable")
 
 
 def spread(call: Callable[[S], T], items: Iterable[S], threads: int = READERS) -> Iterator[T]:
@@ -192,7 +159,7 @@ class Store:
             table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
             table.validate(full=True)  # text that is not UTF-8, which reading alone lets through
         except Exception as error:  # damage makes pyarrow raise all sorts
-            raise ValueError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{name} cannot be read: {one_line(error)}") from None
         return table
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:

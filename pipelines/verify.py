@@ -43,8 +43,7 @@ def verify(output: str) -> Findings:
     """
     store = Store(output)
     found = Findings(orphans=leftovers.orphans(store, tolerant=True))
-    orphans = set(found.orphans)
-    manifests = [name for name in store.find("manifest") if name not in orphans]
+    manifests = layout.find(store, "manifest")
     ids: Counter[str] = Counter()
     with ThreadPoolExecutor(4) as pool:
         for name, (rows, faults) in zip(manifests, pool.map(lambda n: _unit(store, n), manifests), strict=True):

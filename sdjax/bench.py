@@ -21,8 +21,9 @@ from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
 from sdjax.request import Request
-from sdjax.sample import add_request_options
-from sdjax.spec import DTYPES, Spec
+from sdjax.request_options import add_request_options
+from sdjax.spec import Spec
+from sdjax.values import DTYPES, one_line
 
 _PROMPTS = ("prompt", "negative_prompt")
 _COMPARED = {"width", "height", "num_inference_steps", "guidance_scale", "seed"}
@@ -93,7 +94,7 @@ def compare(folder: Path, request: Request, sizes: Sequence[int], **options: Any
         try:
             theirs[way] = [measured(size, way) for size in sizes]
         except Exception as error:  # torch.compile fails in many ways, for want of a C++ compiler among others
-            print(f"diffusers, {way}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"diffusers, {way}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
     return theirs
 
 

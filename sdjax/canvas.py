@@ -24,9 +24,11 @@ class Canvas:
 
     image: what the VAE encodes, [height, width, 3] of the request.
     mask: 255 where to repaint, [height, width]; None where all of it.
-    original: what the finished pixels are put back into, of any size; mask: as large.
+    original: what the finished pixels are put back into, of any size.
+    original_mask: as large, 255 where to repaint; None where all of it.
     box: the part of it that `image` shows, in its middle where their shapes differ.
     size: width and height of the result, the top left of `original`.
+    overlay: whether what the mask leaves is put back to the bit.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -84,7 +86,9 @@ def load(request: Request, multiple: int) -> Loaded:
         if (request.width or padded[0], request.height or padded[1]) != tuple(padded):
             raise RequestError(f"outpaint sets the size, {padded[0]}x{padded[1]} here; leave out width and height")
         if max(padded) > MAX_SIDE:
-            raise RequestError(f"outpaint={request.outpaint} makes {size[0]} x {size[1]} pixels; a side has {MAX_SIDE}")
+            raise RequestError(
+                f"outpaint={request.outpaint} makes {size[0]} x {size[1]} pixels; a side has at most {MAX_SIDE}"
+            )
         return Loaded(*extend(image, (padded[0], padded[1]), place), hashes, size)
     if request.mask_image is None:
         return Loaded(image, None, hashes, image.size)

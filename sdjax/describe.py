@@ -44,12 +44,11 @@ def describe(spec: Spec) -> str:
 
 def _defaults(spec: Spec) -> dict[str, Any]:
     """What a request that says nothing gets, as far as it depends on the checkpoint or is asked for most."""
-    size, blank = spec.configs["unet"].sample_size or 64, Request(prompt="any")
-    height, width = size if isinstance(size, tuple) else (size, size)
+    (width, height), blank = spec.default_size, Request(prompt="any")
     return {
         "sampler": sampling.default_sampler(spec.schedule),
         "num_inference_steps": blank.num_inference_steps,
         "guidance_scale": blank.guidance_scale,
-        "size": f"{width * spec.scale}x{height * spec.scale}, in multiples of {spec.multiple}",
+        "size": f"{width}x{height}, in multiples of {spec.multiple}",
         "prediction_type": spec.schedule.prediction_type,
     }

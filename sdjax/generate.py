@@ -120,10 +120,10 @@ class StableDiffusion:
         def compile_for(batch: list[Request], networks: dict[str, Any]) -> None:
             cls(spec, networks, batch_size, on).launch(batch)
 
+        batch = None if first is None else [spec.resolve(first)]
         with ThreadPoolExecutor(1) as background:
             loaded = background.submit(load, spec, on)
-            if first is not None:
-                batch = [spec.resolve(first)]
+            if batch is not None:
                 jax.eval_shape(functools.partial(compile_for, batch), build(spec, devices=len(on)))
             networks = loaded.result()
         on.wait()

@@ -3,18 +3,21 @@
 import hashlib
 import io
 import struct
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sdjax.values import RequestError
+from sdjax.retrying import is_transient, retry
+from sdjax.values import RequestError, one_line
 
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+_ATTEMPTS = 4  # two seconds: of a million rows many may name hosts that are no longer there
 
 
 class Input(NamedTuple):
@@ -44,18 +47,35 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     if "::" in url:  # some copy all of a file before its size can be asked
         raise RequestError(f"{name} {shown} is a chain of file systems; give the picture's own path or URL")
     try:
-        with fsspec.open(url, "rb") as file:
-            data = file.read(MAX_BYTES + 1)  # type: ignore[reportAttributeAccessIssue]
-    except FileNotFoundError:
-        raise RequestError(f"{name} {shown} is not there") from None
+        data = read(url)
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        raise RequestError(f"{name} {shown} cannot be read: {_line(error)}") from None
+        if isinstance(error, FileNotFoundError) and not is_transient(error):
+            raise RequestError(f"{name} {shown} is not there") from None
+        raise RequestError(f"{name} {shown} cannot be read: {one_line(error.__cause__ or error)}") from None
     if len(data) > MAX_BYTES:
         raise RequestError(f"{name} {shown} is larger than {MAX_BYTES >> 20} MiB, which is the most")
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:
         raise RequestError(f"{name} {shown} has changed: its SHA-256 is {found}, not {sha256}")
     return Input(decode(data, f"{name} {shown}", mask=mask), found)
+
+
+def read(url: str) -> bytes:
+    """A file's bytes, or of a larger one the first `MAX_BYTES` + 1; raises what its file system does."""
+
+    def whole() -> bytes:
+        with fsspec.open(url, "rb") as file:
+            return b"".join(_parts(file))
+
+    return retry(whole, _ATTEMPTS)
+
+
+def _parts(file: Any) -> Iterator[bytes]:
+    """One read of a stream gives what has come, not all that was asked for."""
+    left = MAX_BYTES + 1
+    while part := file.read(left):
+        yield part
+        left -= len(part)
 
 
 def decode(data: bytes, what: str, *, mask: bool = False) -> Image.Image:
@@ -74,7 +94,7 @@ def decode(data: bytes, what: str, *, mask: bool = False) -> Image.Image:
     except UnidentifiedImageError:
         raise RequestError(f"{what} is no picture; read are {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise all sorts over broken files
-        raise RequestError(f"{what} is broken: {_line(error)}") from None
+        raise RequestError(f"{what} is broken: {one_line(error)}") from None
 
 
 def _check_tiles(image: TiffImageFile, data: bytes, what: str) -> None:
@@ -98,10 +118,6 @@ def _check_tiles(image: TiffImageFile, data: bytes, what: str) -> None:
         raise RequestError(
             f"{what} has tiles of {width} x {height} with {pixels:,} pixels; the most is {2 * MAX_PIXELS:,}"
         )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

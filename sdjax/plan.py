@@ -23,8 +23,9 @@ from sdjax.planning.fit import Fit, Fitted
 from sdjax.planning.gpu import GPUS, Gpu, GpuCompiler
 from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
-from sdjax.sample import add_request_options
-from sdjax.spec import DTYPES, Spec
+from sdjax.request_options import add_request_options
+from sdjax.spec import Spec
+from sdjax.values import DTYPES
 
 _GIB = 2**30
 _ABOUT_TPUS = """\

@@ -194,7 +194,7 @@ class Request:
                 raise RequestError(f"{name}=0 leaves no step to run; allowed is above 0 and up to 1")
         if self.hires_scale > 1 and (self.mask_image is not None or self.outpaint is not None):
             raise RequestError("hires_scale would enlarge what mask_image and outpaint keep; leave it out")
-        size = self.resize or "1x1"
+        size = "1x1" if self.resize is None else self.resize
         if not (SIZE.fullmatch(size) and all(1 <= side <= MAX_SIDE for side in size_of(size))):
             raise RequestError(f"resize={shown(size)} is no size; give one such as '640x360'")
         for name, allowed in _CHOICES.items():

@@ -2,16 +2,13 @@
 
 import argparse
 import gc
-import inspect
 import itertools
 import os
-import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +19,8 @@ from sdjax import images
 from sdjax.files import write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
-from sdjax.values import RequestError
+from sdjax.request_options import add_request_options
+from sdjax.values import DTYPES, RequestError
 
 if TYPE_CHECKING:
     from sdjax.generate import StableDiffusion
@@ -47,9 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--format", choices=sorted(images.FORMATS), default="png", help="default: %(default)s")
     result.add_argument("--quality", type=int, default=images.QUALITY, help="of jpg and webp; default: %(default)s")
-    result.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
-    )
+    result.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     result.add_argument(
         "--batch-size",
         type=_batch_size,
@@ -59,22 +55,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--verbose", action="store_true", help="say what runs where, and what it takes")
     add_request_options(result)
     return result
-
-
-def add_request_options(to: argparse.ArgumentParser, *, leave_out: Sequence[str] = ("prompt",)) -> None:
-    """One option for each field of Request but those left out; values stay text, which Request reads and checks."""
-    group, meanings = to.add_argument_group("request"), _meanings()
-    for field in fields(Request):
-        if field.name not in leave_out:
-            shown = "" if field.default in (None, MISSING) else f" (default: {field.default})"
-            option = f"--{field.name.replace('_', '-')}"
-            group.add_argument(option, default=argparse.SUPPRESS, help=f"{meanings[field.name]}{shown}")
-
-
-def _meanings() -> dict[str, str]:
-    """What each field of Request means, from its docstring, as argparse wants it."""
-    entries = re.findall(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", inspect.getdoc(Request) or "", re.MULTILINE)
-    return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from sdjax.family import TOKENIZERS
 from sdjax.prompts import MAX_CLAUSES
 from sdjax.request import MAX_SIDE, Request
 from sdjax.text import Text, Tokenizer
-from sdjax.values import RequestError
+from sdjax.values import DTYPES, RequestError
 from sdjax.weights.checkpoint import Checkpoint, Edit
 from sdjax.weights.lora import Lora, fused
 from sdjax.weights.safetensors import Entry
@@ -27,7 +27,6 @@ from sdjax.weights.single_file import is_single_file, open_checkpoint, open_vae
 from sdjax.weights.textual_inversion import TextualInversion, extended
 
 BUNDLED = str(Path(__file__).parent / "bundled")
-DTYPES = ("float32", "bfloat16", "float16")
 REFINER = "refiner."
 """How the names of a refiner's networks begin beside the base's."""
 
@@ -216,6 +215,13 @@ class Spec:
         return self.configs["vae"].downscale
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """Width and height of an image of which none are asked, in pixels."""
+        size = self.configs["unet"].sample_size or 64
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return width * self.scale, height * self.scale
+
+    @property
     def multiple(self) -> int:
         """What a width or height is a multiple of."""
         return max(8, self.scale)
@@ -248,14 +254,13 @@ class Spec:
             controls.check(request, len(self.controlnets))
             if read or None in (request.control_image_sha256, request.width, request.height):
                 request = controls.measured(request, self.multiple)
-        size = self.configs["unet"].sample_size or 64
-        height, width = size if isinstance(size, tuple) else (size, size)
+        width, height = self.default_size
         try:
             asked = request.sampler
             sampler = sampling.canonical(asked) if asked else sampling.default_sampler(self.schedule)
             defaults = {
-                "width": width * self.scale,
-                "height": height * self.scale,
+                "width": width,
+                "height": height,
                 "negative_prompt": None if self.family.zeroes_empty else "",
                 "denoising_end": None if self.refiner is None else _DENOISING_END,
                 "sigmas": "" if request.timesteps else sampling.default_sigmas(self.schedule, sampler),

@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from sdjax import compel, vocabulary
 from sdjax.compel import Encoding
 from sdjax.prompts import Chunking, Token, in_chunks, parse
+from sdjax.values import one_line
 from sdjax.weights.safetensors import CheckpointError
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ class Tokenizer:
         try:
             self._encoder, self._start, self.end, self._padding = vocabulary.read(Path(folder))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"the tokenizer cannot be read: {str(error).splitlines()[0]}") from None
+            raise CheckpointError(f"the tokenizer cannot be read: {one_line(error)}") from None
         size = self._encoder.get_vocab_size()
         if size > vocab_size:
             raise CheckpointError(

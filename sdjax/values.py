@@ -14,6 +14,8 @@ from PIL import Image
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_STEPS = 1000
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of a model's weights and products."""
 
 _SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 _CORNERS = ("crops_coords_top_left", "negative_crops_coords_top_left")
@@ -99,6 +101,11 @@ def shown(value: Any) -> str:
     except ValueError:  # a whole number of more digits than Python writes
         text = "a number of too many digits"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, or what it is where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _listed(name: str, value: Any) -> Any:

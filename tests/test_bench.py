@@ -1,6 +1,8 @@
 """`python -m sdjax.bench`: its figures are of what ran, and its table, JSON and plot say the same."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -62,6 +64,13 @@ def test_diffusers_is_measured_alike_and_compared(tiny, measured):
     assert row[:2] == ["| eager", "1"]
     assert float(row[5]) == pytest.approx(found["stages"]["advance"] / their["calls"] / their["UNet"], abs=0.01)
     assert float(row[9]) == pytest.approx(found["program_bytes"]["advance"] / their["UNet bytes"], abs=0.01)
+
+
+def test_a_way_that_fails_without_a_word_is_left_out(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", Mock(side_effect=AssertionError))
+    request = Spec(tiny).resolve(Request(prompt="a red circle"))
+    assert bench.compare(tiny, request, [1]) == {}
+    assert "diffusers, compiled: AssertionError" in capsys.readouterr().err
 
 
 def test_the_plot_is_a_picture(measured):

@@ -146,7 +146,7 @@ def test_growing_twice_keeps_the_first_pixels():
     ("fields", "message"),
     [
         ({"outpaint": "64x45"}, "outpaint=64x45 is smaller than the image, 70x45"),
-        ({"outpaint": "left=8000"}, "outpaint=left=8000 makes 8070 x 45 pixels; a side has 4096"),
+        ({"outpaint": "left=8000"}, "outpaint=left=8000 makes 8070 x 45 pixels; a side has at most 4096"),
         ({"outpaint": "left=2", "width": 64}, "outpaint sets the size, 72x48 here"),
         ({"mask_image": np.zeros((4, 4), np.uint8)}, "mask_image is dark everywhere; white is what is repainted"),
     ],

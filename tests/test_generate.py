@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sdjax
-from sdjax import Request, RequestError, StableDiffusion, programs
+from sdjax import Request, RequestError, StableDiffusion, generate, programs
 from sdjax.parallel import Devices
 from sdjax.spec import Spec
 from sdjax.weights.checkpoint import CheckpointError
@@ -355,6 +355,7 @@ def test_what_could_not_be_compiled_first_may_be_tried_again(tiny, pipe, monkeyp
     )
 
 
-def test_what_cannot_be_asked_for_first_is_refused(tiny):
+def test_what_cannot_be_asked_for_first_is_refused_before_anything_is_loaded(tiny, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("weights are loaded"))
     with pytest.raises(RequestError, match="width=12"):
         StableDiffusion.from_pretrained(tiny, first=Request(prompt="a", width=12))

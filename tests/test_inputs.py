@@ -3,7 +3,10 @@
 import base64
 import io
 import struct
+import threading
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sdjax import inputs
+from sdjax import inputs, retrying
 from sdjax.request import Request
 from sdjax.values import RequestError
 
@@ -153,6 +156,54 @@ def test_a_file_may_not_be_larger_than_the_limit(tmp_path, monkeypatch):
     (tmp_path / "image.png").write_bytes(bytes(2**20 + 1))
     with pytest.raises(RequestError, match="larger than 1 MiB"):
         inputs.load(str(tmp_path / "image.png"), "image")
+
+
+class _Server(BaseHTTPRequestHandler):
+    """Sends a file without its length, in chunks, after as many failures as are waiting."""
+
+    protocol_version = "HTTP/1.1"
+    failures: ClassVar[list[int]] = []
+    data = b""
+
+    def do_GET(self):
+        if self.failures:
+            return self.send_error(self.failures.pop())
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(self.data), 2**16):
+            chunk = self.data[start : start + 2**16]
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(monkeypatch):
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/image.png"
+    server.shutdown()
+    server.server_close()
+    _Server.failures.clear()
+
+
+def test_a_server_may_give_a_file_in_parts_and_fail_at_times(served, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    monkeypatch.setattr(_Server, "data", buffer.getvalue())
+    _Server.failures[:] = [503, 500]
+    assert np.array_equal(inputs.load(served, "image").image, noise)
+    monkeypatch.setattr(inputs, "MAX_BYTES", 2**19)
+    with pytest.raises(RequestError, match="larger than 0 MiB"):
+        inputs.load(served, "image")
+    _Server.failures[:] = [503] * 99
+    with pytest.raises(RequestError, match="cannot be read: 503"):
+        inputs.load(served, "image")
 
 
 @pytest.mark.parametrize("url", ["nowhere://a/b.png", "data:image/png;base64,###", "/", "file:///no/such", "a\nb"])

@@ -68,6 +68,7 @@ REFUSED = [
     ({"hires_strength": 0}, "hires_strength=0 leaves no step"),
     ({"image": "a", "outpaint": "left=8", "hires_scale": 2}, "hires_scale would enlarge what mask_image and outpaint"),
     ({"resize": "64"}, "resize='64' is no size; give one such as '640x360'"),
+    ({"resize": ""}, "resize='' is no size"),
     ({"resize": "0x64"}, "resize='0x64' is no size"),
     ({"resize": "64x9000"}, "resize='64x9000' is no size"),
     ({"image": 7}, "image=7 is not text"),

@@ -16,6 +16,7 @@ import pytest
 from pipelines.dataflow import Deployment
 from pipelines.machines import MACHINES
 from pipelines.options import GenerateOptions
+from sdjax.request import field_types
 from tests.pipelines.test_dataflow import DEPLOYMENT
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def test_template_declares_every_option_of_the_job():
     metadata = json.loads((TERRAFORM / "flex-template-metadata.json").read_text())
     declared = {parameter["name"]: parameter for parameter in metadata["parameters"]}
     flags = {"overwrite", "allow_ckpt", "vae_tiling"}  # which have no value to pass
-    own = GenerateOptions.defaults().keys() - flags
+    own = (GenerateOptions.defaults().keys() | field_types().keys()) - flags - {"prompt"}
     beams = {"disk_size_gb", "number_of_worker_harness_threads", "sdk_location", "worker_zone"}
     assert set(declared) == own | beams
     assert [name for name, parameter in declared.items() if not parameter.get("isOptional")] == ["prompts", "output"]

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from sdjax import compile_cache, images
 from sdjax.benchmark.stopwatch import Stopwatch
 from sdjax.generate import StableDiffusion
+from sdjax.planning.chips import CHIPS
 from sdjax.planning.record import record
 from sdjax.request import Request
 
 _PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
+    "TPU v4": CHIPS["v4"].peak,
+    "TPU v5 lite": CHIPS["v5e"].peak,
+    "TPU v5": CHIPS["v5p"].peak,
+    "TPU v5p": CHIPS["v5p"].peak,
+    "TPU v6 lite": CHIPS["v6e"].peak,
     "NVIDIA L4": 121e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,

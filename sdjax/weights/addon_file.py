@@ -15,7 +15,7 @@ from sdjax.weights.safetensors import CheckpointError, read_header_and_metadata,
 
 _PICKLES = (".bin", *torch_zip.SUFFIXES)
 _WITH_ALLOW_PICKLE = "a pickle is read with allow_pickle only (--allow-ckpt)"
-_SETTINGS = "adapter_config.json"  # of a LoRA; PEFT lays it beside the file
+SETTINGS = "adapter_config.json"  # of a LoRA; PEFT lays it beside the file
 
 
 class AddonFile:
@@ -40,7 +40,7 @@ class AddonFile:
 
         place = hub.file(self.source)
         if "://" not in place and not os.path.exists(place) and not place.endswith((".safetensors", *_PICKLES)):
-            place = hub.folder(place, lambda paths: [chosen(paths), *(path for path in paths if path == _SETTINGS)])
+            place = hub.folder(place, lambda paths: [chosen(paths), *(path for path in paths if path == SETTINGS)])
         self._fs, self._path = fsspec.core.url_to_fs(place)
         if self._fs.isdir(self._path):
             paths = map(posixpath.basename, self._fs.ls(self._path, detail=False))

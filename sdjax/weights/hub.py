@@ -54,11 +54,11 @@ def file(source: str) -> str:
     Raises:
         CheckpointError: the hub does not give it.
     """
-    from huggingface_hub import hf_hub_download
-
     match = _ADDRESS.fullmatch(source)
     if match is None:
         return source
+    from huggingface_hub import hf_hub_download
+
     repo_id, revision, path = map(unquote, match.groups())
     return _had(f"{source}: the hub", lambda: hf_hub_download(repo_id, path, revision=revision))
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from sdjax.config import UNetConfig
 from sdjax.weights import ldm
-from sdjax.weights.addon_file import AddonFile
+from sdjax.weights.addon_file import SETTINGS, AddonFile
 from sdjax.weights.checkpoint import Edit
 from sdjax.weights.safetensors import CheckpointError
 
@@ -146,7 +146,7 @@ class Lora:
 
     def _read_settings(self) -> dict[str, Any]:
         """PEFT's settings, which hold the alphas where the file does not; a component's begin with its name."""
-        text = self.file.beside("adapter_config.json") or self.file.metadata.get("lora_adapter_metadata") or "{}"
+        text = self.file.beside(SETTINGS) or self.file.metadata.get("lora_adapter_metadata") or "{}"
         try:
             settings = json.loads(text)
         except (ValueError, RecursionError):

@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipelines import storage
+from sdjax import retrying
 from tests.pipelines import outputs, standin
 from tests.pipelines.faulty import FaultyFileSystem
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory, prompts) -> Path:
 
 @pytest.fixture
 def faulty(monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
     FaultyFileSystem.store.clear()
     FaultyFileSystem.faults = []

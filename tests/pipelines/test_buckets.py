@@ -15,10 +15,10 @@ import requests
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from pipelines import storage, verify
+from pipelines import verify
 from pipelines.sinks import place
 from pipelines.storage import Store
-from sdjax import compile_cache
+from sdjax import compile_cache, retrying
 from tests.pipelines import standin
 from tests.pipelines.conftest import free_port
 from tests.pipelines.network import STALL, Network
@@ -46,7 +46,7 @@ def network(request, monkeypatch):
     monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
     # Both wait between attempts; here nobody is to be spared.
     monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
     gcsfs.GCSFileSystem.clear_instance_cache()
     yield network
     gcsfs.GCSFileSystem.clear_instance_cache()

@@ -186,6 +186,7 @@ def test_both_ways_of_submitting_say_the_same():
     [
         ("[dataflow", "cannot be read as TOML"),
         ("[worker]", "unknown 'worker'"),
+        ("dataflow = 3", "dataflow = 3 is no table; write [dataflow] above its keys"),
         ("[dataflow]\nzone = 'us-central1-a'", "unknown [dataflow] zone"),
         ("[dataflow]\ndisk_size_gb = '100'", "disk_size_gb = '100' is of the wrong type"),
         ("[dataflow]\ndisk_size_gb = true", "disk_size_gb = True is of the wrong type"),

@@ -20,14 +20,14 @@ def test_a_file_that_cannot_be_read_costs_its_row_only(monkeypatch, error):
     memory.store.clear()
     for key in ("a", "b", "c::d", "e"):
         memory.pipe({f"/set/{key}.png": png(PICTURES["000"]), f"/set/{key}.txt": b"a cat"})
-    read = type(memory).cat_file
+    opened = type(memory).open
 
-    def cat_file(self, path, *args, **options):
+    def open_(self, path, *args, **options):
         if path == "/set/b.png":
             raise error
-        return read(self, path, *args, **options)
+        return opened(self, path, *args, **options)
 
-    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    monkeypatch.setattr(type(memory), "open", open_)
     [piece] = image_sets.cut("memory://set")
     (first, _), bad, chain, (last, _) = [found for _, found in image_sets.read(piece)]
     assert (first.key, last.key) == ("a.png", "e.png")

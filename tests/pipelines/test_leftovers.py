@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pipelines import encode_latents, layout, leftovers
+from pipelines import encode_latents, layout, leftovers, verify
 from pipelines.layout import image_name, manifest_name, rejects_name, shard_name
 from pipelines.storage import Store
 from tests.pipelines import standin
@@ -51,6 +51,7 @@ def test_files_of_other_names_stay_wherever_they_lie(output, format, capsys):
         (output / "summary.json").write_text('{"finished": false}')  # as a killed run leaves it
     assert own(output) == OWN
     assert "that a killed run left" not in capsys.readouterr().err
+    assert verify.verify(str(output)).faults == []
 
 
 def test_what_a_killed_run_left_goes(output, capsys):

@@ -6,8 +6,9 @@ import os
 import fsspec
 import pytest
 
-from pipelines import storage
-from pipelines.storage import Store, is_transient, retry, spread
+from pipelines.storage import Store, spread
+from sdjax import retrying
+from sdjax.retrying import is_transient, retry
 from tests.pipelines.faulty import HttpError
 
 
@@ -67,7 +68,7 @@ def test_a_json_file_that_is_absent_cut_short_or_no_object_is_none(store):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -116,8 +117,15 @@ def test_which_faults_pass(error, transient):
     assert is_transient(error) is transient
 
 
+@pytest.mark.parametrize(("code", "transient"), [(503, True), (404, False)])
+def test_what_a_web_server_answered_says_whether_a_file_that_is_not_found_may_be(code, transient):
+    error = FileNotFoundError("https://host/a.png")
+    error.__cause__ = HttpError(code)
+    assert is_transient(error) is transient
+
+
 def test_retrying_ends(monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
     calls = []
 
     def fail():
@@ -126,4 +134,4 @@ def test_retrying_ends(monkeypatch):
 
     with pytest.raises(TimeoutError):
         retry(fail)
-    assert len(calls) == storage.ATTEMPTS
+    assert len(calls) == retrying.ATTEMPTS

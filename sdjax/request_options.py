@@ -1,0 +1,30 @@
+"""The options with which commands take a Request's fields. Knows no JAX."""
+
+import argparse
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+
+from sdjax.request import Request
+
+
+def add_request_options(
+    to: argparse.ArgumentParser, about: str | None = None, *, leave_out: Sequence[str] = ("prompt",)
+) -> None:
+    """One option for each field of Request but those left out; values stay text, which Request reads and checks.
+
+    about: what the help says of them all.
+    """
+    group, meanings = to.add_argument_group("request", about), _meanings()
+    for field in fields(Request):
+        if field.name not in leave_out:
+            shown = "" if field.default in (None, MISSING) else f" (default: {field.default})"
+            option = f"--{field.name.replace('_', '-')}"
+            group.add_argument(option, default=argparse.SUPPRESS, help=f"{meanings[field.name]}{shown}")
+
+
+def _meanings() -> dict[str, str]:
+    """What each field of Request means, from its docstring, as argparse wants it."""
+    entries = re.findall(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", inspect.getdoc(Request) or "", re.MULTILINE)
+    return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}
