@@ -70,8 +70,7 @@ class Spec:
             does so for large ones (`sdjax.models.tiling`). Pixels are the same but for rounding.
         textual_inversions: files of learned tokens, each a path or URL, or one and its token; see `TextualInversion`.
         tokenizer, prediction_type: of a single file, for its refiner too where that is one; see `SingleFile`.
-        allow_pickle: whether single files (ControlNets and VAEs too), LoRAs and textual inversions may be PyTorch's
-            own; see `torch_zip`.
+        allow_pickle: whether weights of any kind may be PyTorch's own files; see `torch_zip`.
 
     Raises:
         CheckpointError, ConfigError, SamplingError: what is there cannot be run; the message names it.

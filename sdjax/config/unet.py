@@ -102,11 +102,11 @@ class DownConfig(Config):
             "divisors of block_out_channels (it counts heads)",
         )
         depths, key = self._spread("transformer_layers_per_block"), "transformer_layers_per_block"
-        self._require(len(depths) == blocks, key, f"a positive integer or a list of {blocks}")
+        self._require(len(depths) == blocks, key, f"a whole number or a list of {blocks}")
         self._require(
-            all(map(_is_depth, depths, self._spread("layers_per_block"))),
+            all(map(_are_depths, depths, self._spread("layers_per_block"))),
             key,
-            f"positive integers up to {MAX_LAYERS}, or lists with one for each of a block's layers",
+            f"whole numbers up to {MAX_LAYERS}, or lists with one for each of a block's layers",
         )
 
     def _optional_counts(self, *keys: str) -> None:
@@ -160,8 +160,13 @@ class DownConfig(Config):
         return Stage(self.block_out_channels[-1], 1, depths, heads, context_dim, False)
 
 
-def _is_depth(value: Any, layers: int) -> bool:
-    return is_layers(value) or (isinstance(value, tuple) and len(value) == layers and all(map(is_layers, value)))
+def _is_depth(value: Any) -> bool:
+    """Whether it is a number of transformer layers; of none, as in the small ControlNets of SDXL, projections stay."""
+    return is_layers(value) or (type(value) is int and value == 0)
+
+
+def _are_depths(value: Any, layers: int) -> bool:
+    return _is_depth(value) or (isinstance(value, tuple) and len(value) == layers and all(map(_is_depth, value)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +213,7 @@ class UNetConfig(DownConfig):
         depths = self.reverse_transformer_layers_per_block
         if depths is None:
             self._require(
-                all(map(is_layers, self._spread("transformer_layers_per_block"))),
+                all(map(_is_depth, self._spread("transformer_layers_per_block"))),
                 "transformer_layers_per_block",
                 f"without lists inside unless {key} is given",
             )
@@ -216,9 +221,9 @@ class UNetConfig(DownConfig):
         ups = [count + 1 for count in reversed(self._spread("layers_per_block"))]
         self._require(isinstance(depths, tuple) and len(depths) == blocks, key, f"null or a list of {blocks}")
         self._require(
-            all(map(_is_depth, depths, ups)),
+            all(map(_are_depths, depths, ups)),
             key,
-            f"positive integers up to {MAX_LAYERS}, or lists with one for each of an up block's layers",
+            f"whole numbers up to {MAX_LAYERS}, or lists with one for each of an up block's layers",
         )
 
     @property

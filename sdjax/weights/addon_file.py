@@ -13,7 +13,6 @@ import numpy as np
 from sdjax.weights import hub, torch_zip
 from sdjax.weights.safetensors import CheckpointError, read_header_and_metadata, read_tensors
 
-_PICKLES = (".bin", *torch_zip.SUFFIXES)
 _WITH_ALLOW_PICKLE = "a pickle is read with allow_pickle only (--allow-ckpt)"
 SETTINGS = "adapter_config.json"  # of a LoRA; PEFT lays it beside the file
 
@@ -39,7 +38,11 @@ class AddonFile:
             return _chosen(self.source, paths, names, allow_pickle)
 
         place = hub.file(self.source)
-        if "://" not in place and not os.path.exists(place) and not place.endswith((".safetensors", *_PICKLES)):
+        if (
+            "://" not in place
+            and not os.path.exists(place)
+            and not place.endswith((".safetensors", *torch_zip.SUFFIXES))
+        ):
             place = hub.folder(place, lambda paths: [chosen(paths), *(path for path in paths if path == SETTINGS)])
         self._fs, self._path = fsspec.core.url_to_fs(place)
         if self._fs.isdir(self._path):

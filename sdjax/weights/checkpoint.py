@@ -6,6 +6,7 @@ A module's path is its checkpoint key (`down_blocks.0.resnets.0.conv1`), so no t
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import posixpath
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
 import fsspec
 import jax
@@ -23,7 +24,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from sdjax.weights import hub, names
+from sdjax.weights import hub, names, torch_zip
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -31,7 +32,11 @@ Place = Callable[[np.ndarray], jax.Array]
 Edit = Callable[[str, np.ndarray], np.ndarray]
 """A checkpoint's tensor, in its layout, as it should be instead, by its key."""
 
-_STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+# What diffusers and transformers call a component's weights, by their ending.
+_STEMS = {
+    ".safetensors": ("diffusion_pytorch_model", "model"),
+    ".bin": ("diffusion_pytorch_model", "pytorch_model"),
+}
 _TEXTS = (".json", ".txt")
 _VARIANTS = (None, "fp16", "bf16", "fp32")  # in the order in which they are taken where none is asked for
 _SHARD = re.compile(r"-\d+-of-\d+(?=\.)")
@@ -46,6 +51,7 @@ class Checkpoint:
             (`gs://bucket/folder`).
         variant: which of several weight files to read (`fp16`), for each component that has it, and the plain one for
             the others. None takes the plain one, else the one that is there.
+        allow_pickle: whether a component without safetensors may be read of PyTorch's own files; see `torch_zip`.
 
     Raises:
         CheckpointError: nothing is there, it is not in the diffusers layout, or no component has the variant.
@@ -54,8 +60,11 @@ class Checkpoint:
     first: ClassVar[str] = "model_index.json"
     kind: ClassVar[str] = "a diffusers checkpoint folder"
 
-    def __init__(self, source: str | os.PathLike[str], *, variant: str | None = None) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str], *, variant: str | None = None, allow_pickle: bool = False
+    ) -> None:
         self.source, self.variant = os.fspath(source), variant
+        self._endings = tuple(_STEMS) if allow_pickle else (".safetensors",)
         folder = self.source
         if "://" not in folder and not os.path.isdir(folder):
             folder = hub.folder(folder, self._wanted)
@@ -66,13 +75,24 @@ class Checkpoint:
 
     def _check_variant(self) -> None:
         """Raise CheckpointError where no component is of the variant that was asked for."""
-        if self.variant and not any(_weights(component, self._files, [self.variant]) for component in _WEIGHTS):
+        components = (self._weights(component, self._files, [self.variant]) for component in _WEIGHTS)
+        if self.variant and not any(components):
             raise CheckpointError(f"{self.source} has no safetensors file of the variant {self.variant!r}")
 
-    @property
-    def _variants(self) -> Iterable[str | None]:
-        """The variants of a component that may be read, in the order in which they are looked for."""
-        return _VARIANTS if self.variant is None else (self.variant, None)
+    def _weights(
+        self, component: str, paths: Collection[str], variants: Iterable[str | None] | None = None
+    ) -> str | None:
+        """The file of the first format and variant that holds a component, or the index that names its shards."""
+        if variants is None:
+            variants = _VARIANTS if self.variant is None else (self.variant, None)
+        for ending, variant in itertools.product(self._endings, variants):
+            dot = f".{variant}" if variant else ""
+            for stem in _STEMS[ending]:
+                indices = (f"{stem}{ending}.index{dot}.json", f"{stem}{dot}{ending}.index.json")
+                for name in (f"{stem}{dot}{ending}", *indices):
+                    if (path := posixpath.join(component, name)) in paths:
+                        return path
+        return None
 
     def _wanted(self, paths: list[str]) -> list[str]:
         """Which files of a repository on the hub to have."""
@@ -81,10 +101,11 @@ class Checkpoint:
 
     def _wanted_of(self, component: str, paths: list[str]) -> list[str]:
         """Which of them hold a component."""
-        found = _weights(component, paths, self._variants)
+        found = self._weights(component, paths)
         if found is None:
             return [posixpath.join(component, "config.json")]
-        whole = found.replace(".safetensors.index", "").removesuffix(".json") + ".safetensors"
+        ending = next(ending for ending in self._endings if ending in found)
+        whole = found.replace(f"{ending}.index", "").removesuffix(".json") + ending
         shards = [path for path in paths if _SHARD.search(path) and _SHARD.sub("", path) == whole]
         return [posixpath.join(component, "config.json"), found, *(shards if found.endswith(".json") else [])]
 
@@ -146,7 +167,7 @@ class Checkpoint:
         """SHA-256 over the names and contents of every file that the components are read from."""
         digest = hashlib.sha256()
         for component in sorted(components):
-            weights = self._weight_files(component) if self._has_weights(component) else []
+            weights = self._weight_files(component) if self._weights(component, self._files) else []
             others = [file for file in self._files if posixpath.dirname(file) == component and file.endswith(_TEXTS)]
             for file in sorted({*weights, *others}):
                 with self._fs.open(self._path(file), "rb") as stream:
@@ -158,32 +179,29 @@ class Checkpoint:
         """Each tensor of a component with its key, one at a time, in the dtype of the file."""
         for file in self._weight_files(component):
             with self._fs.open(self._path(file), "rb", block_size=2**23) as stream:
-                yield from read_tensors(stream, read_header(stream, file))
+                yield from read_tensors(stream, _read_header(stream, file))
 
     def entries(self, component: str) -> dict[str, Entry]:
         """Where each tensor of a component lies in its file, and its shape and dtype; reads headers only."""
         found: dict[str, Entry] = {}
         for file in self._weight_files(component):
             with self._fs.open(self._path(file), "rb") as stream:
-                found |= read_header(stream, file)
+                found |= _read_header(stream, file)
         return found
 
-    def _has_weights(self, component: str) -> bool:
-        folder = posixpath.join(component, "")
-        return any(file.startswith(folder) and file.endswith(".safetensors") for file in self._files)
-
     def _weight_files(self, component: str) -> list[str]:
-        """The safetensors files that hold a component: one, or the shards that its index names."""
+        """The files that hold a component: one, or the shards that its index names."""
         files, folder = set(self._files), posixpath.join(component, "")
-        found = _weights(component, files, self._variants)
+        found = self._weights(component, files)
         if found is not None:
             return self._shards(component, found.removeprefix(folder), files) if found.endswith(".json") else [found]
         what = posixpath.join(self.source, component).rstrip("/")
         pickles = [file for file in files if file.startswith(folder) and file.endswith((".bin", ".ckpt", ".pt"))]
         if pickles:
             raise CheckpointError(
-                f"{what} has its weights as a pickle ({min(pickles)}), which could run code and is never loaded; "
-                "save it as safetensors"
+                f"{what} has its weights as a pickle ({min(pickles)}), a format that can carry code; with allow_pickle "
+                f"(--allow-ckpt) {' and '.join(stem + '.bin' for stem in _STEMS['.bin'])} are read all the same, by a "
+                "reader that runs none"
             )
         asked = f" of the variant {self.variant!r}, and no plain one" if self.variant else ""
         raise CheckpointError(f"{what} has no safetensors file{asked}")
@@ -212,16 +230,9 @@ class Component(Checkpoint):
         return self._wanted_of("", paths)
 
 
-def _weights(component: str, paths: Collection[str], variants: Iterable[str | None]) -> str | None:
-    """The file that holds a component, or the index that names its shards, of the first variant that is there."""
-    for variant in variants:
-        dot = f".{variant}" if variant else ""
-        for stem in _STEMS:
-            indices = (f"{stem}.safetensors.index{dot}.json", f"{stem}{dot}.safetensors.index.json")
-            for name in (f"{stem}{dot}.safetensors", *indices):
-                if (path := posixpath.join(component, name)) in paths:
-                    return path
-    return None
+def _read_header(stream: IO[bytes], file: str) -> dict[str, Entry]:
+    """Where the tensors of a file lie, of whichever format its name says."""
+    return torch_zip.read_header(stream, file) if file.endswith(".bin") else read_header(stream, file)
 
 
 def _flat(module: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable]]:
@@ -345,7 +356,7 @@ def save(
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
         for name, tensors in weights.items():
-            stem = _STEMS[1] if name.startswith("text_encoder") else _STEMS[0]
+            stem = _STEMS[".safetensors"][name.startswith("text_encoder")]
             save_file(dict(tensors), temporary / name / f"{stem}.safetensors", metadata={"format": "pt"})
         temporary.rename(folder)
     finally:

@@ -154,6 +154,8 @@ def _recognised(family: Family, shapes: Shapes, metadata: Mapping[str, str], pre
 
     files = {f"{name}/config.json": config for name, config in configs.items()}
     scheduler = _scheduler(xl, kind, predicts, "ztsnr" in shapes)
+    if "time_cond_proj_dim" in unet:  # a full LCM (https://arxiv.org/abs/2310.04378), which is told of the guidance
+        scheduler["_class_name"] = "LCMScheduler"
     files["scheduler/scheduler_config.json"] = scheduler
     files["model_index.json"] = _index(family, kind, scheduler["_class_name"])
     return Layout(family.encoders, files, parts)
@@ -172,14 +174,16 @@ def recognise_controlnet(shapes: Shapes, name: str) -> Layout:
     own = below(shapes, prefix)
     if not from_shapes.is_controlnet(own):
         raise CheckpointError("is no ControlNet; one has keys input_hint_block.* or controlnet_cond_embedding.*")
+    if any(key.startswith("task_embedding") for key in own):
+        raise CheckpointError("is a ControlNet Union, which is not supported; give one of a single kind")
     if "lora_controlnet" in own or "difference" in own:
         raise CheckpointError("is only what a ControlNet adds to a checkpoint; give the whole ControlNet")
     try:
         config = from_shapes.controlnet(own) | {"global_pool_conditions": "shuffle" in name}
     except KeyError as error:
         raise CheckpointError(f"is a ControlNet that lacks {error.args[0]}") from None
-    table = ldm.controlnet(ControlNetConfig.from_dict(config))
-    part = Part(prefix, table if from_shapes.is_original_controlnet(own) else None)
+    original = from_shapes.is_original_controlnet(own)
+    part = Part(prefix, ldm.controlnet(ControlNetConfig.from_dict(config)) if original else None)
     return Layout({}, {"config.json": config}, {"": part})
 
 
@@ -228,11 +232,11 @@ def _prediction(family: Family, shapes: Shapes, metadata: Mapping[str, str], ask
         if asked not in PREDICTION_TYPES:
             raise CheckpointError(f"cannot predict {asked!r}; prediction_type is {' or '.join(PREDICTION_TYPES)}")
         return asked
+    if "v_pred" in shapes:  # before ModelSpec's, which trainers copy from the file that they began with
+        return "v_prediction"
     said = {"v": "v_prediction"}.get(told := metadata.get("modelspec.prediction_type", ""), told)
     if said in PREDICTION_TYPES:
         return said
-    if "v_pred" in shapes:
-        return "v_prediction"
     if family.name == "Stable Diffusion 2" and not kind:
         raise CheckpointError(
             "is a Stable Diffusion 2, which does not say what it predicts; give prediction_type: v_prediction for the "

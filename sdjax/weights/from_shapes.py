@@ -14,7 +14,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _HEAD_WIDTH = 64  # of every family but Stable Diffusion 1, whose UNet has 8 heads at any width
 _OPEN_CLIP_LAYERS = 23  # that Stable Diffusion 2 uses of 24
 _SIZE_WIDTH = 256  # of each number of an image's size that Stable Diffusion XL is told
-_Stages = Iterator[list[tuple[int, int]]]
+_XL_CONTEXT = 2048  # what Stable Diffusion XL attends to
+_Stages = Iterator[list[tuple[int, int | None]]]
 
 
 def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
@@ -25,6 +26,12 @@ def below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 def _counted(shapes: Shapes, key: str) -> int:
     """How many of the keys with 0, 1, 2, ... in place of {} there are before one is missing."""
     return len(list(takewhile(lambda i: key.format(i) in shapes, count())))
+
+
+def _depth(shapes: Shapes, transformer: str) -> int | None:
+    """How many layers a transformer has; None where there is none."""
+    blocks = _counted(shapes, f"{transformer}.transformer_blocks.{{}}.norm1.weight")
+    return blocks if f"{transformer}.norm.weight" in shapes else None
 
 
 def _shared(values: list[Any]) -> Any:
@@ -41,8 +48,7 @@ def _original_stages(shapes: Shapes) -> _Stages:
             yield stage
             stage = []
         elif f"{block}.0.out_layers.3.weight" in shapes:
-            depth = _counted(shapes, f"{block}.1.transformer_blocks.{{}}.norm1.weight")
-            stage.append((shapes[f"{block}.0.out_layers.3.weight"][0], depth))
+            stage.append((shapes[f"{block}.0.out_layers.3.weight"][0], _depth(shapes, f"{block}.1")))
         else:
             yield stage
             return
@@ -53,8 +59,7 @@ def _diffusers_stages(shapes: Shapes) -> _Stages:
     for i in count():
         block, stage = f"down_blocks.{i}", []
         for j in range(_counted(shapes, f"{block}.resnets.{{}}.conv2.weight")):
-            depth = _counted(shapes, f"{block}.attentions.{j}.transformer_blocks.{{}}.norm1.weight")
-            stage.append((shapes[f"{block}.resnets.{j}.conv2.weight"][0], depth))
+            stage.append((shapes[f"{block}.resnets.{j}.conv2.weight"][0], _depth(shapes, f"{block}.attentions.{j}")))
         if not stage:
             return
         yield stage
@@ -106,23 +111,31 @@ def _down(shapes: Shapes, layout: _Layout) -> dict[str, Any]:
     if not stages or not all(stages):
         raise CheckpointError("has a resolution without layers")
     channels, depths = [stage[0][0] for stage in stages], [stage[0][1] for stage in stages]
-    middle = _counted(shapes, f"{layout.middle}.transformer_blocks.{{}}.norm1.weight")
-    attends = next((key for key in shapes if key.endswith("attn2.to_k.weight")), None)
-    if attends is None:
-        raise CheckpointError("has a network that attends to no prompt")
-    linear = len(shapes[f"{layout.middle}.proj_in.weight"]) == 2  # in every family but Stable Diffusion 1
+    middle, xl = _depth(shapes, layout.middle), layout.told in shapes
+    context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        if not xl:
+            raise CheckpointError("has a network that attends to no prompt")
+        context = _XL_CONTEXT  # a small ControlNet, which is told of the prompt beside the time alone
+    projection = next((key for key in shapes if key.endswith(".proj_in.weight")), None)
+    if middle is not None:
+        projection = f"{layout.middle}.proj_in.weight"
+    linear = xl if projection is None else len(shapes[projection]) == 2  # in every family but Stable Diffusion 1
     config = {
         "in_channels": shapes[layout.conv_in][1],
         "block_out_channels": channels,
-        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+        "down_block_types": ["DownBlock2D" if depth is None else "CrossAttnDownBlock2D" for depth in depths],
+        "mid_block_type": "UNetMidBlock2D" if middle is None else "UNetMidBlock2DCrossAttn",
         "layers_per_block": _shared([len(stage) for stage in stages]),
         # A resolution without transformers has no depth of its own; the last one's is the middle block's.
-        "transformer_layers_per_block": _shared([depth or 1 for depth in depths[:-1]] + [middle]),
-        "cross_attention_dim": shapes[attends][1],
+        "transformer_layers_per_block": _shared(
+            [1 if depth is None else depth for depth in [*depths[:-1], depths[-1] if middle is None else middle]]
+        ),
+        "cross_attention_dim": context,
         "attention_head_dim": _shared([max(1, size // _HEAD_WIDTH) if linear else 8 for size in channels]),
         "use_linear_projection": linear,
     }
-    if layout.told in shapes:
+    if xl:
         config["projection_class_embeddings_input_dim"] = shapes[layout.told][1]
     return config
 

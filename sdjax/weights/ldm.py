@@ -95,8 +95,9 @@ def _down(config: DownConfig) -> tuple[Table, list[int]]:
 
     if config.mid_stage is not None:
         table |= _resnet("mid_block.resnets.0", "middle_block.0", False)
-        table |= _same("mid_block.attentions.0", "middle_block.1", _transformer(config.mid_stage.depths[0]))
-        table |= _resnet("mid_block.resnets.1", "middle_block.2", False)
+        for depth in config.mid_stage.depths:
+            table |= _same("mid_block.attentions.0", "middle_block.1", _transformer(depth))
+            table |= _resnet("mid_block.resnets.1", "middle_block.2", False)
     return table, skips
 
 

@@ -44,7 +44,7 @@ _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 
 # A file's patterns may come from anyone, and a regular expression with repeats can take forever.
 _PATTERN = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?")
-_MAX_ALPHA = 1e30
+_MAX_NUMBER = 1e30
 
 
 _DORA = "is a DoRA, which is not supported"
@@ -57,24 +57,40 @@ _REFUSED = {
 }
 
 
-class _Alphas(NamedTuple):
-    """What PEFT's settings say of a component's alphas.
+class _Numbers(NamedTuple):
+    """What PEFT's settings give for each module of a component.
 
-    patterns: of modules' names, each with the alpha of those that it matches.
-    common: that of all others; None where it is the rank.
-    by_root: whether it is divided by the rank's square root (rsLoRA).
+    patterns: of modules' names, each with the number of those that it matches.
+    common: that of all others, if there is one.
     """
 
     patterns: list[tuple[re.Pattern[str], float]]
     common: float | None
+
+    def of(self, module: str) -> float | None:
+        return next((own for pattern, own in self.patterns if pattern.match(module)), self.common)
+
+
+class _Scales(NamedTuple):
+    """What PEFT's settings say of a component's alphas.
+
+    ranks: of factors that are whole (LoHa, LoKr), which do not show it.
+    by_root: whether an alpha is divided by the rank's square root (rsLoRA).
+    """
+
+    alphas: _Numbers
+    ranks: _Numbers
     by_root: bool
 
     def scale(self, module: str, rank: int, alpha: float | None) -> float:
-        """Alpha by rank, where the file itself has no other `alpha`."""
-        if alpha is None:
-            common = rank if self.common is None else self.common
-            alpha = next((own for pattern, own in self.patterns if pattern.match(module)), common)
-        return alpha / (math.sqrt(rank) if self.by_root else rank)
+        """Alpha by rank, where the file itself has no other `alpha`; 1 where a rank or an alpha is nowhere said."""
+        if not rank and alpha is not None:
+            return 1  # as LyCORIS, which writes one all the same
+        divisor = rank or self.ranks.of(module)
+        alpha = self.alphas.of(module) if alpha is None else alpha
+        if divisor is None or divisor <= 0 or alpha is None:
+            return 1
+        return alpha / (math.sqrt(divisor) if self.by_root else divisor)
 
 
 class Lora:
@@ -126,7 +142,7 @@ class Lora:
             raise CheckpointError(f"{source} {has if unmatched else 'holds no LoRA'}")
         settings = self._read_settings()
         components = {component for component, _ in self._factors}
-        self._alphas = {component: self._read_alphas(settings, component) for component in components}
+        self._scales = {component: self._read_scales(settings, component) for component in components}
 
     def _refuse_another_width(self, unet: UNetConfig, what: str) -> None:
         """An SDXL LoRA on Stable Diffusion 1, in words rather than by the first key that is missing."""
@@ -157,25 +173,31 @@ class Lora:
             raise CheckpointError(f"{self.file.source} {_DORA}")
         return settings
 
-    def _read_alphas(self, settings: Mapping[str, Any], component: str) -> _Alphas:
+    def _read_scales(self, settings: Mapping[str, Any], component: str) -> _Scales:
         """What PEFT's settings say of a component."""
         setting = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
-        patterns = setting.get("alpha_pattern") or {}
+        # PEFT calls it `alpha` in its LoHa and LoKr.
+        alphas = self._numbers(setting, "alpha", setting.get("lora_alpha", setting.get("alpha")))
+        return _Scales(alphas, self._numbers(setting, "rank", setting.get("r")), bool(setting.get("use_rslora")))
+
+    def _numbers(self, setting: Mapping[str, Any], name: str, common: Any) -> _Numbers:
+        patterns = setting.get(f"{name}_pattern") or {}
         if not isinstance(patterns, dict):
-            raise CheckpointError(f"alpha_pattern of {self.file.source} is no JSON object")
+            raise CheckpointError(f"{name}_pattern of {self.file.source} is no JSON object")
         for pattern in patterns:
             if not _PATTERN.fullmatch(pattern):
                 raise CheckpointError(
-                    f"alpha_pattern of {self.file.source} has {pattern!r}; read are names, with ., \\., ^ and $ as in "
+                    f"{name}_pattern of {self.file.source} has {pattern!r}; read are names, with ., \\., ^ and $ as in "
                     "regular expressions"
                 )
-        common = setting.get("lora_alpha")
         numbers = [*patterns.values()] + ([] if common is None else [common])
-        if not all(isinstance(number, int | float) and abs(number) < _MAX_ALPHA for number in numbers):
-            raise CheckpointError(f"an alpha in the settings of {self.file.source} is no number")
+        if not all(isinstance(number, int | float) and abs(number) < _MAX_NUMBER for number in numbers):
+            raise CheckpointError(
+                f"{'an' if name == 'alpha' else 'a'} {name} in the settings of {self.file.source} is no number"
+            )
         # As PEFT puts them together, where the first that matches counts.
-        compiled = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha)) for pattern, alpha in patterns.items()]
-        return _Alphas(compiled, None if common is None else float(common), bool(setting.get("use_rslora")))
+        compiled = [(re.compile(rf"(.*\.)?({pattern})$"), float(number)) for pattern, number in patterns.items()]
+        return _Numbers(compiled, None if common is None else float(common))
 
     def deltas(self, component: str) -> dict[str, "Delta"]:
         """What is added to each tensor of a component, by its key."""
@@ -188,8 +210,7 @@ class Lora:
             if factors:
                 shape, rank = self._made(module[1], keys)
                 own = None if alpha is None else float(alpha.reshape(-1)[0])
-                # Factors that are whole have no rank.
-                scale = self.weight * (self._alphas[component].scale(module[1], rank, own) if rank else 1)
+                scale = self.weight * self._scales[component].scale(module[1], rank, own)
                 found[f"{module[1]}.weight"] = Delta(factors, shape, scale)
         return found
 

@@ -41,15 +41,15 @@ def open_checkpoint(
     """The checkpoint at a source: a `SingleFile` where the name ends like one, else a folder.
 
     Args:
-        source, variant: see `Checkpoint`.
-        tokenizer, prediction_type, allow_pickle: see `SingleFile`; a folder says itself what the first two are.
+        source, variant, allow_pickle: see `Checkpoint`.
+        tokenizer, prediction_type: see `SingleFile`; a folder says itself what they are.
     """
     if is_single_file(source):
         return SingleFile(source, tokenizer=tokenizer, prediction_type=prediction_type, allow_pickle=allow_pickle)
     for name, value in (("tokenizer", tokenizer), ("prediction_type", prediction_type)):
         if value is not None:
             raise CheckpointError(f"{name} is for single files; {source} is a folder, which says it itself")
-    return Checkpoint(source, variant=variant)
+    return Checkpoint(source, variant=variant, allow_pickle=allow_pickle)
 
 
 def open_controlnet(
@@ -58,7 +58,7 @@ def open_controlnet(
     """The ControlNet at a source, whose one component is `""`; see `open_checkpoint`."""
     if is_single_file(source):
         return ControlNetFile(source, allow_pickle=allow_pickle)
-    return Component(source, variant=variant)
+    return Component(source, variant=variant, allow_pickle=allow_pickle)
 
 
 def open_vae(
@@ -67,7 +67,7 @@ def open_vae(
     """The VAE at a source, whose one component is `""`; see `VAEFile` and `open_checkpoint`."""
     if is_single_file(source):
         return VAEFile(source, own, allow_pickle=allow_pickle)
-    return Component(source, variant=variant)
+    return Component(source, variant=variant, allow_pickle=allow_pickle)
 
 
 class _File(Checkpoint):

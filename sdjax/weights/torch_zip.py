@@ -1,4 +1,4 @@
-"""Reading PyTorch's own files (`.ckpt`, `.pt`) without PyTorch and without running what they say.
+"""Reading PyTorch's own files (`.ckpt`, `.pt`, `.bin`) without PyTorch and without running what they say.
 
 Such a file is a zip of a pickle, which describes the tensors, and of their bytes. A pickle is a program, and unpickled
 as usual it may call anything. Here a small interpreter carries out only the operations that describe containers,
@@ -18,7 +18,7 @@ import numpy as np
 
 from sdjax.weights.safetensors import CheckpointError, Entry, check_key
 
-SUFFIXES = (".ckpt", ".pt", ".pth")
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 MAX_PICKLE_BYTES = 16_000_000  # of a description, whose objects take up to 100 times that; Stable Diffusion's has one
 _MAX_AXES = 64  # that numpy has
 _MAX_DEPTH = 20  # of dicts within dicts

@@ -54,6 +54,10 @@ PARITY = {
         },
         *(3, 6, 4, 5),
     ),
+    "sdxl, no layers": (
+        like("sdxl") | {"layers_per_block": 1, "transformer_layers_per_block": [1, 0, 0]},
+        *(2, 4, 8, 5),
+    ),
     "one block": (
         {"block_out_channels": [16], "down_block_types": [CROSS], "only_cross_attention": True},
         *(1, 3, 5, 4),

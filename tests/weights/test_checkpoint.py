@@ -82,6 +82,29 @@ def test_sharded_weights_load_like_whole_ones(copy, loaded):
         StableDiffusion.from_pretrained(copy, **ONE)
 
 
+def test_a_folder_of_pickles_loads_when_it_is_allowed(copy, loaded):
+    """As diffusers and transformers wrote them, one in shards; where there are safetensors too, they are read."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(copy / "unet")
+    unet.save_pretrained(copy / "unet", safe_serialization=False, max_shard_size="500KB")
+    assert len(list((copy / "unet").glob("*-of-*.bin"))) > 2
+    (copy / UNET).unlink()
+    text = copy / "text_encoder" / "model.safetensors"
+    torch.save(safetensors.torch.load_file(text), text.with_name("pytorch_model.bin"))
+    text.unlink()
+    vae = diffusers.AutoencoderKL.from_pretrained(copy / "vae")
+    vae.save_pretrained(copy / "vae", safe_serialization=False)
+    (copy / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(CheckpointError, match=r"has its weights as a pickle .* with allow_pickle \(--allow-ckpt\)"):
+        StableDiffusion.from_pretrained(copy, **ONE)
+    pipe = StableDiffusion.from_pretrained(copy, allow_pickle=True, **ONE)
+    assert same(pipe, loaded)
+    before = pipe.spec.fingerprint
+    edited = torch.load(text.with_name("pytorch_model.bin"))
+    next(iter(edited.values()))[0] += 1
+    torch.save(edited, text.with_name("pytorch_model.bin"))
+    assert Spec(copy, allow_pickle=True).fingerprint != before
+
+
 def test_a_variant_is_taken_where_it_is_asked_for_or_alone(tiny, copy, loaded):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     pipeline.to(torch.float16).save_pretrained(copy, variant="fp16")
@@ -275,7 +298,7 @@ BROKEN = {
     "no weights": (lambda f: (f / UNET).unlink(), "unet has no safetensors file"),
     "a pickle": (
         lambda f: (f / UNET).rename(f / UNET.with_suffix(".bin")),
-        r"pickle \(unet/diffusion_pytorch_model.bin\), which could run code and is never loaded",
+        r"pickle \(unet/diffusion_pytorch_model.bin\), a format that can carry code; with allow_pickle",
     ),
     "truncated": (
         lambda f: (f / UNET).write_bytes((f / UNET).read_bytes()[:-100]),

@@ -33,6 +33,13 @@ PUBLISHED = {
     "2": {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
     "XL": {key: value for key, value in FULL_XL.items() if key != "up_block_types"},
 }
+# The smaller ones of SDXL: without layers in their transformers, or without transformers.
+PUBLISHED["XL, no layers"] = PUBLISHED["XL"] | {"transformer_layers_per_block": [0, 0, 0]}
+PUBLISHED["XL, layers in the middle"] = PUBLISHED["XL"] | {"transformer_layers_per_block": [0, 0, 1]}
+PUBLISHED["XL, no attention"] = PUBLISHED["XL"] | {
+    "down_block_types": ["DownBlock2D"] * 3,
+    "mid_block_type": "UNetMidBlock2D",
+}
 SIZED = dataclasses.replace(ONE, sampler="euler", num_inference_steps=3)
 
 
@@ -170,6 +177,7 @@ def test_what_is_no_controlnet_or_of_another_model_is_refused(folder, tmp_path):
         folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     )
     assert "lacks middle_block.1.proj_in.weight" in refused(changed(**{"middle_block.1.proj_in.weight": None}))
+    assert "is a ControlNet Union, which is not supported" in refused(changed(task_embedding=torch.zeros(6, 32)))
     assert "give the whole ControlNet" in refused(changed(lora_controlnet=torch.zeros(1)))
     made = network(0, original.torch_models.torch_unet(SAMPLES["1"].unet), cross_attention_dim=40)
     safetensors.torch.save_file(made.state_dict(), tmp_path / "wide.safetensors")

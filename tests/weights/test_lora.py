@@ -362,3 +362,14 @@ def test_a_pickled_lora_is_read_when_it_is_allowed(tiny, tmp_path):
             Spec(tiny, loras=[source])
         edit = Spec(tiny, loras=[(source, 0.5)], allow_pickle=True).edit("unet")
         assert (edit(f"{BLOCK}.attn1.to_q.weight", np.zeros((32, 32))) == 1).all()
+
+
+def test_a_network_without_attention_in_the_middle_takes_loras(tmp_path):
+    """As in SSD-1B, which is SDXL without some of its layers."""
+    config = FIRST | {"unet": dataclasses.replace(FIRST["unet"], mid_block_type="UNetMidBlock2D")}
+    safetensors.torch.save_file(weights(GOOD), tmp_path / "a.safetensors")
+    assert Lora(tmp_path / "a.safetensors", 1.0, config, what="it").deltas("unet").keys() == {
+        f"{BLOCK}.attn1.to_q.weight"
+    }
+    modules = {key.rpartition(".")[0] for key in shapes_of(UNet2DCondition(config["unet"], rngs=None))}
+    assert ldm.unet(config["unet"]).keys() == modules

@@ -69,6 +69,36 @@ def test_patterns_of_alphas_are_matched_as_peft_matches_them(patterns, q, k, tmp
 
 
 @pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"alpha": 8, "r": 2}, 4),
+        ({"alpha": 8, "r": 2, "alpha_pattern": {"to_q": 6}}, 3),
+        ({"alpha": 8, "r": 2, "rank_pattern": {"to_q": 4}}, 2),
+        ({"alpha": 8, "r": 2, "rank_pattern": {"to_k": 4}}, 4),
+        ({"alpha": 8, "r": 0}, 1),
+        ({"r": 2}, 1),
+        ({}, 1),
+    ],
+)
+def test_whole_factors_of_peft_are_scaled_by_the_rank_that_its_settings_say(settings, scale, tmp_path):
+    """https://github.com/huggingface/peft: `scaling` is alpha / r, also of a LoKr whose factors are no products."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", **settings}))
+    name = f"base_model.model.{BLOCK}.attn1.to_q"
+    tensors = {f"{name}.lokr_w1": torch.ones(4, 4), f"{name}.lokr_w2": torch.ones(8, 8)}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    assert Lora(tmp_path, 1.0, CONFIG, what="it").deltas("unet")[f"{BLOCK}.attn1.to_q.weight"].scale == scale
+    products = {
+        f"{name}.hada_w{i}_{end}": torch.ones(*size)
+        for i in "12"
+        for end, size in zip("ab", ((32, 4), (4, 32)), strict=True)
+    }
+    safetensors.torch.save_file(products, tmp_path / "adapter_model.safetensors")
+    delta = Lora(tmp_path, 1.0, CONFIG, what="it").deltas("unet")[f"{BLOCK}.attn1.to_q.weight"]
+    alpha = settings.get("alpha_pattern", {}).get("to_q", settings.get("alpha"))
+    assert delta.scale == (1 if alpha is None else alpha / 4)  # the factors show their rank
+
+
+@pytest.mark.parametrize(
     ("patterns", "message"),
     [
         ({"(a+)+b": 1}, r"alpha_pattern of .*a.safetensors has '\(a\+\)\+b'; read are names"),
@@ -76,6 +106,7 @@ def test_patterns_of_alphas_are_matched_as_peft_matches_them(patterns, q, k, tmp
         ({"to_q": "8"}, "an alpha in the settings of .* is no number"),
         ({"to_q": float("nan")}, "an alpha in the settings of .* is no number"),
         ({"to_q": 10**400}, "an alpha in the settings of .* is no number"),
+        ({"to_q": None}, "an alpha in the settings of .* is no number"),
         ([1], "alpha_pattern of .* is no JSON object"),
     ],
 )

@@ -264,7 +264,20 @@ def test_what_a_network_predicts_is_said_or_asked_for(tmp_path):
         SingleFile(file, prediction_type="sample")
     xl = write("XL", tmp_path / "xl.safetensors", v_pred=torch.zeros(0), ztsnr=torch.zeros(0))
     assert schedule(xl) == ("v_prediction", "EulerDiscreteScheduler", 128)
+    assert schedule(
+        write("XL", tmp_path / "kept.safetensors", {"modelspec.prediction_type": "epsilon"}, v_pred=torch.zeros(0))
+    ) == schedule(xl)
     assert SingleFile(xl).json("scheduler", "scheduler_config.json")["rescale_betas_zero_snr"] is True
+
+
+def test_a_full_lcm_has_its_own_scheduler(folder, tmp_path):
+    """Of this kind is every UNet that is told of the guidance."""
+    file = write(
+        "1", tmp_path / "a.safetensors", **{"model.diffusion_model.time_embed.cond_proj.weight": torch.zeros(32, 256)}
+    )
+    spec = Spec(file, tokenizer=folder)
+    assert spec.index["scheduler"] == ["diffusers", "LCMScheduler"]
+    assert spec.resolve(Request(prompt="a cat")).sampler == "lcm"
 
 
 @pytest.mark.parametrize("names", [("edm_mean", "edm_std"), ("edm_vpred.sigma_max", "edm_vpred.sigma_min")])
