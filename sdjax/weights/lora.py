@@ -3,7 +3,7 @@
 Trainers name a module by its path, dots and all (diffusers, PEFT), with underscores for dots (kohya-ss), in the
 diffusers or in the original layout, and its factors in half a dozen ways. Here every name is looked up among the
 modules that the checkpoint has, so a key is either understood or refused. LoCon (https://arxiv.org/abs/2309.14859), its
-middle factor, LoHa and LoKr are other products of factors.
+middle factor, LoHa and LoKr are other products of factors; LyCORIS adds whole tensors too, also of norms.
 """
 
 import functools
@@ -29,10 +29,11 @@ CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "
 
 _FACTOR = re.compile(
     r"[._]lora[._](?:linear_layer\.)?(?P<lora>down|up|mid|A|B)(?:\.\w+)?\.weight$"
-    r"|\.(?P<other>hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?)$"
+    r"|\.(?P<other>hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|diff(?:_b)?|[wb]_norm)$"
     r"|(?:_lora)?\.(?P<alpha>alpha)$"
 )
-_ROLES = {"A": "down", "B": "up"}
+_ROLES = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
+_NO_BIAS = ("to_q", "to_k", "to_v", "cond_proj", "text_projection", "_embedding")  # as these modules end
 _KOHYA = {
     "lora_unet_": "unet",
     "lora_te_": "text_encoder",
@@ -134,8 +135,11 @@ class Lora:
             if match is None or module is None:
                 unmatched.append(key)
                 continue
-            role = match["lora"] or match["other"] or match["alpha"]
-            self._factors.setdefault(module, {})[_ROLES.get(role, role)] = key
+            found = match["lora"] or match["other"] or match["alpha"]
+            role = _ROLES.get(found, found)
+            if role == "diff_b" and module[1].endswith(_NO_BIAS):
+                unmatched.append(key)
+            self._factors.setdefault(module, {})[role] = key
         if unmatched or not self._factors:
             more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             has = f"has keys that {what} does not: {', '.join(sorted(unmatched)[:3])}{more}"
@@ -206,9 +210,12 @@ class Lora:
         found = {}
         for module, keys in mine.items():
             factors = {role: tensors[key] for role, key in keys.items()}
+            if (bias := factors.pop("diff_b", None)) is not None:
+                shape, _ = self._made(module[1], {"diff": keys["diff_b"]})
+                found[f"{module[1]}.bias"] = Delta({"diff": bias}, shape, self.weight)
             alpha = factors.pop("alpha", None)
             if factors:
-                shape, rank = self._made(module[1], keys)
+                shape, rank = self._made(module[1], {role: key for role, key in keys.items() if role != "diff_b"})
                 own = None if alpha is None else float(alpha.reshape(-1)[0])
                 scale = self.weight * self._scales[component].scale(module[1], rank, own)
                 found[f"{module[1]}.weight"] = Delta(factors, shape, scale)
@@ -285,6 +292,8 @@ def _product(factors: Mapping[str, Any], xp: Any) -> tuple[Any, int]:
 
     xp: numpy, or jax.numpy for factors of which only the shapes are known.
     """
+    if set(factors) == {"diff"}:
+        return _flat(factors["diff"]), 0
     if "up" in factors:
         up, down = (factors[name] for name in ("up", "down"))
         if set(factors) == {"up", "down"}:

@@ -5,16 +5,18 @@ from collections.abc import Container
 
 import numpy as np
 
+# Of a whole CLIP, beside the text encoder that is wanted of it.
+_OTHER_HALF = re.compile(r"vision_model\..*|(?:text|visual)_projection\.weight|logit_scale")
 _OLD_ATTENTION = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
 _NEW_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def current(key: str, wanted: Container[str]) -> str | None:
-    """The module's key for a checkpoint's `key`, or None for a buffer that is no parameter.
+    """The module's key for a checkpoint's `key`, or None for a buffer or another network's, which no module wants.
 
     VAEs from before diffusers 0.18 name their attention otherwise; transformers 5 leaves `text_model.` out.
     """
-    if key.endswith(".position_ids"):
+    if key.endswith(".position_ids") or (key not in wanted and _OTHER_HALF.fullmatch(key)):
         return None
     key = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_NEW_ATTENTION[match[2]]}.", key)
     prefixed = f"text_model.{key}"

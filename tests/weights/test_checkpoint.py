@@ -210,13 +210,14 @@ def test_parameters_are_kept_in_the_asked_dtype(tiny, loaded, dtype, stored):
     assert pipe.spec.fingerprint != loaded.spec.fingerprint
 
 
-def test_bf16_files_load(copy, loaded):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_files_of_other_dtypes_load(copy, loaded, dtype):
     for file in copy.rglob("*.safetensors"):
-        tensors = {key: tensor.bfloat16() for key, tensor in safetensors.torch.load_file(file).items()}
+        tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in safetensors.torch.load_file(file).items()}
         safetensors.torch.save_file(tensors, file)
     found = parameters(StableDiffusion.from_pretrained(copy, **ONE))
     for key, array in parameters(loaded).items():
-        assert np.array_equal(found[key], array.astype(ml_dtypes.bfloat16).astype(np.float32)), key
+        assert np.array_equal(found[key], array.astype(getattr(ml_dtypes, dtype)).astype(np.float32)), key
 
 
 def test_old_vae_and_text_keys_load(copy, loaded):
@@ -234,6 +235,8 @@ def test_old_vae_and_text_keys_load(copy, loaded):
         f"text_model.{key.removeprefix('text_model.')}": t for key, t in safetensors.torch.load_file(file).items()
     }
     tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    tensors |= {"logit_scale": torch.ones(()), "text_projection.weight": torch.ones(4, 4)}  # of a whole CLIP
+    tensors |= {"vision_model.embeddings.class_embedding": torch.ones(4), "visual_projection.weight": torch.ones(4, 4)}
     safetensors.torch.save_file(tensors, file)
     assert same(StableDiffusion.from_pretrained(copy, **ONE), loaded)
 

@@ -185,6 +185,35 @@ def test_products_of_hadamard_and_kronecker(tmp_path):
     assert np.abs(delta.reshape(expected.shape) - expected).max() < 1e-5
 
 
+def test_whole_tensors_are_added_as_they_are(tmp_path):
+    """As LyCORIS saves full changes (`diff`), norms and biases; no alpha scales them."""
+    stem = "lora_unet_down_blocks_1_resnets_0"
+    kernel, down, up = torch.randn(64, 32, 3, 3), torch.randn(2, 64, 3, 3), torch.randn(64, 2, 1, 1)
+    tensors = {
+        f"{stem}_conv1.diff": kernel,
+        f"{stem}_conv1.diff_b": torch.arange(64.0),
+        f"{stem}_conv1.alpha": torch.tensor(9.0),
+        f"{stem}_norm1.w_norm": torch.ones(32),
+        f"{stem}_norm1.b_norm": torch.full((32,), 2.0),
+        f"{stem}_conv2.lora_down.weight": down,
+        f"{stem}_conv2.lora_up.weight": up,
+        f"{stem}_conv2.diff_b": torch.ones(64),
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    edit = fused([Lora(tmp_path / "a.safetensors", 0.5, FIRST, what="it")], "unet")
+    expected = {
+        "conv1.weight": kernel / 2,
+        "conv1.bias": torch.arange(64) / 2,
+        "norm1.weight": torch.full((32,), 0.5),
+        "norm1.bias": torch.ones(32),
+        "conv2.weight": product(down, up) / 2,
+        "conv2.bias": torch.full((64,), 0.5),
+    }
+    for key, added in expected.items():
+        changed = edit(f"down_blocks.1.resnets.0.{key}", np.zeros(added.shape, np.float16))
+        assert np.abs(changed - added.numpy()).max() < 1e-5, key
+
+
 def test_products_are_made_when_their_tensor_comes(tmp_path):
     """What is held between tensors is of the file's size, not of the network's."""
     tensors = {}
@@ -213,6 +242,7 @@ ROLES = {
     "lora_mid.weight": "mid",
     **{name: name for half in ("hada_w1", "hada_w2") for name in (f"{half}_a", f"{half}_b")},
     **{name: name for name in ("hada_t1", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha")},
+    **{name: name for name in ("diff", "w_norm")},
 }
 
 
@@ -308,6 +338,14 @@ REFUSED = {
         r"a.safetensors holds embeddings too \(bundle_emb",
     ),
     "of another shape": (weights(GOOD, (64, 32)), r"to_q.weight would add \[64, 32\]; the checkpoint's is \[32, 32\]"),
+    "with a bias where there is none": (
+        weights(GOOD) | {f"{GOOD}.diff_b": torch.ones(32)},
+        "has keys that tiny does not: lora_unet_down_blocks_0.*_to_q.diff_b",
+    ),
+    "with a bias that is a number": (
+        {f"{GOOD.replace('to_q', 'to_out_0')}.diff_b": torch.ones(())},
+        r"to_out.0 cannot be made of diff \[\]",
+    ),
     "with half of its factors": (
         {f"{GOOD}.lora_down.weight": torch.ones(2, 32)},
         r"attn1.to_q cannot be made of down \[2, 32\]",
