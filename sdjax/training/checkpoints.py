@@ -1,5 +1,6 @@
 """Checkpoints of a run: the whole state, by orbax, written whole or not at all."""
 
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -13,9 +14,14 @@ class Checkpoints:
     """The last few states of a run, in a folder."""
 
     def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's, which makes the folder: not before there is something to write."""
         # Synchronous: a state is donated to the next step, and these are written seldom.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=False)
+        return ocp.CheckpointManager(self._folder.absolute(), options=options)
 
     def save(self, state: State) -> None:
         """Write a state that has no device axis, under its step; a step that is there already is left."""
@@ -26,7 +32,7 @@ class Checkpoints:
     @property
     def begun(self) -> bool:
         """Whether there is a state."""
-        return self._manager.latest_step() is not None
+        return self._folder.exists() and self._manager.latest_step() is not None
 
     def latest(self, like: State) -> State | None:
         """Return the last state that was written whole, or None; `like` gives shapes and dtypes.
@@ -34,9 +40,9 @@ class Checkpoints:
         Raises:
             TrainConfigError: it has others.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if not self.begun:
             return None
+        step = self._manager.latest_step()
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like._asdict())
         other = TrainConfigError(f"{self._manager.directory / str(step)} is of other networks; name another --output")
         try:

@@ -1,9 +1,10 @@
 """Data sets that `python -m pipelines.encode_latents` has encoded: latents and text states in place of pictures."""
 
 import posixpath
+import re
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -14,7 +15,9 @@ from jaxtyping import Float16
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header
 
 NETWORKS = ("text_encoder", "tokenizer", "vae")  # the components whose fingerprint says what encoded a data set
-_COLUMNS = ["shard", "index", "flags", "model_fingerprint"]
+_COLUMNS = ["shard", "index", "flags", "model_fingerprint", "size", "dtype"]
+_ONE = {"model_fingerprint": "models", "size": "sizes", "dtype": "dtypes"}  # columns that have one value in a data set
+_MANIFEST = re.compile(r"[0-9a-f]{32}\.parquet")  # other files are somebody's own
 _TENSORS = {"moments", "text", "unconditional"}
 
 
@@ -36,29 +39,31 @@ class EncodedSet:
         fingerprint: of the `NETWORKS` that encoded it.
 
     Raises:
-        DataError: no manifest is there, or they are of different models.
+        DataError: no manifest is there, or they are of different models, sizes or dtypes.
     """
 
     def __init__(self, url: str) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
         self._url, self._headers, self._lock = url, {}, threading.Lock()
-        manifests = sorted(str(path) for path in self._fs.glob(f"{root.rstrip('/')}/manifest/*.parquet"))
+        paths = sorted(map(str, self._fs.glob(f"{root.rstrip('/')}/manifest/*.parquet")))
         self._examples: list[_Place] = []
-        models = set()
-        for path in manifests:
+        kinds: dict[str, set[Any]] = {column: set() for column in _ONE}
+        for path in (path for path in paths if _MANIFEST.fullmatch(posixpath.basename(path))):
             data = self._fs.cat_file(path)
             try:
                 for row in pq.read_table(pa.BufferReader(data), columns=_COLUMNS).to_pylist():
-                    models.add(row["model_fingerprint"])
+                    for column, found in kinds.items():
+                        found.add(row[column])
                     if not row["flags"]:
                         self._examples.append(_Place(f"{root.rstrip('/')}/{row['shard']}", row["index"]))
             except Exception:  # damage makes pyarrow raise all sorts
                 raise DataError(f"{path} is no whole manifest of encoded images") from None
         if not self._examples:
             raise DataError(f"{url} holds no encoded image; python -m pipelines.encode_latents writes such a folder")
-        if len(models) > 1:
-            raise DataError(f"{url} was encoded by {len(models)} different models; name a folder of one")
-        self.fingerprint = models.pop()
+        for column, found in kinds.items():
+            if len(found) > 1:
+                raise DataError(f"{url} holds encodings of {len(found)} {_ONE[column]}; name a folder of one")
+        [self.fingerprint] = kinds["model_fingerprint"]
         self.unconditional: Float16[np.ndarray, "length hidden"] = self._tensor(self._examples[0], "unconditional")
 
     def __len__(self) -> int:

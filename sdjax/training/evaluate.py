@@ -4,8 +4,10 @@ Prints a table in Markdown. The pictures are read by `sdjax.training.checker`, w
 """
 
 import argparse
+import io
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from sdjax.files import write_whole
 from sdjax.generate import StableDiffusion
 from sdjax.images import contact_sheet
 from sdjax.request import Request
@@ -51,6 +54,13 @@ def measure(
     return {fact: (right[fact], total[fact]) for fact in total}, pictures
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
@@ -59,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", default=BUNDLED, help="a checkpoint in the diffusers layout; default: the bundled one"
     )
-    parser.add_argument("--captions", type=int, default=500, help="how many held-out captions; default %(default)s")
+    parser.add_argument("--captions", type=_count, default=500, help="how many held-out captions; default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and their phrasing; default %(default)s")
     parser.add_argument("--sampler", help="default: the model's")
     parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
@@ -67,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=25, help="images that a device makes at once")
     parser.add_argument("--picture", help=f"also write the first {_SHOWN} pictures, a row for each guidance, as a PNG")
     arguments = parser.parse_args(argv)
+    if arguments.picture is not None and not Path(arguments.picture).absolute().parent.is_dir():
+        parser.error(f"--picture {arguments.picture}: there is no such folder")
     try:
         pipe = StableDiffusion.from_pretrained(arguments.model, batch_size=arguments.batch_size)
         asked = held_out(arguments.captions, arguments.seed)
@@ -76,15 +88,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     columns = [column for column, _ in measured]
-    if arguments.picture is not None:
-        shown = [Image.fromarray(pixels) for _, pictures in measured for pixels in pictures[:_SHOWN]]
-        captions = [f"{scale:g}: {caption}" for scale in arguments.guidance for _, caption in asked[:_SHOWN]]
-        contact_sheet(shown, captions, columns=_SHOWN, cell=128).save(arguments.picture)
     print("| held-out captions | of | " + " | ".join(f"guidance {scale:g}" for scale in arguments.guidance) + " |")
     print("| --- | --- |" + " --- |" * len(columns))
     for fact, (_, total) in columns[0].items():
         cells = [f"{100 * column[fact][0] / total:.1f}%" for column in columns]
         print(f"| {fact} | {total} | " + " | ".join(cells) + " |")
+    if arguments.picture is not None:
+        shown = [Image.fromarray(pixels) for _, pictures in measured for pixels in pictures[:_SHOWN]]
+        captions = [f"{scale:g}: {caption}" for scale in arguments.guidance for _, caption in asked[:_SHOWN]]
+        sheet, data = contact_sheet(shown, captions, columns=min(_SHOWN, len(asked)), cell=128), io.BytesIO()
+        sheet.save(data, "PNG")
+        write_whole(Path(arguments.picture), data.getvalue())
     return 0
 
 

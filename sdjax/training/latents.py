@@ -38,6 +38,7 @@ def moments(
 def _encoder(run: Run):
     """The function uint8 [batch, h, w, 3] -> mean and logvar [batch, h / f, w / f, 2 c], on the first device."""
     params = run.state.ema["vae"] if run.config.task == "vae" else run.networks.params["vae"]
+    params = jax.device_put(params, run.devices.devices[0])
     compiled = jax.jit(partial(moments, run.networks.modules["vae"]))
     return lambda pixels: np.asarray(compiled(params, pixels), np.float32)
 

@@ -47,8 +47,10 @@ class Run:
                 f"batch_size is {config.batch_size}; {len(self.devices)} devices and optimizer.accumulate "
                 f"{config.optimizer.accumulate} need a multiple of {pieces}"
             )
-        if self.folder.exists() and not self.folder.is_dir():
-            raise TrainConfigError(f"output is {self.folder}, which is no folder")
+        whole = self.folder.absolute()
+        there = next(path for path in (whole, *whole.parents) if path.exists())
+        if not there.is_dir():
+            raise TrainConfigError(f"output is {self.folder}, and {there} is no folder")
         self.source = open_source(config.data)
         self.networks: Networks = prepare(config, self.source)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
@@ -56,12 +58,16 @@ class Run:
         if config.diffusion.train_text_encoder and config.task == "unet":
             trained.add("text_encoder")
         params = self.networks.params
-        self.frozen: dict[str, Params] = {name: params[name] for name in params if name not in trained}
+        encoded = {"vae"} if config.data.cache_latents else set()  # before the first step
+        if isinstance(self.source, EncodedSet):
+            encoded = {"vae", "text_encoder"}
+        self.frozen: dict[str, Params] = {name: params[name] for name in params if name not in trained | encoded}
         fresh = initial({name: params[name] for name in sorted(trained)}, config.optimizer, config.steps)
         self._made = identity.of_run(config, self.source, self.networks.init)
         if self.checkpoints.begun:
             identity.check(self.folder, self._made)
         self.state = self.checkpoints.latest(fresh) or fresh
+        self._sheet = Sheet(self)
 
     @property
     def pictures(self) -> Source:
@@ -91,7 +97,6 @@ class Run:
             seed=config.seed,
             devices=self.devices,
         )
-        sheet = Sheet(self)
         state, frozen = self._replicated(self.state), self._replicated(self.frozen)
         start = int(self.state.step)
         progress = Progress(self.folder, start, config.steps, config.batch_size)
@@ -112,7 +117,7 @@ class Run:
                 if saving:
                     self._save()
                 if showing:
-                    sheet.write(number)
+                    self._sheet.write(number)
                 if logging:
                     progress.rest()
                 if stopped and not finished:

@@ -1,6 +1,7 @@
 """A run's numbers: a CSV row a step, and the same as TensorBoard events."""
 
 import csv
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from sdjax.files import write_whole
 
 
 class Metrics:
@@ -27,8 +30,9 @@ class Metrics:
                 header, *rows = list(csv.reader(file))
             # A row that a kill cut short is later than the last checkpoint.
             whole = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
-            with self._path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *whole] if whole else [])
+            kept = io.StringIO(newline="")
+            csv.writer(kept).writerows([header, *whole] if whole else [])
+            write_whole(self._path, kept.getvalue().encode())
 
     def write(self, rows: list[dict[str, float]], images_per_second: float) -> None:
         """Append a row for each step, each with the same keys beginning with `step`."""

@@ -1,7 +1,7 @@
 """The networks of a run, made from scratch or read from a checkpoint, and exported.
 
 A network's parameters are float32 arrays by name, `{"down_blocks.0.resnets.0.conv1.kernel": array, ...}`: plain enough
-for optax, orbax and averaging.
+for optax, orbax and averaging. They are the host's, so that devices hold what a step reads and nothing else.
 """
 
 import json
@@ -30,7 +30,7 @@ from sdjax.training.encoded import NETWORKS, EncodedSet
 from sdjax.training.tokenizer import train_tokenizer
 from sdjax.weights import checkpoint
 
-Params = dict[str, jax.Array]
+Params = dict[str, Any]  # arrays of numpy or JAX
 
 _KINDS = {
     "unet": (UNetConfig, UNet2DCondition),
@@ -55,7 +55,7 @@ class Networks:
     Attributes:
         configs: each network's config.json.
         modules: each network without parameters.
-        params: each network's parameters.
+        params: each network's parameters, on the host.
         texts: the tokenizer's and the scheduler's files, by their path.
         init: the fingerprint of what was read from a checkpoint.
     """
@@ -79,12 +79,17 @@ class Networks:
                     Path(folder, Path(path).name).write_text(text, encoding="utf-8")
             return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings)
 
-    def export(self, folder: Path, params: Mapping[str, Params], dtype: str | None = None) -> None:
-        """Write a checkpoint in the diffusers layout with `params` in place of those of the networks they name."""
-        weights = {
-            name: checkpoint.tensors_of(bind(module, params.get(name, self.params[name])), dtype)
-            for name, module in self.modules.items()
-        }
+    def export(self, folder: Path, params: Mapping[str, Params] | None, dtype: str | None = None) -> None:
+        """Write a checkpoint in the diffusers layout with `params` in place of those of the networks they name.
+
+        Without `params` it has no weights, and says only what the networks are.
+        """
+        weights = {}
+        if params is not None:
+            weights = {
+                name: checkpoint.tensors_of(bind(module, params.get(name, self.params[name])), dtype)
+                for name, module in self.modules.items()
+            }
         classes = {name: list(_CLASSES[name]) for name in self.modules}
         if "unet" in classes:
             classes["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
@@ -148,10 +153,11 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
         networks.configs[name], networks.modules[name] = settings, build(rngs=None)
         if fresh or start is None:
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            made = _started(name, flat(build(rngs=nnx.Rngs(key))))
+            networks.params[name] = jax.device_get(_started(name, flat(build(rngs=nnx.Rngs(key)))))
         else:
-            made = flat(checkpoint.fill(build(rngs=None), start.tensors(name), what=f"{config.init}/{name}"))
-        networks.params[name] = made
+            what = f"{config.init}/{name}"
+            filled = checkpoint.fill(build(rngs=None), start.tensors(name), what=what, place=np.asarray)
+            networks.params[name] = flat(filled)
     side = VAEConfig.from_dict(networks.configs["vae"]).downscale
     if not isinstance(source, EncodedSet) and config.data.size % side:
         raise TrainConfigError(f"data.size is {config.data.size}; the vae needs a multiple of {side}")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
@@ -40,7 +41,8 @@ class Progress:
         """
         if not self._pending:
             return
-        rows = [{"step": step, **{name: float(v[0]) for name, v in values.items()}} for step, values in self._pending]
+        numbers = jax.device_get(self._pending)  # all at once: each by itself would be waited for
+        rows = [{"step": step, **{name: float(v[0]) for name, v in values.items()}} for step, values in numbers]
         step, loss = rows[-1]["step"], rows[-1]["loss"]
         speed = (step - self._written) * self._batch_size / (time.perf_counter() - self._since)
         self._metrics.write(rows, speed)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -11,13 +14,16 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from sdjax.files import write_whole
 from sdjax.generate import StableDiffusion
 from sdjax.images import contact_sheet
 from sdjax.models import tiling
 from sdjax.request import Request
 from sdjax.spec import Spec
-from sdjax.training.networks import Params, bind
+from sdjax.training.config import TrainConfigError
+from sdjax.training.networks import Networks, Params, bind
 from sdjax.training.objective import to_unit
+from sdjax.values import RequestError
 
 if TYPE_CHECKING:
     from sdjax.training.loop import Run
@@ -34,43 +40,67 @@ def reconstructed(
 
 
 class Sheet:
-    """Writes sheets/<step>.png: pictures above their reconstructions, or one sample for each of `sheet_prompts`."""
+    """Writes sheets/<step>.png: pictures above their reconstructions, or one sample for each of `sheet_prompts`.
+
+    Raises:
+        TrainConfigError: a prompt cannot be made.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        prompts = run.config.sheet_prompts if run.config.task == "unet" else ()
+        self._requests = [Request(prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts)]
+        self._spec = _spec(run.networks, self._requests) if prompts else None
         self._networks: dict = {}
         self._pipe: StableDiffusion | None = None
         self._reconstruct = jax.jit(partial(reconstructed, run.networks.modules["vae"]))
 
     def write(self, step: int) -> None:
         """Write the sheet of the run's state."""
-        config = self._run.config
-        if config.task == "unet" and not config.sheet_prompts:
+        if self._run.config.task == "vae":
+            sheet = self._reconstructions()
+        elif self._spec is not None:
+            sheet = self._samples(self._spec)
+        else:
             return
-        sheet = self._reconstructions() if config.task == "vae" else self._samples(config.sheet_prompts)
-        path = self._run.folder / "sheets" / f"{step:06d}.png"
+        path, data = self._run.folder / "sheets" / f"{step:06d}.png", io.BytesIO()
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        sheet.save(data, "PNG")
+        write_whole(path, data.getvalue())
 
     def _reconstructions(self) -> Image.Image:
         source = self._run.pictures
         originals = [source.image(index % len(source)) for index in range(_EXAMPLES)]
-        output = self._reconstruct(self._run.state.ema["vae"], np.stack(originals))
+        params = jax.device_put(self._run.state.ema["vae"], self._run.devices.devices[0])
+        output = self._reconstruct(params, np.stack(originals))
         images = list(np.round((np.clip(np.asarray(output, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8))
         rows = [part[at : at + _COLUMNS] for at in range(0, _EXAMPLES, _COLUMNS) for part in (originals, images)]
         return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
 
-    def _samples(self, prompts: tuple[str, ...]) -> Image.Image:
+    def _samples(self, spec: Spec) -> Image.Image:
         run, devices = self._run, self._run.devices
         for name, params in {**run.networks.params, **run.state.ema}.items():
             copies = jax.tree.map(lambda leaf: devices.replicate(np.asarray(leaf)), params)
             self._networks[name] = bind(run.networks.modules[name], copies)
         if self._pipe is None:  # once: what it compiles serves every sheet, as it holds this very dictionary
-            folder = run.folder / "sheets" / "model"
-            run.export(folder)
-            each = -(-len(prompts) // len(devices))
-            self._pipe = StableDiffusion(Spec(folder), self._networks, each, devices)
-        results = self._pipe.generate([Request(prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts)])
+            each = -(-len(self._requests) // len(devices))
+            self._pipe = StableDiffusion(spec, self._networks, each, devices)
+        results = self._pipe.generate(self._requests)
         for leaf in jax.tree.leaves(self._networks):  # of which the devices hold the run's own copy too
             leaf.delete()
-        return contact_sheet([result.image for result in results], prompts, columns=min(4, len(prompts)), cell=128)
+        images, prompts = [result.image for result in results], run.config.sheet_prompts
+        return contact_sheet(images, prompts, columns=min(4, len(prompts)), cell=128)
+
+
+def _spec(networks: Networks, requests: list[Request]) -> Spec:
+    """What a checkpoint of these networks would promise, once it was found to make the requests."""
+    with tempfile.TemporaryDirectory() as folder:
+        networks.export(Path(folder, "model"), None)
+        spec = Spec(Path(folder, "model"))
+        _ = spec.tokenizers, spec.fingerprint  # read before their files are gone
+    try:
+        for request in requests:
+            spec.resolve(request)
+    except RequestError as error:
+        raise TrainConfigError(f"sheet_prompts: {error}") from None
+    return spec

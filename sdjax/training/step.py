@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -17,7 +18,7 @@ from sdjax.training.objective import Objective
 class State(NamedTuple):
     """All that a run changes: with it, any step can be taken again."""
 
-    step: Array  # int32 [], steps taken
+    step: Array | np.ndarray  # int32 [], steps taken
     params: dict[str, Params]
     ema: dict[str, Params]
     optimizer: optax.OptState
@@ -48,8 +49,11 @@ def optimizer(options: Optimizer, steps: int) -> optax.GradientTransformation:
 
 
 def initial(params: dict[str, Params], options: Optimizer, steps: int) -> State:
-    """The state before the first step."""
-    return State(jnp.zeros((), jnp.int32), params, params, optimizer(options, steps).init(params))
+    """The state before the first step, on the host: what Adam keeps begins as zeros."""
+    slots = jax.eval_shape(optimizer(options, steps).init, params)
+    return State(
+        np.zeros((), np.int32), params, params, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots)
+    )
 
 
 def make_step(

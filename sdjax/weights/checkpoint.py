@@ -28,7 +28,7 @@ from sdjax.weights import hub, names, torch_zip
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
-Place = Callable[[np.ndarray], jax.Array]
+Place = Callable[[np.ndarray], jax.Array | np.ndarray]
 Edit = Callable[[str, np.ndarray], np.ndarray]
 """A checkpoint's tensor, in its layout, as it should be instead, by its key."""
 

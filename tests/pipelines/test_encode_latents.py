@@ -338,6 +338,23 @@ def test_another_models_latents_and_options_that_make_no_sense_are_refused(encod
         EncodedSet(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("column", "other", "message"),
+    [("model_fingerprint", "0" * 64, "2 models"), ("size", 8, "2 sizes"), ("dtype", "float16", "2 dtypes")],
+)
+def test_a_folder_of_two_encodings_is_refused(encoded, tmp_path, column, other, message):
+    output = shutil.copytree(encoded / "tar", tmp_path / "out")
+    manifest = next((output / "manifest").iterdir())
+    table = pq.read_table(manifest)
+    place = table.schema.get_field_index(column)
+    changed = table.set_column(place, table.schema.field(column), pa.array([other] * len(table)))
+    pq.write_table(changed, output / "manifest" / "notes.parquet")
+    assert len(EncodedSet(str(output))) == len(EncodedSet(str(encoded / "tar")))  # somebody's own file
+    (output / "manifest" / "notes.parquet").rename(output / "manifest" / f"{'ab' * 16}.parquet")
+    with pytest.raises(DataError, match=f"holds encodings of {message}; name a folder of one"):
+        EncodedSet(str(output))
+
+
 def test_training_names_a_damaged_manifest(encoded, tmp_path):
     output = shutil.copytree(encoded / "tar", tmp_path / "out")
     manifest = next((output / "manifest").iterdir())

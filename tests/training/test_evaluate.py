@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sdjax.generate import Result
 from sdjax.training import evaluate, scenes
@@ -42,6 +43,24 @@ def test_counts_are_the_checkers(miss):
     for fact in ("pair", "pair shapes", "relation"):
         assert counts.pop(fact) == (100 - 100 // miss - hits, 100 - len(singles))
     assert not counts
+
+
+def test_a_table_and_a_picture_are_written(monkeypatch, capsys, tmp_path):
+    asked = evaluate.held_out(3)
+    monkeypatch.setattr(evaluate.StableDiffusion, "from_pretrained", lambda *_, **__: Painter(asked, 10))
+    assert evaluate.main(["--captions", "3", "--guidance", "1", "2", "--picture", str(tmp_path / "a.png")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| held-out captions | of | guidance 1 | guidance 2 |"
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width == 3 * (128 + 8) + 8
+
+
+@pytest.mark.parametrize("arguments", [["--captions", "0"], ["--captions", "x"], ["--picture", "{}/none/a.png"]])
+def test_what_cannot_be_measured_or_kept_is_refused_first(arguments, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([argument.format(tmp_path) for argument in arguments])
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):

@@ -58,3 +58,4 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, target, message):
     assert error.count("\n") == 1
     assert sorted(path.name for path in (tmp_path / "used").iterdir()) == ["picture.png"]
     assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "run").exists()

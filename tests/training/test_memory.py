@@ -1,5 +1,6 @@
 """What a run holds on a device beside its UNet: large pictures as latents and in sheets, and a sheet's networks."""
 
+import dataclasses
 import gc
 from functools import partial
 from types import SimpleNamespace
@@ -79,10 +80,41 @@ def test_latents_and_sheets_of_one_picture_at_a_time_are_those_of_the_batch(vae,
         np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sheet_lets_go_of_its_networks(tmp_path, monkeypatch):
-    def held():
-        return sum(array.nbytes for array in jax.live_arrays())
+def held():
+    """Bytes on the devices."""
+    return sum(array.nbytes for array in jax.live_arrays())
 
+
+@pytest.mark.parametrize("start", ["made", "read"])
+def test_a_run_that_has_not_begun_holds_no_device(tmp_path, start):
+    """Networks that no step reads, and what Adam keeps, would else take gigabytes of the first device."""
+    settings = config.load(write(tmp_path, prompts=["a red circle"]))
+    if start == "read":
+        begun = Run(settings, ONE)
+        begun.state = begun.state._replace(step=np.int32(1))
+        begun.export(tmp_path / "model")
+        settings = dataclasses.replace(settings, init=str(tmp_path / "model"), model=config.Model())
+        del begun
+    gc.collect()
+    before = held()
+    run = Run(settings, ONE)
+    gc.collect()
+    assert held() == before
+    for leaf in jax.tree.leaves((run.networks.params, run.state)):
+        assert isinstance(leaf, np.ndarray)
+
+
+def test_devices_get_the_networks_that_steps_read(tmp_path):
+    """Here latents are made before the first step, and the text encoder is trained."""
+    settings = config.load(write(tmp_path))
+    assert not Run(settings, ONE).frozen
+    frozen = dataclasses.replace(settings.diffusion, train_text_encoder=False)
+    assert Run(dataclasses.replace(settings, diffusion=frozen), ONE).frozen.keys() == {"text_encoder"}
+    shown = dataclasses.replace(settings, data=dataclasses.replace(settings.data, cache_latents=False))
+    assert Run(shown, ONE).frozen.keys() == {"vae"}
+
+
+def test_a_sheet_lets_go_of_its_networks(tmp_path, monkeypatch):
     class Pipe:
         def __init__(self, spec, networks, *_):
             self.networks = networks

@@ -335,6 +335,7 @@ def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
         ("s/norm_num_groups = 4/norm_num_groups = 3/", "norm_num_groups=3"),
         ("s/scaled_linear/cubic/", "beta_schedule='cubic'"),
         ("s/size = 16/size = 17/", "data.size is 17; the vae needs a multiple of 2"),
+        ("s/sheet_prompts = []/sheet_prompts = ['a <lora:x:1>']/", "sheet_prompts: prompt has '<lora:x:1>'"),
     ],
 )
 def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):

@@ -8,7 +8,7 @@ import pytest
 
 from sdjax.parallel import Devices
 from sdjax.training.config import Optimizer
-from sdjax.training.step import initial, learning_rate, make_step, parts
+from sdjax.training.step import initial, learning_rate, make_step, optimizer, parts
 
 PLAIN = Optimizer(learning_rate=0.1, clip_norm=None, ema_decay=0.5)
 START = {"net": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -48,6 +48,18 @@ def _close(a, b, tolerance=2e-6):
 def test_parts_and_devices_make_the_same_step(devices, accumulate):
     options = Optimizer(learning_rate=0.1, accumulate=accumulate)
     _close(_run(options, 3, devices), _run(Optimizer(learning_rate=0.1), 3))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_first_state_is_optax_own_and_the_hosts(clip):
+    options = Optimizer(learning_rate=0.1, clip_norm=clip, warmup_steps=3, decay_steps=5)
+    state = initial(START, options, 10)
+    own = optimizer(options, 10).init(START)
+    assert jax.tree.structure(state.optimizer) == jax.tree.structure(own)
+    for ours, theirs in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(own), strict=True):
+        assert isinstance(ours, np.ndarray)
+        assert ours.dtype == theirs.dtype
+        assert np.array_equal(ours, theirs)
 
 
 def test_a_step_is_adamw():
