@@ -45,6 +45,8 @@ def main(
         shards = units.shard_count(sum(map(image_sets.count, sets)))
     except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         return jobs.refuse(EncodeOptions.command, error)
+    except KeyboardInterrupt:
+        return jobs.interrupted(EncodeOptions.command)
     return jobs.run(job, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))
 
 

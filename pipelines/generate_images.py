@@ -54,6 +54,8 @@ def main(
         _check_defaults(model, job.request_defaults())
     except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         return jobs.refuse(GenerateOptions.command, error)
+    except KeyboardInterrupt:
+        return jobs.interrupted(GenerateOptions.command)
     return jobs.run(job, partial(build, job=job, files=files, model=model, load=load))
 
 

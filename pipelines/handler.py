@@ -152,7 +152,7 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
             except RequestError as error:
                 inferences.append(error)
         with model.devices:
-            results = iter(pipe.generate(good))
+            results = iter(_made(pipe, good))
         for example, error in zip(batch, inferences, strict=True):
             inference = next(results) if error is None else error
             yield PredictionResult(example, inference, pipe.spec.fingerprint)
@@ -195,7 +195,7 @@ class UnitHandler(SdjaxModelHandler):
                 if made is None:
                     left.append(unit)
                 else:
-                    yield {"images": made, "units": 1}
+                    yield made
             try:
                 made_now = list(self._make(left, model, heartbeat)) if left else []
             except RequestError:  # such as an image to start from that is gone since the plan was made
@@ -280,6 +280,17 @@ def sift(units: list[Unit], planner: Planner) -> tuple[list[Unit], list[dict[str
         if rows:
             kept.append(Unit(unit_name(row.id for row in rows), rows))
     return kept, rejected
+
+
+def _made(pipe: Any, requests: list[Request]) -> list[Any]:
+    """A result for each request; the RequestError of one whose picture is gone since it was checked."""
+    try:
+        return pipe.generate(requests)
+    except RequestError as error:
+        if len(requests) == 1:
+            return [error]
+        middle = len(requests) // 2
+        return _made(pipe, requests[:middle]) + _made(pipe, requests[middle:])
 
 
 def _timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:

@@ -37,6 +37,8 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
             store.write_json(report.SUMMARY, begun)
         except (ValueError, OSError) as error:
             return refuse(job.command, error)
+        except KeyboardInterrupt:
+            return interrupted(job.command)
         for said in (swept, other_form):
             if said:
                 print(f"{job.command}: {said}", file=sys.stderr)
@@ -44,9 +46,9 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
 
 
 def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], pipeline: beam.Pipeline, store: Store) -> int:
-    build(pipeline)
     result = None
     try:
+        build(pipeline)
         with progress.ProgressLine(store), _interruptible():
             result = pipeline.run()
             result.wait_until_finish()
@@ -79,6 +81,12 @@ def _other_form(job: JobOptions, store: Store) -> str:
     was = {"format": "tar" if row["shard"] else "files", "image_format": row["file"].rpartition(".")[2]}
     other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]
     return f"what is there stays as it is, {' '.join(other)}; --overwrite makes it anew" if other else ""
+
+
+def interrupted(command: str) -> int:
+    """The exit status of a job that Ctrl-C ended before its pipeline was there."""
+    print(f"{command}: interrupted before anything was made", file=sys.stderr)
+    return 130
 
 
 class _Interrupt(KeyboardInterrupt):

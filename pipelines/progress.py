@@ -55,9 +55,9 @@ class Heartbeat:
 class ProgressLine:
     """A line on a terminal, or now and then a line in a log, that follows a job's counts until the block ends."""
 
-    def __init__(self, store: Store, stream: IO[str] = sys.stderr):
-        self._store, self._stream = store, stream
-        self._tty = stream.isatty()
+    def __init__(self, store: Store, stream: IO[str] | None = None):
+        self._store, self._stream = store, sys.stderr if stream is None else stream
+        self._tty = self._stream.isatty()
         self._every = max(_EVERY[store.is_local], 0.0 if self._tty else 10.0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)

@@ -105,12 +105,14 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def committed(store: Store, unit: str) -> int | None:
-    """How many images the unit's manifest commits; None where there is none."""
+def committed(store: Store, unit: str) -> dict[str, int] | None:
+    """The unit's share of the account, by its manifest; None where there is none."""
     try:
-        return pq.read_metadata(pa.BufferReader(store.read(manifest_name(unit)))).num_rows
+        table = store.read_table(manifest_name(unit), ["bytes", "flags"])
     except FileNotFoundError:
         return None
+    flagged = sum(map(bool, table["flags"].to_pylist()))
+    return {"images": table.num_rows, "units": 1, "bytes": sum(table["bytes"].to_pylist()), "flagged": flagged}
 
 
 def make_tar(unit: Unit, images: list[Encoded], image_format: str, fingerprint: str) -> tuple[bytes, list[int]]:

@@ -23,7 +23,7 @@ def describe(spec: Spec) -> str:
         lines.append(f"  {name}: {count / 1e6:,.1f} million parameters, stored as {stored}")
     lines.append(f"  together {total / 2**30:.2f} GiB")
     lines += ["", "defaults", *(f"  {name}: {value}" for name, value in _defaults(spec).items())]
-    width = unet.cross_attention_dim
+    width = unet.down_stages[0].context_dim
     known = f", as {CONTEXT_WIDTHS[width]} does" if width in CONTEXT_WIDTHS else ""
     tokens = " and ".join(str(spec.configs[name].hidden_size) for name in family.text_encoders)
     controls = f"ControlNets of block_out_channels {list(unet.block_out_channels)} that attend to {width}"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
+from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -107,13 +108,14 @@ class StableDiffusion:
 
         Raises:
             RequestError: the checkpoint cannot make `first`.
-            CheckpointError, ConfigError: the checkpoint cannot be run; the message names what is wrong.
+            CheckpointError, ConfigError, SamplingError: the checkpoint cannot be run; the message names what is wrong.
+            ValueError: `dtype` or `batch_size` is none that there is.
         """
         spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, **options)
         on = devices if isinstance(devices, Devices) else Devices(devices)
         if batch_size is None:
             batch_size = 1 if on.platform == "cpu" else 4
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is no number of images; allowed is an integer of 1 or more")
         _ = spec.tokenizers, spec.refiner and spec.refiner.tokenizers  # refused now where they cannot be read
 
@@ -170,14 +172,14 @@ class StableDiffusion:
             weights={name: checkpoint.tensors_of(network) for name, network in first.items()},
             texts={
                 path: text
-                for folder in ("scheduler", *(TOKENIZERS[name] for name in self.spec.family.text_encoders))
-                for path, text in source.texts(folder).items()
+                for part in ("scheduler", *(TOKENIZERS[name] for name in self.spec.family.text_encoders))
+                for path, text in source.texts(part).items()
             },
         )
 
     def generate(self, requests: Iterable[Request]) -> list[Result]:
         """The images of the requests, in their order; see `stream`."""
-        resolved = [self.spec.resolve(request) for request in requests]
+        resolved = [self.spec.resolve(request, read=False) for request in requests]
         order = sorted(range(len(resolved)), key=lambda i: self.spec.rank(resolved[i]))
         results = dict(zip(order, self.stream(resolved[i] for i in order), strict=True))
         return [results[i] for i in range(len(resolved))]

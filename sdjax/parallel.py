@@ -32,7 +32,9 @@ class Devices:
     """
 
     def __init__(self, devices: Sequence[Device] | None = None) -> None:
-        self.devices = list(devices or jax.local_devices())
+        self.devices = list(jax.local_devices() if devices is None else devices)
+        if not self.devices:
+            raise ValueError("devices is empty; give some, or None for all")
         # Programs compiled before there was anything to run them on: the shapes of what each returns, and itself.
         self._ahead: dict[Any, tuple[Any, Future[Any]]] = {}
         self._compilers = ThreadPoolExecutor(thread_name_prefix="compiler")

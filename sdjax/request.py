@@ -212,6 +212,7 @@ class Request:
                     f"outpaint={shown(self.outpaint)} is not understood; give margins such as 'left=128,top=64', or "
                     "a size such as '768x512'"
                 )
+            object.__setattr__(self, "outpaint", ",".join(sorted(self.outpaint.split(","))))
 
     def _check_lists(self) -> None:
         """Lists of numbers: that they are some, and as many as there are steps."""
@@ -223,8 +224,10 @@ class Request:
         if sigmas and timesteps:
             raise RequestError("sigmas and timesteps are both lists; give one of them")
         if listed := timesteps or sigmas:
-            ends = sigmas is not None and listed[-1] == 0  # a final sigma of 0 is no step
-            object.__setattr__(self, "num_inference_steps", len(listed) - ends)
+            if sigmas and sigmas[-1] == 0:  # a final sigma of 0 is no step
+                object.__setattr__(self, "sigmas", str(self.sigmas).rpartition(",")[0] or None)
+                listed = listed[:-1]
+            object.__setattr__(self, "num_inference_steps", len(listed))
         if scales and len(scales) != self.num_inference_steps:
             raise RequestError(
                 f"guidance_scales lists {len(scales)} numbers for num_inference_steps={self.num_inference_steps}"
@@ -238,7 +241,7 @@ class Request:
             if not all(low <= number <= high for number in numbers(text) or (-1,)):
                 raise RequestError(f"{name}={shown(text)} is out of range; allowed is {low} to {high}")
         starts, ends = (numbers(getattr(self, f"control_guidance_{side}")) or [] for side in ("start", "end"))
-        for start, end in zip(starts * len(ends), ends * len(starts), strict=False):  # one may be for all
+        for start, end in zip(starts * len(ends), ends * len(starts), strict=True):  # one may be for all
             if start > end:
                 raise RequestError(f"control_guidance_start={start:g} is above control_guidance_end={end:g}")
 

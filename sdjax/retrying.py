@@ -33,12 +33,12 @@ def is_transient(error: Exception) -> bool:
 
 def retry(call: Callable[[], T], attempts: int = ATTEMPTS) -> T:
     """The call's value, tried again with growing waits while its errors are transient."""
-    for attempt in range(attempts):
+    for attempt in range(attempts - 1):
         try:
             return call()
         except Exception as error:
-            if attempt == attempts - 1 or not is_transient(error):
+            if not is_transient(error):
                 raise
-            # Not all at one time: a hundred hosts that failed together do not come back together.
-            time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))
-    raise AssertionError("unreachable")
+        # Not all at one time: a hundred hosts that failed together do not come back together.
+        time.sleep(FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))
+    return call()

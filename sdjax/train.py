@@ -48,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
+    usual = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         if not run.train(stop):
             print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
@@ -58,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    finally:
+        for name, handler in usual.items():
+            signal.signal(name, handler)
     return 0
 
 

@@ -48,8 +48,8 @@ def lines(text: Any) -> list[str]:
     return text.splitlines() if text else []
 
 
-def numbers(text: str | Sequence[float] | None) -> list[float] | None:
-    """The numbers of a Request's list, such as `14.6,5,1`; None of a name, or of None."""
+def numbers(text: Any) -> list[float] | None:
+    """The numbers that a Request's field lists as text, such as `14.6,5,1`; None of a name, or of None."""
     return [float(number) for number in text.split(",")] if isinstance(text, str) and _LIST.match(text) else None
 
 
@@ -155,7 +155,7 @@ def _pictures(name: str, value: Any) -> str:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError(f'{name}={shown(value)} is no list; give one such as \'["a.png", "b.png"]\'') from None
     several = value.splitlines() if isinstance(value, str) else value
     if not isinstance(several, (list, tuple)):
@@ -172,7 +172,7 @@ def _pair(name: str, value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
         text = "{1}x{0}".format(*value) if is_size else "{},{}".format(*value)
     if isinstance(text, str) and (SIZE if is_size else _CORNER).fullmatch(text):
-        return text
+        return "{}x{}".format(*size_of(text)) if is_size else "{},{}".format(*corner_of(text))
     example = "a size; give one such as '1024x768'" if is_size else "a corner; give top and left such as '0,16'"
     raise RequestError(f"{name}={shown(value)} is not {example}")
 

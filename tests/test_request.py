@@ -73,6 +73,7 @@ REFUSED = [
     ({"resize": "64x9000"}, "resize='64x9000' is no size"),
     ({"image": 7}, "image=7 is not text"),
     ({"image": " "}, "image=' ' is no path or URL"),
+    ({"control_image": "[" * 100_000}, "control_image='[[[[[[["),
     ({"mask_image": "m.png"}, "mask_image is given without image, which it needs"),
     ({"image": "a.png", "padding_mask_crop": 8}, "padding_mask_crop is given without mask_image"),
     ({"outpaint": "left=8"}, "outpaint is given without image"),
@@ -113,6 +114,7 @@ def test_lists_of_numbers_are_one_text_however_they_are_written():
         assert request.num_inference_steps == 3
         assert dataclasses.replace(request) == request
     assert Request(prompt="a", sigmas=[5, 0]).num_inference_steps == 1
+    assert Request(prompt="a", sigmas=[5, 0]) == Request(prompt="a", sigmas=[5])  # one picture, one name
     assert Request(prompt="a", timesteps=[5, 0], guidance_scales=(7, 1)).num_inference_steps == 2
     assert numbers(Request(prompt="a", sigmas="karras").sigmas) is None
 
@@ -122,6 +124,13 @@ def test_sizes_are_diffusers_pairs_or_text():
     assert (request.original_size, request.crops_coords_top_left) == ("768x1024", "0,16")
     assert Request.from_row({"prompt": "a", "original_size": "768x1024", "Crops_Coords_Top_Left": "0,16"})[0] == request
     assert request.canonical() != Request(prompt="a").canonical()
+    assert Request(prompt="a", crops_coords_top_left="00,016") == Request(prompt="a", crops_coords_top_left=(0, 16))
+
+
+def test_margins_are_the_same_in_any_order():
+    one, other = (Request(prompt="a", image="a.png", outpaint=text) for text in ("left=8,top=16", "top=16,left=8"))
+    assert one == other
+    assert one.canonical() == other.canonical()
 
 
 def test_from_row_matches_columns_without_case_and_keeps_the_others():

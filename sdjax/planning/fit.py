@@ -158,7 +158,7 @@ class Fit:
 
 
 def largest_here(spec: Spec, requests: Sequence[Request], say: Callable[[str], None]) -> int:
-    """The most images that this machine's devices can each make at once, whichever of the requests they are of.
+    """The most images that this machine's devices can each make at once, of the request of most pixels and chunks.
 
     Raises:
         ValueError: not one fits, or the devices do not say how much memory they have.

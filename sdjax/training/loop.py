@@ -40,7 +40,7 @@ class Run:
     def __init__(self, config: Train, devices: Devices | None = None) -> None:
         self.config = config
         self.folder = Path(config.output)
-        self.devices = devices or Devices()
+        self.devices = Devices() if devices is None else devices
         pieces = len(self.devices) * config.optimizer.accumulate
         if config.batch_size % pieces:
             raise TrainConfigError(

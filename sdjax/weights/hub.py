@@ -30,10 +30,10 @@ def folder(repo_id: str, choose: Callable[[list[str]], Iterable[str]]) -> str:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+    name, _, revision = repo_id.partition("@")  # of which a branch's name may hold more slashes
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{repo_id} is neither a folder, nor a hub id (org/name), nor an fsspec URL")
     start = f"{repo_id} is no folder here, and the hub"
-    name, _, revision = repo_id.partition("@")
     get = partial(snapshot_download, name, revision=revision or None)
     try:
         about = _had(start, lambda: HfApi().model_info(name, revision=revision or None))

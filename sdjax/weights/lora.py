@@ -155,10 +155,11 @@ class Lora:
             match = _FACTOR.search(key)
             if match and match["lora"] in ("down", "A") and _CONTEXT.search(key[: match.start()]):
                 widths |= {*entry.shape[1:2]}
-        if widths and unet.cross_attention_dim not in widths:
+        attended = unet.down_stages[0].context_dim  # to which all stages attend
+        if widths and attended not in widths:
             theirs, ours = (
                 f"{width} channels" + (f" ({CONTEXT_WIDTHS[width]})" if width in CONTEXT_WIDTHS else "")
-                for width in (min(widths), unet.cross_attention_dim)
+                for width in (min(widths), attended)
             )
             raise CheckpointError(
                 f"{self.file.source} is for a UNet that attends to {theirs}; that of {what} attends to {ours}"

@@ -221,6 +221,18 @@ def test_a_model_whose_tokenizer_cannot_be_read_is_refused_before_any_row(tiny, 
     assert "the tokenizer cannot be read" in line
 
 
+@pytest.mark.parametrize("where", ["find", "count"])  # before the options are accepted, and as stages are added
+def test_an_interrupt_before_the_first_row_is_one_line(tmp_path, capsys, monkeypatch, where):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_images.sources, where, interrupted)
+    (tmp_path / "p.txt").write_text("a\n")
+    assert standin.run("--prompts", tmp_path / "p.txt", "--output", tmp_path / "out") == 130
+    [line] = capsys.readouterr().err.splitlines()
+    assert "interrupted" in line
+
+
 def test_many_files_and_templates_in_one_job(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.toml").write_text('images_per_prompt = 3\nprompts = ["{x}"]\n[lists]\nx = ["two", "three"]')

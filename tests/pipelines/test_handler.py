@@ -40,6 +40,21 @@ def test_requests_and_prompts_become_results_and_a_bad_one_is_alone():
         assert_that(images, check)
 
 
+def test_a_picture_that_goes_after_it_was_checked_is_alone(monkeypatch):
+    def stream(pipe, requests):
+        for request in requests:
+            if request.prompt == "gone":
+                raise RequestError("image a.png is not there")
+            yield standin.picture(pipe.spec, pipe.spec.resolve(request))
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    handler = SdjaxModelHandler("my/model", load=load_by_name)
+    examples = ["gone", *(f"cat {i}" for i in range(5)), "gone"]
+    results = [result.inference for result in handler.run_inference(examples, handler.load_model())]
+    assert [isinstance(result, RequestError) for result in results] == [True, *[False] * 5, True]
+    assert [result.request.prompt for result in results[1:-1]] == examples[1:-1]
+
+
 def test_keys_travel_along():
     handler = KeyedModelHandler(SdjaxModelHandler("my/model", load=load_by_name))
     with beam.Pipeline(runner=IN_PROCESS) as pipeline:

@@ -68,8 +68,10 @@ def test_a_tar_is_a_function_of_its_images(unit):
 def test_the_manifest_tells_all_of_each_image(tmp_path, unit, format):
     store = Store(str(tmp_path))
     assert committed(store, unit.name) is None
-    assert write(store, unit, format=format) == sum(len(image.data) for image in images_of(unit))
-    assert committed(store, unit.name) == 3
+    size = sum(len(image.data) for image in images_of(unit))
+    assert write(store, unit, format=format) == size
+    flagged = sum(bool(image.flags) for image in images_of(unit))
+    assert committed(store, unit.name) == {"images": 3, "units": 1, "bytes": size, "flagged": flagged}
     table = pq.read_table(tmp_path / manifest_name(unit.name))
     assert table.schema.equals(MANIFEST)
     for row, image, written in zip(unit.rows, images_of(unit), table.to_pylist(), strict=True):
@@ -125,7 +127,7 @@ def test_of_two_workers_at_one_unit_the_first_to_commit_is_kept_whole(unit, form
     rows = rows_of(unit, ours, format)
     monkeypatch.setattr(Store, moment, first_commits)
     assert write(store, unit, theirs, format) == 0
-    assert committed(store, unit.name) == len(unit.rows)
+    assert committed(store, unit.name)["images"] == len(unit.rows)
     assert verify.verify("memory://race").faults == []
 
 

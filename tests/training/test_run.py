@@ -1,5 +1,6 @@
 """Whole runs of tiny networks: killed and resumed, stopped, started from, and what each option changes."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -26,6 +27,7 @@ from sdjax.training import config, loop, networks
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import indices, open_source
 from sdjax.training.loop import Run
+from sdjax.training.step import State
 from tests.training.runs import ONE, begin, weights, write
 
 
@@ -107,6 +109,26 @@ def test_a_run_stopped_before_its_first_step_is_one_line(tmp_path, capsys, monke
     monkeypatch.setattr(loop, "Run", interrupted)
     assert train.main(["--config", str(write(tmp_path))]) == 130
     assert capsys.readouterr().err == "python -m sdjax.train: interrupted before the first step\n"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_signals_are_the_callers_again_after_a_run(tmp_path, monkeypatch, ends):
+    class Made:
+        state = State(np.int32(1), {}, {}, ())
+
+        def __init__(self, _):
+            pass
+
+        def train(self, stop):
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.is_set()
+            return False if ends else 1 / 0
+
+    monkeypatch.setattr(loop, "Run", Made)
+    before = [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)]
+    with contextlib.suppress(ZeroDivisionError):
+        assert train.main(["--config", str(write(tmp_path))]) == 130
+    assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_checkpoint_can_be_exported_and_started_from(whole, tmp_path):

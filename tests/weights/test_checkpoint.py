@@ -348,6 +348,19 @@ def test_a_broken_checkpoint_is_refused_and_named(copy, name):
     assert "\n" not in str(refused.value)
 
 
+def test_a_branch_may_have_slashes(monkeypatch):
+    asked = []
+
+    def model_info(self, name, *, revision):
+        asked.append((name, revision))
+        raise OSError("not reached")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    with pytest.raises(CheckpointError, match="the hub did not give it"):
+        Spec("some/model@refs/pr/3")
+    assert asked == [("some/model", "refs/pr/3")]
+
+
 @pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "a/b/c"])
 def test_what_is_nowhere_is_refused(source):
     with pytest.raises(CheckpointError, match="neither a folder, nor a hub id"):

@@ -402,6 +402,15 @@ def test_a_pickled_lora_is_read_when_it_is_allowed(tiny, tmp_path):
         assert (edit(f"{BLOCK}.attn1.to_q.weight", np.zeros((32, 32))) == 1).all()
 
 
+def test_a_width_for_each_block_is_one_width(tmp_path):
+    unet = dataclasses.replace(FIRST["unet"], cross_attention_dim=(32, 32))
+    safetensors.torch.save_file(weights(CONTEXT), tmp_path / "a.safetensors")
+    assert Lora(tmp_path / "a.safetensors", 1.0, FIRST | {"unet": unet}, what="it").deltas("unet")
+    safetensors.torch.save_file(weights(CONTEXT, (32, 48)), tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="attends to 48 channels; that of it attends to 32 channels"):
+        Lora(tmp_path / "b.safetensors", 1.0, FIRST | {"unet": unet}, what="it")
+
+
 def test_a_network_without_attention_in_the_middle_takes_loras(tmp_path):
     """As in SSD-1B, which is SDXL without some of its layers."""
     config = FIRST | {"unet": dataclasses.replace(FIRST["unet"], mid_block_type="UNetMidBlock2D")}
