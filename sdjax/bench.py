@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -72,22 +72,24 @@ def _say(what: str) -> None:
     print(f"measuring {what}", file=sys.stderr)
 
 
+def _alone(measuring: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What it finds in a process of its own: after other work the memory of a process, or its peak, tells little."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measuring, *args, **options).result()
+
+
 def _sum(seconds: dict[str, float]) -> float:
     return sum(seconds.values())
 
 
 def compare(folder: Path, request: Request, sizes: Sequence[int], **options: Any) -> dict[str, list[dict]]:
-    """diffusers' figures at the same batch sizes, by way of running it; a way that fails is said, and left out.
-
-    Each is taken in a process of its own, as the memory of a process that has done other things tells little.
-    """
+    """diffusers' figures at the same batch sizes, by way of running it; a way that fails is said, and left out."""
     from sdjax.benchmark import torch_side
 
     def measured(size: int, way: str) -> dict:
         _say(f"diffusers, {way}, batch {size}")
         given = {"batch_size": size, "compiled": way == "compiled", **options}
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            return alone.submit(torch_side.measure, folder, request, **given).result()
+        return _alone(torch_side.measure, folder, request, **given)
 
     theirs: dict[str, list[dict]] = {}
     for way in ("eager", "compiled"):
@@ -175,12 +177,12 @@ def _run(options: argparse.Namespace) -> int:
             add_random(folder, options.dtype)
         request = Spec(folder, dtype=options.dtype).resolve(request)
         same = {"dtype": options.dtype, "repeats": options.repeats}
-        # Before JAX takes the memory of a GPU for itself.
         theirs = compare(folder, request, sizes, **same) if options.compare else {}
         found = []
         for size in sizes:
             _say(f"sdjax, batch {size}")
-            found.append(measure(folder, request, batch_size=size, cache=Path(temporary) / f"cache-{size}", **same))
+            cache = Path(temporary) / f"cache-{size}"
+            found.append(_alone(measure, folder, request, batch_size=size, cache=cache, **same))
     devices = jax.local_devices()
     what = f"{folder.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
     print(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")
