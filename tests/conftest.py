@@ -77,7 +77,8 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def own_compile_cache():
     """Lets a module move the compilation cache, and brings it back."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    caches = "jax_persistent_cache_enable_xla_caches"
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", caches
     before = [getattr(jax.config, name) for name in names]
     yield
     for name, value in zip(names, before, strict=True):

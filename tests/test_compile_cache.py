@@ -25,3 +25,17 @@ def test_programs_are_kept(tmp_path):
     compile_cache.use(tmp_path / "kept", least_seconds=0)
     jax.jit(lambda x: x * 3 + 41)(2.0).block_until_ready()
     assert list((tmp_path / "kept").iterdir())
+
+
+def test_xlas_own_caches_are_not_kept_in_a_bucket():
+    """On a GPU it would write them itself, and it knows no gs://."""
+    assert jax.config.jax_persistent_cache_enable_xla_caches != "none"
+    compile_cache.use("gs://bucket/compiled")
+    assert jax.config.jax_persistent_cache_enable_xla_caches == "none"
+
+
+def test_nor_in_a_bucket_that_the_environment_names():
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/compiled")
+    compile_cache.use()
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"
+    assert jax.config.jax_persistent_cache_enable_xla_caches == "none"

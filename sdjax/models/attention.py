@@ -1,7 +1,7 @@
 """Softmax attention, by what suits the platform that a program is compiled for.
 
 - CPU: mapped over heads and chunks of queries, so that scores stay in the cache.
-- GPU: cuDNN's flash attention, through JAX.
+- GPU: cuDNN's flash attention, through JAX; what it does not take, in chunks of queries of many heads.
 - TPU: a Pallas kernel, in which scores never leave the chip's vector memory.
 """
 
@@ -25,6 +25,7 @@ FEW = 512  # tokens whose scores are few
 # On a CPU a chunk's products should be large, or packing their operands costs more than they do: 1024 queries over 4096
 # keys take 0.85 of the time of 512, and all queries over a prompt's 77 keys half of it.
 QUERY_CHUNK, CHUNK_SCORES = 1024, 2**21
+GPU_SCORES = 2**28  # a gibibyte of them, in as few steps as that allows: a GPU does little in one of a single head
 # Of the kernel's steps, by the TPU compiler's schedules: all of 4096 keys in one step keep a v5e's multipliers busy 95%
 # of the time, 1024 keys a step 70%; fewer queries than fill TILE_SCORES, or than 1024, lose up to a fifth.
 KEY_TILE, QUERY_TILE, TILE_SCORES = 4096, 1024, 2**21
@@ -44,8 +45,7 @@ def attention(
     This is the one place that chooses an implementation. On a GPU half-precision heads of up to 128 go to cuDNN. FEW
     queries are scored directly, as is `causal` attention (query i sees keys up to i) and that to some keys only,
     `keep`, both for short text. More go to chunks, but on a TPU directly to few keys, and to many by `flash_attention`
-    where heads are bfloat16 and up to 256 wide. The tests, which have no GPU, have compiled the cuDNN path and not run
-    it; they run the TPU's kernel by an interpreter.
+    where heads are bfloat16 and up to 256 wide.
     """
     if keep is not None:
         return direct_attention(q, k, v, causal=causal, keep=keep)
@@ -53,6 +53,8 @@ def attention(
     default: _Attention = functools.partial(direct_attention, causal=causal)
     if not causal and q.shape[1] > FEW:
         on["tpu"], default = _on_tpu, chunked_attention
+        if _has_cuda():
+            on["cuda"] = functools.partial(chunked_attention, most_scores=GPU_SCORES)
     if _has_cudnn() and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0:
         flash = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         is_even = q.shape[1] % 2 == k.shape[1] % 2 == 0
@@ -72,11 +74,27 @@ def _differentiated_as(other: _Attention, flash: _Attention) -> _Attention:
 
 
 @functools.cache
-def _has_cudnn() -> bool:
-    """Whether JAX's plugin for CUDA is installed, without which what asks for cuDNN cannot be traced."""
+def _has_cuda() -> bool:
+    """Whether JAX's plugin for CUDA is installed."""
     plugins = importlib.util.find_spec("jax_plugins")
     places = plugins.submodule_search_locations if plugins else None
     return any(module.name.startswith("xla_cuda") for module in pkgutil.iter_modules(places or []))
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    """Whether cuDNN's attention can be asked for: it is there, or it could not be traced, and no GPU is too old for it.
+
+    It needs Ampere's tensor cores (https://docs.nvidia.com/deeplearning/cudnn, "Attention").
+    """
+    if not _has_cuda():
+        return False
+    head = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), head, head, head)
+    except RuntimeError:
+        return False
+    return all(float(device.compute_capability) >= 8 for device in jax.local_devices() if device.platform == "gpu")
 
 
 def _on_tpu(q: Array, k: Array, v: Array) -> Array:
@@ -104,8 +122,8 @@ def direct_attention(q: Array, k: Array, v: Array, *, causal: bool = False, keep
     return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
 
 
-def chunked_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> Array:
-    """The scores of some queries of one head at a time.
+def chunked_attention(q: Array, k: Array, v: Array, dim: int | None = None, most_scores: int = 0) -> Array:
+    """The scores of some queries at a time, of one head or of as many as make `most_scores`.
 
     dim: of the heads, where zeros fill the rest of their width.
     """
@@ -128,7 +146,8 @@ def chunked_attention(q: Array, k: Array, v: Array, dim: int | None = None) -> A
         q, k, v = qkv
         return lax.map(lambda part: chunk(part, k, v), q.reshape(chunks, size, width))
 
-    out = lax.map(head, (q, k, v)).reshape(batch, heads, chunks * size, width)
+    at_once = most_scores // (size * k.shape[1]) or None
+    out = lax.map(head, (q, k, v), batch_size=at_once).reshape(batch, heads, chunks * size, width)
     return out.transpose(0, 2, 1, 3)[:, :queries]
 
 

@@ -1,6 +1,7 @@
 """Each way to compute attention gives torch's result."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,32 @@ def test_on_a_gpu_half_precision_goes_to_cudnn(monkeypatch, queries, causal, dty
     attention(*arrays)  # float32, which cuDNN's flash attention does not take
     attention(*(x.astype(dtype) for x in qkv(1, 8, 8, 1, 512)))  # nor the VAE's one large head
     assert asked == ["cudnn"]
+
+
+@pytest.mark.parametrize(("capability", "found"), [("7.5", False), ("8.0", True), ("9.0", True), ("10.0", True)])
+def test_older_gpus_do_not_ask_cudnn(monkeypatch, capability, found):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(attention_room, "_has_cuda", lambda: True)
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    original = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation: original(*args))
+    assert attention_room._has_cudnn.__wrapped__() is found
+
+
+def test_cudnn_that_is_not_there_is_not_asked(monkeypatch):
+    def no_library(*args, implementation):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(attention_room, "_has_cuda", lambda: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", no_library)
+    assert attention_room._has_cudnn.__wrapped__() is False
+
+
+@pytest.mark.parametrize("heads_at_once", [0, 1, 4, 100])
+def test_scores_of_many_heads_at_once_are_the_same_attention(heads_at_once):
+    arrays = qkv(2, 1500, 1300, 3, 24)
+    most = heads_at_once * 750 * 1300  # in two chunks
+    np.testing.assert_allclose(chunked_attention(*arrays, most_scores=most), torch_attention(*arrays), atol=1e-5)
 
 
 @pytest.fixture
