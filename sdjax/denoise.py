@@ -144,7 +144,7 @@ class Denoiser:
         fresh = fresh_rows(batch.requests, tables, weights) if batch.reuses else None
         stacked = sampling.stack(tables, padded), weights, scales, fresh
         unet, ratio = self._networks["unet"], batch.requests[0].token_merging_ratio
-        unet = unet.merging(ratio) if ratio else unet
+        unet = programs.Flat(unet.merging(ratio) if ratio else unet)
         ticks = []
         for first in range(0, length, SCAN_ROWS):
             rows = slice(first, first + SCAN_ROWS)

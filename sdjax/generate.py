@@ -196,18 +196,17 @@ class StableDiffusion:
         Raises:
             RequestError: a request that the checkpoint cannot make, after the images of all before it, or one whose
                 pictures cannot be read, after those of the batches before; `Spec.resolve` says so beforehand.
+            Exception: whatever `requests` raises, after the images of all that it gave.
         """
         flight: deque[_Flight] = deque()
-        refused: list[RequestError] = []
+        refused: list[Exception] = []
 
         def resolved() -> Iterator[Request]:
-            for request in requests:
-                try:
-                    complete = self.spec.resolve(request, read=False)
-                except RequestError as error:
-                    refused.append(error)
-                    return
-                yield complete
+            try:
+                for request in requests:
+                    yield self.spec.resolve(request, read=False)
+            except Exception as error:
+                refused.append(error)
 
         for batch in self._batches(resolved()):
             try:

@@ -256,8 +256,30 @@ def _residuals(
     return total
 
 
+@jax.tree_util.register_pytree_node_class
+class Flat:
+    """A network taken apart once: JAX does so at each call that is given one, for milliseconds in Python."""
+
+    def __init__(self, network: Any) -> None:
+        self._leaves, self._structure = jax.tree.flatten(network)
+
+    @property
+    def network(self) -> Any:
+        """It put together again, as programs take it."""
+        return jax.tree.unflatten(self._structure, self._leaves)
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        return self._leaves, self._structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Any, leaves: Any) -> "Flat":
+        made = cls.__new__(cls)
+        made._leaves, made._structure = list(leaves), structure
+        return made
+
+
 def advance(
-    unet: UNet2DCondition,
+    flat: Flat,
     state: scan.State,
     conditions: Conditions,
     rows: Rows,
@@ -272,10 +294,12 @@ def advance(
 ) -> tuple[scan.State, Int[Array, ""]]:
     """The next sampler rows of a device's part of the batch, and how many have been run.
 
+    flat: the UNet.
     known: what is blended in.
     told: further channels, [batch, h, w, any], for a UNet that has them.
     last_is_told: whether the last prompt sees them; else it sees zeros.
     """
+    unet: UNet2DCondition = flat.network
 
     def network(half: Int[Array, ""], x: Array, t: Array, of_row: Any, kept: tuple[Array, ...]) -> tuple[Array, Any]:
         scales, fresh = of_row

@@ -40,7 +40,7 @@ class Request:
     """One image to make. A field left as None takes the checkpoint's default.
 
     Args:
-        prompt: what to show, at most 10,000 characters.
+        prompt: what to show, at most 10,000 characters; it may be empty where `image` or `control_image` is given.
         negative_prompt: what to stay away from; used where guidance_scale > 1. None is the empty text, or for a
             checkpoint that says force_zeros_for_empty_prompt zeros in place of the empty text's states.
         prompt_2, negative_prompt_2: what the second text encoder of Stable Diffusion XL reads; None is the same as the
@@ -48,7 +48,8 @@ class Request:
         seed: 0 to 2**32 - 1; all of the request's noise comes from it.
         num_inference_steps: sampler steps, 1 to 1000; as many as sigmas or timesteps list, where they are lists.
         guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598), 0 to 100; 1 or less runs the
-            conditional network alone, as diffusers does.
+            conditional network alone, as diffusers does. Of prompts joined by AND all run, and the negative one as well
+            where their weights are not 1 together.
         guidance_start, guidance_end: the share of the steps from which and until which guidance_scale holds, 0 to 1;
             outside the conditional network alone runs (https://arxiv.org/abs/2404.07724).
         guidance_scales: a guidance_scale for each of the steps in place of the one for all, such as `9,7.5,5`; where an
@@ -58,7 +59,7 @@ class Request:
             to keep to `image`, 1 to 100.
         sampler: k-diffusion's name (`dpmpp_2m`); `sdjax.sampling` lists them.
         sigmas: noise schedule of the sampler: a name (`karras`), or falling sigmas in k-diffusion's scale
-            (`14.6,6,2,0.5`). Once in a Request a list is text.
+            (`14.6,6,2,0.5`), each of which is a call; a final 0 is none.
         timesteps: falling timesteps of the sampler's calls (`999,750,500,250`), in place of sigmas.
         rho: bend of karras sigmas (7 where None) and of polyexponential ones (1).
         solver_order: of a sampler that has several, 1 to 4.
@@ -89,8 +90,8 @@ class Request:
         control_image_sha256: as image_sha256, with commas between several.
         controlnet_conditioning_scale: how much each ControlNet counts, a number for all or one for each (`1,0.5`), 0
             to 100.
-        control_guidance_start, control_guidance_end: the shares of the network's calls from which and until which it
-            does, in the same way.
+        control_guidance_start, control_guidance_end: the shares of the network's calls from which and until which each
+            ControlNet counts, 0 to 1: a number for all, or one for each.
         guess_mode: control the conditional half of guidance alone, and the outer skips less: for empty prompts.
         denoising_end: where a refiner is loaded, the share of the noise that the base takes off before the refiner goes
             on, above 0; 1 leaves the refiner out. None is 0.8.
@@ -102,7 +103,7 @@ class Request:
         cache_interval: make the UNet's deep features anew at one of so many of its calls, and between take those of
             before (https://arxiv.org/abs/2312.00858): faster, and not quite the same picture. 1 never does.
         token_merging_ratio: the share of the image's tokens that attend together with others like them, at the finest
-            resolution that attends (https://arxiv.org/abs/2303.17604), 0 to 0.75; as above.
+            resolution that attends (https://arxiv.org/abs/2303.17604), 0 to 0.75: faster, not quite the same.
         clip_skip: how many of the text encoder's last layers to leave out for the prompt, 0 to 11; the negative prompt
             keeps them all, as in diffusers.
         prompt_language: `a1111`, in which brackets weigh words, AND joins prompts, and a long prompt is encoded in
@@ -172,8 +173,8 @@ class Request:
         for name, value in values.items():
             if value is not _DEFAULTS[name]:  # most are, in each of millions of rows
                 object.__setattr__(self, name, coerce(name, value, _TYPES[name]))
-        if not self.prompt.strip():
-            raise RequestError("prompt is empty; give the text of the picture")
+        if not self.prompt.strip() and self.image is None and self.control_image is None:
+            raise RequestError(_EMPTY)
         for name in _PROMPTS:
             check_text(name, getattr(self, name) or "")
         self._check_lists()
@@ -269,9 +270,12 @@ class Request:
             empty = value is None or (isinstance(value, float) and math.isnan(value)) or (value == "") is True
             if not empty:
                 values[name] = value
-        if not isinstance(values.get("prompt", ""), str):
-            raise RequestError(f"prompt is {type(values['prompt']).__name__}; it takes text")
-        return cls(**{"prompt": "", **values}), extras
+        prompt = values.get("prompt", "")
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt is {type(prompt).__name__}; it takes text")
+        if not prompt.strip():  # also where a picture is given: in a file it is more likely to be missing
+            raise RequestError(_EMPTY)
+        return cls(**values), extras
 
     def canonical(self) -> str:
         """The request as JSON with sorted keys: equal text exactly where the requests are equal.
@@ -286,6 +290,7 @@ class Request:
         return json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
 
 
+_EMPTY = "prompt is empty; give the text of the picture"
 _DEFAULTS = {field.name: field.default for field in fields(Request)}
 
 

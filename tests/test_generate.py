@@ -187,6 +187,19 @@ def test_what_came_before_a_request_that_cannot_be_made_is_handed_out(pipe, wron
             next(stream)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("the reader broke"), RequestError("prompt is empty"), KeyError("row")])
+def test_what_came_before_an_error_of_the_reader_is_handed_out(pipe, error):
+    def requests(count):
+        yield from [RED] * count
+        raise error
+
+    for before in range(5):
+        stream = pipe.stream(requests(before))
+        assert [next(stream).request.prompt for _ in range(before)] == [RED.prompt] * before
+        with pytest.raises(type(error), match=str(error)):
+            next(stream)
+
+
 def test_what_is_no_request_or_batch_size_is_refused_in_a_line():
     """Where types are not checked at every call, as in the tests they are."""
     code = """

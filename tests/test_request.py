@@ -145,6 +145,14 @@ def test_from_row_takes_the_default_for_an_empty_cell():
     assert request == Request(prompt="a", seed=5, eta=0.5)
 
 
+def test_a_prompt_may_be_empty_beside_a_picture_but_not_in_a_file():
+    for picture in ("image", "control_image"):
+        assert Request(prompt="", **{picture: "a.png"}).prompt == ""
+        for row in ({picture: "a.png"}, {picture: "a.png", "prompt": " "}):
+            with pytest.raises(RequestError, match="prompt is empty"):
+                Request.from_row(row)
+
+
 @pytest.mark.parametrize("row", [{}, {"prompt": ""}, {"prompt": None}, {"prompt": b"bytes"}, {"prompt": ["a"]}])
 def test_from_row_without_a_usable_prompt_is_refused(row):
     with pytest.raises(RequestError, match="prompt"):

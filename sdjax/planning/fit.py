@@ -13,6 +13,7 @@ from sdjax.networks import build
 from sdjax.parallel import Device
 from sdjax.planning.compiled import Compiled, compiled_for
 from sdjax.planning.record import Recorded, record
+from sdjax.programs import Flat
 from sdjax.request import Request
 from sdjax.spec import Spec
 
@@ -178,6 +179,6 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _networks(tree: Any) -> list[nnx.Module]:
-    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
-    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
+def _networks(tree: Any) -> list[nnx.Module | Flat]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Module | Flat))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module | Flat)]
