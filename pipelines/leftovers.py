@@ -18,7 +18,8 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     Raises:
         ValueError: a manifest cannot be read, so that it is unknown what it commits; `tolerant` passes it over.
     """
-    names = {folder: store.find(folder) for folder in layout.RESULTS}
+    # Manifests last: what another worker commits between two listings is not taken for left over.
+    names = {folder: store.find(folder) for folder in sorted(layout.RESULTS, key=lambda folder: folder == "manifest")}
     ours = {folder: list(filter(layout.is_ours, found)) for folder, found in names.items()}
     units = {layout.unit_of(name) for name in ours["manifest"]}
     shards = [name for name in ours["shards"] if layout.unit_of(name) not in units]
@@ -70,6 +71,9 @@ def sweep(store: Store, *, everything: bool = False) -> str:
         return f"--overwrite deleted {len(names):,} files of earlier jobs" if names else ""
     last = store.read_json(report.SUMMARY)
     left = [] if last is None or last.get("finished") else orphans(store)
+    if left:  # a worker of the last job that still runs may have committed some while manifests were read
+        units = {layout.unit_of(name) for name in layout.find(store, "manifest")}
+        left = [name for name in left if not (name.startswith("shards/") and layout.unit_of(name) in units)]
     store.delete(left + layout.find(store, "rejected"))
     progress.clear(store)
     return f"deleted {len(left):,} files that a killed run left without a manifest" if left else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 from collections import deque
@@ -17,6 +18,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.config import conf
 from fsspec.implementations.local import LocalFileSystem
 
 from sdjax.files import write_whole
@@ -25,20 +27,57 @@ from sdjax.values import one_line
 
 READERS = 32  # files that are fetched at once: a bucket answers in tens of milliseconds, however small they are
 
+REMEDY = "delete this manifest and run the command again"
+_SILENCE = 300  # seconds that a connection may bring nothing, before it is given up and the call tried again
+
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-def spread(call: Callable[[S], T], items: Iterable[S], threads: int = READERS) -> Iterator[T]:
-    """The call's value for each item, in order, by many threads; never more than twice as many values wait."""
+def limit_silence(config: dict[str, Any]) -> None:
+    """Have file systems of gs:// URLs, of which fsspec makes one for many, give up a connection that says nothing.
+
+    gcsfs would wait for ever. A user's own `requests_timeout` stays.
+    """
+    # Only with gcsfs there is aiohttp, which takes a third of a second to import.
+    if importlib.util.find_spec("gcsfs") is None or any("requests_timeout" in config.get(p, {}) for p in ("gs", "gcs")):
+        return
+    from aiohttp import ClientTimeout
+
+    # Under one of the two names of the protocol: fsspec joins what it finds under both.
+    config.setdefault("gs", {})["requests_timeout"] = ClientTimeout(total=None, sock_connect=30, sock_read=_SILENCE)
+
+
+limit_silence(conf)
+
+
+def spread(
+    call: Callable[[S], T], items: Iterable[S], threads: int = READERS, waits: Callable[[S], bool] = lambda _: True
+) -> Iterator[T]:
+    """The call's value for each item, in order, by many threads; never more than twice as many values wait.
+
+    Calls that by `waits` do not wait for a disk or a network are made by this thread: to hand them over costs more.
+    """
     with ThreadPoolExecutor(threads) as pool:
         begun: deque[Future[T]] = deque()
         for item in items:
-            begun.append(pool.submit(call, item))
+            if waits(item):
+                begun.append(pool.submit(call, item))
+            elif begun:
+                begun.append(_done(call(item)))
+            else:
+                yield call(item)
+                continue
             if len(begun) > 2 * threads:
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
 
 
 @dataclass(frozen=True)
@@ -149,17 +188,17 @@ class Store:
         return value if isinstance(value, dict) else None
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """A Parquet file's table, of those of the columns that it has.
+        """A manifest's table, of those of the columns that it has.
 
         Raises:
-            ValueError: it is damaged, or no Parquet file; one line that names it.
+            ValueError: it is damaged, or no Parquet file; one line that names it and what mends it.
         """
         data = self.read(name)
         try:
             table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
             table.validate(full=True)  # text that is not UTF-8, which reading alone lets through
         except Exception as error:  # damage makes pyarrow raise all sorts
-            raise ValueError(f"{name} cannot be read: {one_line(error)}") from None
+            raise ValueError(f"{name} cannot be read: {one_line(error)}; {REMEDY}") from None
         return table
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:

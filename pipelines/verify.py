@@ -17,7 +17,7 @@ from safetensors.numpy import load
 
 from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
-from pipelines.storage import Store
+from pipelines.storage import REMEDY, Store
 from pipelines.units import unit_name
 
 _SHOWN = 20
@@ -99,7 +99,7 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             faults += check(place, store.read(place), there)
         except FileNotFoundError:
-            faults.append(f"{place} is missing")
+            faults.append(f"{place} is missing; {REMEDY}")
     return rows, faults
 
 

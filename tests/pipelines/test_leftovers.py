@@ -75,6 +75,34 @@ def test_nothing_is_left_over_where_no_job_ever_ran(output):
     assert [name for name in mine if not (output / name).exists()] == []
 
 
+@pytest.mark.parametrize("format", ["tar", "files"])
+def test_what_another_worker_commits_meanwhile_is_not_left_over(output, monkeypatch, format):
+    run(output, "--format", format, "--unit-size", "1")
+    for path in (output / "manifest").glob("*.parquet"):
+        if layout.is_ours(f"manifest/{path.name}") and path.name != f"{ID}.parquet":
+            path.rename(output / path.name)
+    find = Store.find
+
+    def commits_one_after_each_listing(self, folder, **options):
+        found = find(self, folder, **options)
+        for path in sorted(output.glob("*.parquet"))[:1]:
+            path.rename(output / "manifest" / path.name)
+        return found
+
+    monkeypatch.setattr(Store, "find", commits_one_after_each_listing)
+    assert [x for x in leftovers.orphans(Store(str(output))) if x not in OWN] == []
+
+
+def test_what_another_worker_commits_before_the_sweep_deletes_stays(output, monkeypatch):
+    run(output)
+    before = {name for name in files(output) if name.startswith("shards/")}
+    (output / "summary.json").write_text('{"finished": false}')
+    monkeypatch.setattr(leftovers, "orphans", lambda store: [shard_name(ID), *sorted(before - set(OWN))])
+    (output / shard_name(ID)).write_bytes(b"of a killed run")
+    leftovers.sweep(Store(str(output)))
+    assert {name for name in files(output) if name.startswith("shards/")} == before
+
+
 def test_overwrite_takes_all_that_jobs_wrote(output):
     run(output, "--format", "files")
     theirs = {name for name in files(output) if name not in OWN and "/" in name}

@@ -1,12 +1,19 @@
 """Storage: whole or absent, created once, tried again where trying again can help."""
 
+import asyncio
 import errno
 import os
+import random
+import socket
+import threading
+import time
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
-from pipelines.storage import Store, spread
+from pipelines import storage
+from pipelines.storage import Store, limit_silence, spread
 from sdjax import retrying
 from sdjax.retrying import is_transient, retry
 from tests.pipelines.faulty import HttpError
@@ -49,6 +56,37 @@ def test_values_come_in_order_and_few_of_them_wait():
         assert value == taken * taken
         taken += 1
     assert taken == 100
+
+
+def test_values_come_in_order_where_only_some_calls_wait():
+    def call(item):
+        time.sleep(random.random() / 500 if item % 3 else 0)
+        return item
+
+    assert list(spread(call, range(100), threads=4, waits=lambda item: item % 3 > 0)) == list(range(100))
+    here = threading.get_ident()
+    assert set(spread(lambda _: threading.get_ident(), range(100), waits=lambda _: False)) == {here}
+
+
+def test_a_bucket_that_says_nothing_is_given_up(monkeypatch):
+    gcsfs = pytest.importorskip("gcsfs")
+    assert fsspec.filesystem("gs", token="anon", skip_instance_cache=True).requests_timeout.sock_read == 300
+    for own in ({"gs": {"requests_timeout": 7}}, {"gcs": {"requests_timeout": 7}}):
+        config = {name: dict(values) for name, values in own.items()}
+        limit_silence(config)
+        assert config == own
+    config = {"gcs": {"token": "anon"}}
+    monkeypatch.setattr(storage, "_SILENCE", 0.1)
+    limit_silence(config)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        fs = gcsfs.GCSFileSystem(token="anon", endpoint_url=url, skip_instance_cache=True, **config["gs"])
+        monkeypatch.setattr(gcsfs.retry, "asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0)))
+        with pytest.raises(TimeoutError) as error:
+            fs.cat_file("bucket/object")
+        assert is_transient(error.value)
 
 
 def test_create_writes_once(store):

@@ -131,6 +131,13 @@ def test_damage_is_found(dataset, damage, capsys):
     assert "fault: " in capsys.readouterr().out
 
 
+def test_what_is_missing_says_what_mends_it(dataset):
+    data_files(dataset)[0].unlink()
+    (fault,) = verify.verify(str(dataset)).faults
+    assert fault.startswith("manifest/")
+    assert fault.endswith(" is missing; delete this manifest and run the command again")
+
+
 def set_first(name, value):
     """Another value in the first manifest's first row."""
 
