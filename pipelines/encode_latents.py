@@ -47,7 +47,7 @@ def main(
         return jobs.refuse(EncodeOptions.command, error)
     except KeyboardInterrupt:
         return jobs.interrupted(EncodeOptions.command)
-    return jobs.run(job, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))
+    return jobs.run(job, model, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))
 
 
 def build(
@@ -65,7 +65,7 @@ def build(
             units.COUNTS, main="rows"
         )
     )
-    left = jobs.join_done(pipeline, read["rows"], shards, out) | "Send back" >> beam.ParDo(
+    left = jobs.join_done(pipeline, read["rows"], shards, job) | "Send back" >> beam.ParDo(
         units.SendToFiles(out)
     ).with_outputs(units.COUNTS, main="rows")
     planned = left["rows"] | "Gather files" >> beam.GroupByKey() | "Plan" >> beam.ParDo(units.CutUnits(job.unit_size))

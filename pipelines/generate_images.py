@@ -56,7 +56,7 @@ def main(
         return jobs.refuse(GenerateOptions.command, error)
     except KeyboardInterrupt:
         return jobs.interrupted(GenerateOptions.command)
-    return jobs.run(job, partial(build, job=job, files=files, model=model, load=load))
+    return jobs.run(job, model, partial(build, job=job, files=files, model=model, load=load))
 
 
 def _check_defaults(model: Any, defaults: dict[str, str]) -> None:
@@ -106,7 +106,7 @@ def plan(pipeline: beam.Pipeline, job: GenerateOptions, files: list[Source], mod
         | "Read"
         >> beam.ParDo(units.PlanRows(sources.read, request, shards, job.output)).with_outputs(units.COUNTS, main="rows")
     )
-    planned = jobs.join_done(pipeline, read["rows"], shards, job.output) | "Plan" >> beam.ParDo(
+    planned = jobs.join_done(pipeline, read["rows"], shards, job) | "Plan" >> beam.ParDo(
         units.MakeUnits(job.unit_size, job.output)
     ).with_outputs(units.COUNTS, main="units")
     return planned["units"], [read[units.COUNTS], planned[units.COUNTS]]

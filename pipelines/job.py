@@ -10,10 +10,12 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions
+from apache_beam.runners.runner import PipelineState
 
 from pipelines import layout, leftovers, progress, report, units
 from pipelines.options import JobOptions
 from pipelines.storage import Store
+from sdjax.values import one_line
 
 _MANIFESTS_A_READER = 64
 
@@ -24,14 +26,15 @@ def refuse(command: str, error: Exception) -> int:
     return 2
 
 
-def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
-    """Run a job whose options are checked and whose inputs are there; returns its exit status: 0, 2 or 130."""
+def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> int:
+    """Run a job whose options are checked and whose inputs are there; returns its exit status: 0, 1, 2 or 130."""
     store = Store(job.output)
     with ExitStack() as stack:
         try:
             pipeline = beam.Pipeline(options=job.beam)
             stack.enter_context(store.held())
-            other_form = "" if job.overwrite else _other_form(job, store)
+            there = [] if job.overwrite else _there(job, model, store)
+            build(pipeline)  # before anything is deleted, which what is refused here would cost for nothing
             swept = leftovers.sweep(store, everything=job.overwrite)
             begun = {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             store.write_json(report.SUMMARY, begun)
@@ -39,48 +42,67 @@ def run(job: JobOptions, build: Callable[[beam.Pipeline], Any]) -> int:
             return refuse(job.command, error)
         except KeyboardInterrupt:
             return interrupted(job.command)
-        for said in (swept, other_form):
+        for said in (swept, *there):
             if said:
                 print(f"{job.command}: {said}", file=sys.stderr)
-        return _run(job, build, pipeline, store)
+        return _run(job, pipeline, store)
 
 
-def _run(job: JobOptions, build: Callable[[beam.Pipeline], Any], pipeline: beam.Pipeline, store: Store) -> int:
+def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
     result = None
     try:
-        build(pipeline)
         with progress.ProgressLine(store), _interruptible():
             result = pipeline.run()
             result.wait_until_finish()
     except KeyboardInterrupt:
         print(f"{job.command}: {_interrupted(job, result)}", file=sys.stderr)
         return 130
+    except Exception as error:
+        if result is None or _has_ended(result):
+            raise
+        print(f"{job.command}: {one_line(error)}; {_interrupted(job, result)}", file=sys.stderr)
+        return 1
     summary = store.read_json(report.SUMMARY)
     if summary and summary["finished"]:
         print(report.text(summary))
     return 0
 
 
-def _other_form(job: JobOptions, store: Store) -> str:
-    """That what is there was written in another form, and stays so; nothing where it was not.
+def _has_ended(result: Any) -> bool:
+    """Whether a job has; one that cannot be asked is not known to have."""
+    try:
+        return PipelineState.is_terminal(result.state)
+    except Exception:
+        return False
+
+
+def _there(job: JobOptions, model: Any, store: Store) -> list[str]:
+    """In what form what is there was written, and by which model, where this job's are others; it stays so.
 
     Raises:
         ValueError: it is another job's, or cannot be read.
     """
     manifests = layout.find(store, "manifest")
     if not manifests:
-        return ""
-    there = store.read_table(manifests[0], ["file", "shard"])
+        return []
+    there = store.read_table(manifests[0], ["file", "shard", "model", "model_fingerprint", "dtype"])
     images = "format" in job.defaults()
     if images != ("file" in there.column_names):
         kinds = ("latents", "images") if images else ("images", "latents")
         raise ValueError(f"{store.url} holds {kinds[0]}, and this job makes {kinds[1]}; choose another --output")
-    if not images or not there.num_rows:
-        return ""
+    if not there.num_rows:
+        return []
     row = there.slice(0, 1).to_pylist()[0]
-    was = {"format": "tar" if row["shard"] else "files", "image_format": row["file"].rpartition(".")[2]}
-    other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]
-    return f"what is there stays as it is, {' '.join(other)}; --overwrite makes it anew" if other else ""
+    said = []
+    # The dtype is a part of a model's fingerprint where images are made, and a column beside it where latents are.
+    if row.get("model_fingerprint", model.fingerprint) != model.fingerprint or row.get("dtype", job.dtype) != job.dtype:
+        made = f"made by another model or dtype ({row.get('model')}), and stays"
+        said.append(f"what is there was {made}; its rows are made anew beside it; --overwrite deletes it")
+    if images:
+        was = {"format": "tar" if row["shard"] else "files", "image_format": row["file"].rpartition(".")[2]}
+        other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]
+        said += [f"what is there stays as it is, {' '.join(other)}; --overwrite makes it anew"] if other else []
+    return said
 
 
 def interrupted(command: str) -> int:
@@ -143,15 +165,15 @@ def listing(project: str | None, region: str | None) -> str:
     return f"gcloud dataflow jobs list --status=active --project={project} --region={region}"
 
 
-def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, out: str) -> Any:
-    """Rows by shard of the plan, beside the ids that the output's manifests commit."""
-    manifests = layout.find(Store(out), "manifest")
+def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, job: JobOptions) -> Any:
+    """Rows by shard of the plan, beside the ids that the output's manifests commit; --overwrite has none left."""
+    manifests = [] if job.overwrite else layout.find(Store(job.output), "manifest")
     batches = [manifests[i : i + _MANIFESTS_A_READER] for i in range(0, len(manifests), _MANIFESTS_A_READER)]
     done = (
         pipeline
         | "Manifests" >> beam.Create(batches)
         | "Spread manifests" >> beam.Reshuffle()
-        | "Read ids" >> beam.ParDo(units.ReadDone(shards, out))
+        | "Read ids" >> beam.ParDo(units.ReadDone(shards, job.output))
     )
     return (rows, done) | "Join" >> beam.Flatten() | "Gather shards" >> beam.GroupByKey()
 

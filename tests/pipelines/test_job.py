@@ -7,8 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import encode_latents, latents, report
+from pipelines import encode_latents, job, latents, report, units
 from pipelines.layout import manifest_name
+from pipelines.options import parse
 from pipelines.storage import Store
 from tests.pipelines import standin
 from tests.pipelines.outputs import files, no_load
@@ -56,6 +57,66 @@ def test_a_damaged_manifest_is_named_before_anything_is_made(output, prompts, ca
     assert standin.run("--prompts", prompts, "--output", output, load=no_load) == 2
     assert f"manifest/{manifest.name} cannot be read: " in refusal(capsys)
     assert everything(output) == before
+
+
+def test_another_models_images_stay_and_the_job_says_so(output, prompts, monkeypatch, capsys):
+    before = files(output)
+    monkeypatch.setattr(standin, "spec", lambda model, **options: standin.Spec("other", "e" * 64))
+    assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "another model" in line]
+    assert said == [
+        "generate_images: what is there was made by another model or dtype (stand-in), and stays;"
+        " its rows are made anew beside it; --overwrite deletes it"
+    ]
+    assert before.items() < files(output).items()
+    assert len(files(output)) == 2 * len(before)
+
+
+def test_what_is_refused_as_stages_are_added_costs_nothing(output, prompts, monkeypatch, capsys):
+    def refused(rows):
+        raise ValueError("no such thing")
+
+    before = everything(output)
+    monkeypatch.setattr(units, "shard_count", refused)
+    assert standin.run("--prompts", prompts, "--output", output, "--overwrite") == 2
+    assert refusal(capsys) == "generate_images: no such thing"
+    assert everything(output) == before
+
+
+class Sent:
+    """A job on Dataflow; `state` may be an error of asking for it."""
+
+    def __init__(self, state, error):
+        self._state, self._error = state, error
+
+    def run(self):
+        return self
+
+    def job_id(self):
+        return "2026-11-29_job"
+
+    def wait_until_finish(self):
+        raise self._error
+
+    @property
+    def state(self):
+        if isinstance(self._state, Exception):
+            raise self._state
+        return self._state
+
+
+@pytest.mark.parametrize("state", ["RUNNING", PermissionError("an expired login")])
+def test_a_sent_job_that_can_be_followed_no_more_runs_on(tmp_path, capsys, state):
+    options = ["--prompts", "p", "--output", str(tmp_path), "--runner=DataflowRunner", "--project=p", "--region=r"]
+    options.append("--temp_location=gs://a/b")
+    sent = Sent(state, AssertionError("Job did not reach to a terminal state"))
+    assert job._run(parse(options), sent, Store(str(tmp_path))) == 1
+    assert refusal(capsys) == (
+        "generate_images: Job did not reach to a terminal state; no longer followed; 2026-11-29_job runs on;"
+        " to stop it: gcloud dataflow jobs cancel 2026-11-29_job --project=p --region=r"
+    )
+    with pytest.raises(RuntimeError, match="failed"):
+        job._run(parse(options), Sent("FAILED", RuntimeError("failed")), Store(str(tmp_path)))
 
 
 def test_an_output_that_may_not_be_written_is_refused(output, prompts, monkeypatch, capsys):
