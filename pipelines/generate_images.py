@@ -104,7 +104,9 @@ def plan(pipeline: beam.Pipeline, job: GenerateOptions, files: list[Source], mod
         | "Cut" >> beam.FlatMap(sources.cut)
         | "Spread pieces" >> beam.Reshuffle()
         | "Read"
-        >> beam.ParDo(units.PlanRows(sources.read, request, shards, job.output)).with_outputs(units.COUNTS, main="rows")
+        >> beam.ParDo(units.PlanRows(sources.read, request, shards, job.output, request.fetches)).with_outputs(
+            units.COUNTS, main="rows"
+        )
     )
     planned = jobs.join_done(pipeline, read["rows"], shards, job) | "Plan" >> beam.ParDo(
         units.MakeUnits(job.unit_size, job.output)

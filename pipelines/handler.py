@@ -4,9 +4,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
@@ -30,6 +30,7 @@ from sdjax.values import RequestError
 
 UNITS_PER_CALL = 4  # one is written while the next is made; only the last of them is waited for
 _QUEUED = 4  # images per encoding thread that may wait for it
+_ROUNDS = 3  # more that a call makes where every picture is there again after one failed: a host comes and goes
 
 
 def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, **options: Any) -> Any:
@@ -165,6 +166,14 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
         return NAMESPACE
 
 
+class _Asked(NamedTuple):
+    """A unit to make, the name that it came with, and which of its rows have been rejected."""
+
+    name: str
+    unit: Unit
+    rejected: list[dict[str, Any]]
+
+
 class UnitHandler(SdjaxModelHandler):
     """PackedUnits to committed units: makes, encodes and writes in one stage, so that no image leaves it.
 
@@ -186,32 +195,68 @@ class UnitHandler(SdjaxModelHandler):
     def run_inference(
         self, batch: Sequence[PackedUnit], model: LazyModel, inference_args: Mapping[str, Any] | None = None
     ) -> Iterable[dict[str, Any]]:
-        units, heartbeat = [unpack(packed.blob) for packed in batch], model.heartbeat
-        assert heartbeat is not None  # from `load_model`
-        while units:
-            left = []
-            for unit in units:
-                made = committed(self._store, unit.name)
-                if made is None:
-                    left.append(unit)
-                else:
-                    yield made
-            try:
-                made_now = list(self._make(left, model, heartbeat)) if left else []
-            except RequestError:  # such as an image to start from that is gone since the plan was made
-                units, rejected = sift(left, model.get().spec)
-                if not rejected:
-                    raise
-                write_rejected(self._store, rejected)
-                self._counters["rejected"].inc(len(rejected))
-                heartbeat.add(rejected=len(rejected))
-                yield {"rejected": len(rejected)}
-            else:
-                yield from made_now
-                return
+        for account in self._accounts([_Asked(packed.name, unpack(packed.blob), []) for packed in batch], model):
+            for name, counter in self._counters.items():
+                counter.inc(account.get(name, 0))
+            yield account
 
-    def _make(self, units: list[Unit], model: LazyModel, heartbeat: Heartbeat) -> Iterator[dict[str, Any]]:
-        pipe = model.get(first=units[0].rows[0].request)
+    def _accounts(self, asked: list[_Asked], model: LazyModel, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
+        """The units' shares of the account, once they are committed; `rounds` may yet fail for no row's fault."""
+        left = yield from self._uncommitted(asked)
+        if not left:
+            return
+        failed = None
+        try:
+            accounts = list(self._make([one.unit for one in left], model))
+        except RequestError as error:  # such as an image to start from that is gone since the plan was made
+            failed = error
+        except Exception as error:
+            if not (_is_out_of_memory(error) and isinstance(left[0].unit.rows[0].request, Request)):
+                raise
+        else:
+            yield from accounts
+            return
+        # From here on nothing holds what lay on the devices: the traceback of an exception that is handled would.
+        if failed is None:
+            if len(left) > 1:
+                for one in left:
+                    yield from self._accounts([one], model)
+            else:
+                yield self._reject(left[0], _too_large(left[0].unit, model), model)
+            return
+        left = yield from self._uncommitted(left)  # a unit may be made before another fails
+        kept, found = [], False
+        for one in left:
+            unit, rejected = sift(one.unit, model.get().spec)
+            if rejected:
+                found = True
+                yield self._reject(one, rejected, model)
+            if unit.rows:
+                kept.append(one._replace(unit=unit))
+        if left and not found and not rounds:
+            raise failed
+        yield from self._accounts(kept, model, rounds if found else rounds - 1)
+
+    def _uncommitted(self, asked: list[_Asked]) -> Generator[dict[str, Any], None, list[_Asked]]:
+        """Yields the shares of the units that are committed; returns the others."""
+        left = []
+        for one in asked:
+            made = committed(self._store, one.unit.name)
+            if made is None:
+                left.append(one)
+            else:
+                yield made
+        return left
+
+    def _reject(self, one: _Asked, lines: list[dict[str, Any]], model: LazyModel) -> dict[str, Any]:
+        """Reject rows of a unit; returns their share of the account."""
+        one.rejected.extend(lines)
+        write_rejected(self._store, one.name, one.rejected)
+        _heartbeat(model).add(rejected=len(lines))
+        return {"rejected": len(lines)}
+
+    def _make(self, units: list[Unit], model: LazyModel) -> Iterator[dict[str, Any]]:
+        pipe, heartbeat = model.get(first=units[0].rows[0].request), _heartbeat(model)
         started = time.time()
         made_by = Provenance(pipe.spec.name, pipe.spec.fingerprint, pipe.devices.devices[0].device_kind)
         threads = os.cpu_count() or 1
@@ -238,12 +283,9 @@ class UnitHandler(SdjaxModelHandler):
                     written.append(writer.submit(self._write, unit, encoding, seconds, made_by))
             for future in written:
                 account = future.result()
-                for name in ("images", "flagged", "units"):
-                    self._counters[name].inc(account[name])
                 account["seconds"].update(model.take_seconds())
                 yield {**account, "padded_calls": padded, "first": started, "last": time.time()}
                 padded = 0
-        heartbeat.flush()
 
     def _write(
         self, unit: Unit, encoding: list[Future[tuple[float, Encoded]]], seconds: float, made_by: Provenance
@@ -266,20 +308,37 @@ class UnitHandler(SdjaxModelHandler):
         }
 
 
-def sift(units: list[Unit], planner: Planner) -> tuple[list[Unit], list[dict[str, Any]]]:
-    """The units without the rows that can no longer be made, under their new names, and those rows as rejections."""
-    kept, rejected = [], []
-    for unit in units:
-        rows = []
-        for row in unit.rows:
-            try:
-                planner.resolve(row.request)
-                rows.append(row)
-            except RequestError as error:
-                rejected.append(rejection(row.place, vars(row.request), error))
-        if rows:
-            kept.append(Unit(unit_name(row.id for row in rows), rows))
-    return kept, rejected
+def sift(unit: Unit, planner: Planner) -> tuple[Unit, list[dict[str, Any]]]:
+    """The unit without the rows that can no longer be made, under its new name, and those rows as rejections."""
+    rows, rejected = [], []
+    for row in unit.rows:
+        try:
+            planner.resolve(row.request)
+            rows.append(row)
+        except RequestError as error:
+            rejected.append(rejection(row.place, vars(row.request), error))
+    return Unit(unit_name(row.id for row in rows), rows), rejected
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little; by the error's name, because a launcher imports no JAX."""
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _too_large(unit: Unit, model: LazyModel) -> list[dict[str, Any]]:
+    """The rows of a unit that no device has memory for, as rejections."""
+    pipe = model.get(first=None)  # raises where it is the model itself that finds no room
+    lines = []
+    for row in unit.rows:
+        size = f"{row.request.width}x{row.request.height} at a batch of {pipe.batch_size}"
+        error = RequestError(f"a device has no memory for {size}; give a smaller size, or --batch-size")
+        lines.append(rejection(row.place, vars(row.request), error))
+    return lines
+
+
+def _heartbeat(model: LazyModel) -> Heartbeat:
+    assert model.heartbeat is not None, "it is from UnitHandler.load_model"
+    return model.heartbeat
 
 
 def _made(pipe: Any, requests: list[Request]) -> list[Any]:

@@ -22,34 +22,60 @@ _EVERY = {True: 1.0, False: 15.0}  # seconds between writes, on a disk and in a 
 
 
 class Heartbeat:
-    """One process's counts, written to its file now and then; for looking at only, a retried bundle counts twice."""
+    """One process's counts, written to its file now and then; for looking at only, a retried bundle counts twice.
+
+    They are written by a thread of their own, which ends when there is nothing to write: whoever counts waits for no
+    disk and no bucket.
+    """
 
     def __init__(self, store: Store):
         self._store, self._every = store, _EVERY[store.is_local]
         self._name = f"{FOLDER}/{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
         self._counts: Counter[str] = Counter()
-        self._written = 0.0
-        self._lock = threading.Lock()
+        self._changed = self._follows = False
+        self._written: float | None = None
+        self._lock, self._file = threading.Lock(), threading.Lock()
 
     def add(self, **counts: int) -> None:
         with self._lock:
             for name, value in counts.items():
                 self._counts[name] += value
-            if time.monotonic() - self._written >= self._every:
-                self._write()
+            self._changed = True
+            if not self._follows:
+                self._follows = True
+                threading.Thread(target=self._follow, daemon=True).start()
 
     def flush(self) -> None:
-        with self._lock:
-            self._write()
+        """Return when all that was counted is written, for the end of a stage's work."""
+        self._write()
 
-    def _write(self) -> None:
-        self._written = time.monotonic()
-        try:
-            if self._store.is_local:
-                os.makedirs(self._store.path(FOLDER), exist_ok=True)
-            self._store.fs.pipe_file(self._store.path(self._name), json.dumps(self._counts).encode())
-        except Exception:  # a job does not fail for its progress line
-            return
+    def _follow(self) -> None:
+        while True:
+            with self._lock:
+                if not self._changed:
+                    self._follows = False
+                    return
+                due = 0.0 if self._written is None else self._written + self._every - time.monotonic()
+            if due > 0:
+                time.sleep(due)
+            else:
+                self._write(late=self._written is not None)
+
+    def _write(self, *, late: bool = False) -> None:
+        """Write what has changed; a `late` write not where the file is gone, because then the job has ended."""
+        with self._file:
+            with self._lock:
+                if not self._changed:
+                    return
+                self._changed, self._written, text = False, time.monotonic(), json.dumps(self._counts)
+            try:
+                if late and not self._store.find(self._name):
+                    return
+                if self._store.is_local:
+                    os.makedirs(self._store.path(FOLDER), exist_ok=True)
+                self._store.fs.pipe_file(self._store.path(self._name), text.encode())
+            except Exception:  # a job does not fail for its progress line
+                return
 
 
 class ProgressLine:
@@ -63,6 +89,7 @@ class ProgressLine:
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._started = time.monotonic()
         self._first: tuple[float, int] | None = None  # when images were first seen, and how many
+        self._seen = False  # any counts
 
     def __enter__(self) -> "ProgressLine":
         self._thread.start()
@@ -77,11 +104,21 @@ class ProgressLine:
     def _follow(self) -> None:
         while not self._ended.wait(self._every):
             line = self.line(totals(self._store), time.monotonic())
+            if not line:
+                continue
             self._stream.write(f"\r\x1b[K{line}" if self._tty else line + "\n")
             self._stream.flush()
 
     def line(self, counts: Counter[str], now: float) -> str:
-        """The counts as text: how many of how many, images/s since the first, the time left, the rejected."""
+        """The counts as text: how many of how many, images/s since the first, the time left, the rejected.
+
+        Empty where there were counts and are none any more: the job has ended, or a launcher swept an earlier one's.
+        """
+        if self._seen and not counts:
+            return ""
+        self._seen = bool(counts)
+        if self._first is not None and counts["images"] < self._first[1]:
+            self._first = None
         if not counts["images"]:
             line = f"{counts['rows']:,} rows read, {counts['rejected']:,} rejected"
             return line + (f", {counts['planned']:,} images to make" if counts["planned"] else "")

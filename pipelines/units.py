@@ -29,7 +29,7 @@ from apache_beam.pvalue import TaggedOutput
 from pipelines.layout import rejects_name
 from pipelines.progress import Heartbeat
 from pipelines.sources import Place, RowError, select_prompt
-from pipelines.storage import Store
+from pipelines.storage import Store, spread
 from sdjax.request import Request
 from sdjax.values import RequestError
 
@@ -41,6 +41,8 @@ UNUSABLE = (RowError, RequestError, UnicodeEncodeError, RecursionError)
 """What planning may raise for a row, which is then rejected alone; the last two of what no file can hold."""
 _REASONS = {UnicodeEncodeError: "half of a surrogate pair, which is no text", RecursionError: "nested too deeply"}
 
+_HELD = 2**26  # characters of rows that a piece's reader holds
+_PICTURES = {"image", "mask_image", "control_image"}
 _SHOWN = 1_000  # characters of a cell that a rejected row's record keeps
 
 
@@ -163,6 +165,13 @@ class PlanRequest:
         program = repr(self.planner.program(request))
         return Row(self.planner.id(request), program, self.planner.calls(request), request, extras_json(extras), place)
 
+    def fetches(self, read: tuple[Place, Any]) -> bool:
+        """Whether a row that was read names a picture, or the defaults do."""
+        if not isinstance(read[1], dict):
+            return False
+        named = itertools.chain(self.defaults.items(), read[1].items())
+        return any(value and name.strip().lower() in _PICTURES for name, value in named)
+
 
 class PlanRows(beam.DoFn):
     """A piece of the input -> (shard, packed rows); what cannot be used goes to rejected/ with place and reason.
@@ -172,6 +181,7 @@ class PlanRows(beam.DoFn):
         plan: makes a Row of one, or raises any of `UNUSABLE`.
         shards: of the plan.
         out: the output.
+        fetches: whether `plan` waits for a disk or a network with what was read; such rows are planned some at a time.
     """
 
     def __init__(
@@ -180,8 +190,10 @@ class PlanRows(beam.DoFn):
         plan: Callable[[Place, Any], Row],
         shards: int,
         out: str,
+        fetches: Callable[[tuple[Place, Any]], bool] = lambda _: False,
     ):
         self._read, self._plan, self._shards, self._store = read, plan, shards, Store(out)
+        self._fetches = fetches
         self._counters = {name: Metrics.counter(NAMESPACE, name) for name in ("rows", "rejected", "duplicates")}
 
     def setup(self) -> None:
@@ -191,35 +203,48 @@ class PlanRows(beam.DoFn):
         started, counts, rejected = time.monotonic(), Counter(), []
         seen: set[str] = set()
         shards: dict[int, list[Row]] = {}
-        held = 0
-        for place, values in self._read(element):
+        held = size = 0
+        for place, values, row in spread(self._planned, self._read(element), waits=self._fetches):
             counts["rows"] += 1
             self._heartbeat.add(rows=1)
-            try:
-                if isinstance(values, RowError):
-                    raise values
-                row = self._plan(place, values)
-            except UNUSABLE as error:
-                rejected.append(rejection(place, values, error))
+            if isinstance(row, Exception):
+                rejected.append(rejection(place, values, row))
                 continue
             if row.id in seen:
                 counts["duplicates"] += 1
                 continue
             seen.add(row.id)
             shards.setdefault(shard_of(row.id, self._shards), []).append(row)
-            held += 1
-            if held == SHARD_ROWS:
+            held, size = held + 1, size + _text_size(row)
+            if held == SHARD_ROWS or size > _HELD:
                 yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
-                shards, held = {}, 0
+                shards, held, size = {}, 0, 0
         yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
-        if rejected:
-            write_rejected(self._store, rejected)
+        write_rejected(self._store, repr(element), rejected)
         counts["rejected"] = len(rejected)
         for name, counter in self._counters.items():
             counter.inc(counts[name])
         self._heartbeat.add(rejected=counts["rejected"])
-        self._heartbeat.flush()
         yield TaggedOutput(COUNTS, {**counts, "seconds": {"read": time.monotonic() - started}})
+
+    def finish_bundle(self) -> None:
+        self._heartbeat.flush()
+
+    def _planned(self, read: tuple[Place, Any]) -> tuple[Place, Any, Row | Exception]:
+        """What was read with its Row, or with why there is none."""
+        place, values = read
+        if isinstance(values, RowError):
+            return place, values, values
+        try:
+            return place, values, self._plan(place, values)
+        except UNUSABLE as error:
+            return place, values, error
+
+
+def _text_size(row: Row) -> int:
+    """About how many bytes the row's text takes, among which may be pictures."""
+    texts = (row.extras, *vars(row.request).values())
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 class ReadDone(beam.DoFn):
@@ -246,6 +271,9 @@ class _Joined(beam.DoFn):
     def setup(self) -> None:
         self._heartbeat = Heartbeat(self._store)
 
+    def finish_bundle(self) -> None:
+        self._heartbeat.flush()
+
     def _left(self, packed: Iterable[tuple[str, bytes]]) -> tuple[list[Row], Any]:
         """The rows yet to make, and this shard's share of the account."""
         started, counts = time.monotonic(), Counter()
@@ -262,7 +290,6 @@ class _Joined(beam.DoFn):
         for name, counter in self._counters.items():
             counter.inc(counts[name])
         self._heartbeat.add(planned=counts["planned"])
-        self._heartbeat.flush()
         return left, TaggedOutput(COUNTS, {**counts, "seconds": {"plan": time.monotonic() - started}})
 
 
@@ -330,7 +357,10 @@ def _shown(value: Any) -> Any:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
-def write_rejected(store: Store, lines: list[dict[str, Any]]) -> None:
-    """Write one file of rejected rows, named by its content, so that a repeated piece replaces its own."""
-    data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-    store.write(rejects_name(hashlib.sha256(data).hexdigest()[:32]), data)
+def write_rejected(store: Store, name: str, lines: list[dict[str, Any]]) -> None:
+    """Keep which rows of `name`, a piece or a unit, were rejected; what an earlier attempt at it rejected goes."""
+    file = rejects_name(hashlib.sha256(name.encode()).hexdigest()[:32])
+    if lines:
+        store.write(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    else:
+        store.delete([file])

@@ -1,13 +1,22 @@
 """The model handler in other people's pipelines: loaded once, bad examples alone, and five lines long."""
 
+import functools
+import json
+import time
+
 import apache_beam as beam
 import numpy as np
+import pytest
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.testing.util import assert_that, equal_to
 
+from pipelines import verify
 from pipelines.handler import LazyModel, SdjaxModelHandler, UnitHandler
+from pipelines.layout import manifest_name
 from pipelines.options import IN_PROCESS
 from pipelines.sinks import Images
+from pipelines.sources import Place
+from pipelines.units import PackedUnit, Row, make_units, pack
 from sdjax.request import Request
 from sdjax.values import RequestError
 from tests.pipelines import standin
@@ -71,6 +80,107 @@ def test_the_model_is_loaded_when_first_asked_for_and_once():
     assert loads == [1]
     assert set(model.take_seconds()) == {"load"}
     assert model.take_seconds() == {}
+
+
+class JaxRuntimeError(RuntimeError):
+    """By the name of what a device raises."""
+
+
+@pytest.fixture
+def units_of_two(tmp_path):
+    """Four rows in two units, and a handler that makes them."""
+    requests = [SPEC.resolve(Request(prompt=f"cat {i}", num_inference_steps=1 + i)) for i in range(4)]
+    rows = [Row(SPEC.id(r), "", SPEC.calls(r), r, "{}", Place("f", i)) for i, r in enumerate(requests)]
+    packed = [PackedUnit(unit.name, 2, pack(unit)) for unit in make_units(rows, 2)]
+    return packed, UnitHandler(str(tmp_path), Images("tar", "png"), SPEC, load=standin.load)
+
+
+def account(shares):
+    return [(share.get("images", 0), share.get("rejected", 0)) for share in shares]
+
+
+def rejected(folder):
+    lines = (line for file in (folder / "rejected").iterdir() for line in file.read_text().splitlines())
+    return {line["row"]: line["reason"] for line in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("gone", [{2}, {0, 1, 2, 3}, {0, 2}])
+def test_a_unit_that_is_committed_before_another_fails_counts(units_of_two, tmp_path, monkeypatch, gone):
+    packed, handler = units_of_two
+    first, lost = tmp_path / manifest_name(packed[0].name), []
+
+    def stream(pipe, requests):
+        for i, request in enumerate(map(pipe.spec.resolve, requests)):
+            if i == 2 and not lost:
+                while not first.exists():
+                    time.sleep(0.01)
+                lost.extend(f"cat {row}" for row in gone)
+            if request.prompt in lost:
+                raise RequestError("image a.png is not there")
+            yield standin.picture(pipe.spec, request)
+
+    def resolve(spec, request):
+        if request.prompt in lost:
+            raise RequestError("image a.png is not there")
+        return request
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    monkeypatch.setattr(standin.Spec, "resolve", resolve)
+    shares = account(handler.run_inference(packed, handler.load_model()))
+    left = gone & {2, 3}
+    assert shares == [(2, 0), (0, len(left))] + ([(2 - len(left), 0)] if len(left) < 2 else [])
+    assert rejected(tmp_path).keys() == left
+    assert verify.verify(str(tmp_path)).faults == []
+    # Its worker is lost, and the units come again one by one.
+    again = [share for unit in packed for share in handler.run_inference([unit], handler.load_model())]
+    assert sorted(account(again)) == sorted(shares)
+    assert verify.verify(str(tmp_path)).rejected == len(left)
+
+
+@pytest.mark.parametrize("faults", [2, 100])
+def test_pictures_that_come_and_go_are_tried_again(units_of_two, monkeypatch, faults):
+    packed, handler = units_of_two
+    left = [RequestError("image https://a/a.png cannot be read")] * faults
+
+    def stream(pipe, requests):
+        if left:
+            raise left.pop()
+        return map(functools.partial(standin.picture, pipe.spec), requests)
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    made = handler.run_inference(packed, handler.load_model())
+    if faults > 10:
+        with pytest.raises(RequestError, match="cannot be read"):
+            list(made)
+        assert len(left) == faults - 4
+    else:
+        assert account(made) == [(2, 0), (2, 0)]
+
+
+def test_a_row_that_no_device_has_memory_for_costs_its_unit_alone(units_of_two, tmp_path, monkeypatch):
+    packed, handler = units_of_two
+
+    def stream(pipe, requests):
+        for request in requests:
+            if request.prompt == "cat 2":
+                raise JaxRuntimeError("RESOURCE_EXHAUSTED: Attempting to allocate 22.00G")
+            yield standin.picture(pipe.spec, request)
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    assert account(handler.run_inference(packed, handler.load_model())) == [(2, 0), (0, 2)]
+    says = "a device has no memory for 16x16 at a batch of 4; give a smaller size, or --batch-size"
+    assert rejected(tmp_path) == {2: says, 3: says}
+
+
+def test_a_model_that_no_device_has_memory_for_fails_the_job(units_of_two, tmp_path):
+    packed, handler = units_of_two
+
+    def load(model, **options):
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Attempting to allocate 22.00G")
+
+    handler = UnitHandler(str(tmp_path), Images("tar", "png"), SPEC, load=load)
+    with pytest.raises(JaxRuntimeError):
+        list(handler.run_inference(packed, handler.load_model()))
 
 
 def test_what_beam_asks_of_a_handler():

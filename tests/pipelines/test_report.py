@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 
 import fsspec
@@ -65,6 +66,8 @@ def test_the_progress_line_follows_all_processes(tmp_path, monkeypatch):
     a, b = Heartbeat(store), Heartbeat(store)
     a.add(rows=10, rejected=1)
     b.add(rows=5)
+    for heartbeat in (a, b):
+        heartbeat.flush()
     assert totals(store) == Counter(rows=15, rejected=1)
     line = ProgressLine(store, io.StringIO())
     assert line.line(totals(store), now=0.0) == "15 rows read, 1 rejected"
@@ -97,6 +100,53 @@ def test_a_heartbeat_never_fails_a_job(monkeypatch):
     monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "pipe_file", None)
     heartbeat.add(rows=1)
     heartbeat.flush()
+
+
+def test_who_counts_waits_for_no_bucket_and_the_last_counts_are_written(monkeypatch):
+    store = Store("memory://slow")
+    write, silent, written = store.fs.pipe_file, threading.Event(), []
+
+    def pipe_file(path, value, **options):
+        silent.wait(60)
+        written.append(value)
+        write(path, value, **options)
+
+    monkeypatch.setattr(store.fs, "pipe_file", pipe_file)
+    heartbeat = Heartbeat(store)
+    for _ in range(200):
+        heartbeat.add(rows=1)
+    silent.set()
+    heartbeat.flush()
+    heartbeat.flush()
+    assert totals(store) == Counter(rows=200)
+    assert len(written) <= 2
+
+
+def test_a_heartbeat_writes_what_it_heard_last_unless_the_job_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setitem(progress._EVERY, True, 0.05)
+    store = Store(str(tmp_path))
+    heartbeat = Heartbeat(store)
+    heartbeat.add(rows=1)
+    while totals(store) != Counter(rows=1):
+        time.sleep(0.01)
+    heartbeat.add(rows=1)
+    while totals(store) != Counter(rows=2):
+        time.sleep(0.01)
+    progress.clear(store)
+    heartbeat.add(rows=1)
+    while heartbeat._follows:
+        time.sleep(0.01)
+    assert store.find(progress.FOLDER) == []
+
+
+def test_the_progress_line_begins_anew_with_the_counts(tmp_path):
+    line = ProgressLine(Store(str(tmp_path)), io.StringIO())
+    assert line.line(Counter(), now=0.0) == "0 rows read, 0 rejected"
+    assert "600 of 999" in line.line(Counter(rows=999, planned=999, images=600), now=1.0)
+    assert line.line(Counter(), now=2.0) == ""  # a launcher has swept what an earlier run left
+    assert "images to make" in line.line(Counter(rows=999, planned=399), now=3.0)
+    assert line.line(Counter(rows=999, planned=399, images=100), now=10.0) == "100 of 399 images, 0 rejected"
+    assert "10.00 images/s" in line.line(Counter(rows=999, planned=399, images=200), now=20.0)
 
 
 def cards(page: str) -> list[dict]:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import threading
 import tracemalloc
 from datetime import date
 
@@ -12,8 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.sources import Place
+from pipelines import layout, units
+from pipelines.sources import Place, RowError
+from pipelines.storage import Store
 from pipelines.units import (
+    PlanRequest,
+    PlanRows,
     ReadDone,
     Row,
     SendToFiles,
@@ -135,8 +140,78 @@ def test_a_damaged_manifest_stops_the_plan_by_its_name(tmp_path, damage):
     elif damage == "its footer":
         data[-int.from_bytes(data[-8:-4], "little") - 8] ^= 0xFF
     path.write_bytes(data[:-9] if damage == "cut short" else data)
-    with pytest.raises(ValueError, match=f"^{name} cannot be read: [^\n]+$"):
+    says = f"^{name} cannot be read: [^\n]+; delete this manifest and run the command again$"
+    with pytest.raises(ValueError, match=says):
         list(ReadDone(1, str(tmp_path)).process([name]))
+
+
+def read_rows(stage, element="piece"):
+    """What a stage of PlanRows makes of a piece: the rows of each packed element, and its share of the account."""
+    stage.setup()
+    *packed, counts = stage.process(element)
+    stage.finish_bundle()
+    return [unpack(blob) for _, (_, blob) in packed], counts.value
+
+
+def test_a_piece_that_is_tried_again_replaces_its_rejects(tmp_path):
+    flaky, store = [1, 2, 3], Store(str(tmp_path))
+
+    def plan(place, values):
+        if place.row in flaky:
+            raise RequestError("image gs://b/x.png cannot be read: 503")
+        return planned(seed=place.row)
+
+    def attempt(element="piece"):
+        rows = [(Place("p.jsonl", i), {"prompt": f"p {i}"}) for i in range(1, 9)]
+        read_rows(PlanRows(lambda _: rows, plan, 1, str(tmp_path)), element)
+        return sorted(
+            json.loads(x)["row"] for name in layout.find(store, "rejected") for x in store.read(name).splitlines()
+        )
+
+    assert attempt() == [1, 2, 3]
+    flaky.pop()
+    assert attempt() == [1, 2]
+    assert attempt("another") == [1, 1, 2, 2]
+    flaky.clear()
+    assert attempt("another") == [1, 2]
+    assert attempt() == []
+
+
+def test_rows_with_pictures_are_planned_together_and_rows_of_text_here(tmp_path):
+    together, here = threading.Barrier(8, timeout=60), threading.get_ident()
+
+    def plan(place, values):
+        if "Image " in values:
+            together.wait()
+        else:
+            assert threading.get_ident() == here
+        if place.row % 5 == 0:
+            raise RequestError("no")
+        return planned(seed=place.row)
+
+    rows = [(Place("f", i), {"prompt": "a", **({"Image ": "a.png"} if i % 2 else {"IMAGE": ""})}) for i in range(80)]
+    fetches = PlanRequest(SPEC, {}, None).fetches
+    packed, counts = read_rows(PlanRows(lambda _: rows, plan, 1, str(tmp_path), fetches))
+    assert [row.request.seed for rows in packed for row in rows] == [i for i in range(80) if i % 5]
+    assert (counts["rows"], counts["rejected"]) == (80, 16)
+
+
+def test_a_default_picture_is_fetched_for_every_row():
+    read = Place("f", 1), {"prompt": "a"}
+    assert not PlanRequest(SPEC, {"seed": 1}, None).fetches(read)
+    assert PlanRequest(SPEC, {"control_image": "a.png"}, None).fetches(read)
+    assert not PlanRequest(SPEC, {"image": "a.png"}, None).fetches((Place("f", 1), RowError("no row")))
+
+
+def test_rows_that_hold_much_go_on_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(units, "_HELD", 1000)
+    rows = [(Place("f", i), i) for i in range(10)]
+
+    def plan(place, i):
+        return planned(seed=i)._replace(extras="x" * 300)
+
+    packed, _ = read_rows(PlanRows(lambda _: rows, plan, 1, str(tmp_path)))
+    assert [len(rows) for rows in packed] == [4, 4, 2]
 
 
 numbers = st.floats() | st.integers() | st.none() | st.booleans() | st.text(st.characters(codec="utf-8"))
