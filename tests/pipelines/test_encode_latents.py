@@ -176,6 +176,17 @@ def test_a_rerun_makes_only_what_is_missing(encoded, tiny, tmp_path, capsys):
     assert verify.verify(str(tmp_path / "out")).faults == []
 
 
+def test_another_dtypes_latents_stay_and_the_job_says_so(encoded, tiny, tmp_path, capsys):
+    shutil.copytree(encoded / "folder", tmp_path / "out")
+    arguments = ("--images", encoded / "folder-set", "--output", tmp_path / "out", "--unit-size", 4)
+    assert run(tiny, *arguments, load=no_load) == 0
+    assert "another model" not in capsys.readouterr().err
+    before = files(tmp_path / "out")
+    assert run(tiny, *arguments, "--dtype", "bfloat16") == 0
+    assert capsys.readouterr().err.count("made by another model or dtype (") == 1
+    assert before.items() < files(tmp_path / "out").items()
+
+
 def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(encoded / "metadata-set", folder)
