@@ -3,6 +3,7 @@
 Images are resized as diffusers resizes them (Lanczos, stretched to the asked size). Knows no JAX.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +100,28 @@ def load(request: Request, multiple: int) -> Loaded:
     if np.asarray(mask).max() < 128:
         raise RequestError("mask_image is dark everywhere; white is what is repainted")
     return Loaded(image, mask, hashes, image.size)
+
+
+def measured(request: Request, multiple: int) -> Request:
+    """A request with its pictures' hashes, and with its image's size where that is what will be made.
+
+    Raises:
+        RequestError: a picture that cannot be used, or that is smaller than a `multiple` of pixels.
+    """
+    loaded = load(request, multiple)
+    size: dict[str, int] = {}
+    if request.padding_mask_crop is None:
+        size = {
+            name: side // multiple * multiple
+            for name, side in zip(("width", "height"), loaded.image.size, strict=True)
+            if getattr(request, name) is None
+        }
+    if 0 in size.values():
+        raise RequestError(
+            f"image has {loaded.image.width}x{loaded.image.height} pixels; a side needs {multiple}, or "
+            "give width and height"
+        )
+    return dataclasses.replace(request, **loaded.hashes, **size)
 
 
 def fit(request: Request, loaded: Loaded) -> Canvas:

@@ -72,7 +72,17 @@ class Spec:
         tokenizer, prediction_type: of a single file, for its refiner too where that is one; see `SingleFile`.
         allow_pickle: whether weights of any kind may be PyTorch's own files; see `torch_zip`.
 
+    Attributes:
+        dtype, vae_tiling: as given.
+        checkpoint: the source's files.
+        family: which Stable Diffusion it is.
+        configs: of each network by its name, the VAE that is used, ControlNets and a refiner's (`REFINER`) included.
+        schedule: of its noise.
+        controlnets: the ControlNets' names in `configs`, in their order.
+        refiner: the refiner's own Spec, or None.
+
     Raises:
+        ValueError: `dtype` is none of those.
         CheckpointError, ConfigError, SamplingError: what is there cannot be run; the message names it.
     """
 
@@ -102,8 +112,10 @@ class Spec:
             own = self.checkpoint.json("vae", "config.json")
             other_vae = open_vae(vae, own, variant=variant, allow_pickle=allow_pickle)
         self.family, self.configs = family.read(self.checkpoint, other_vae)
-        # Where the networks lie that are not the checkpoint's own.
-        self._parts: dict[str, tuple[Checkpoint, str]] = {} if other_vae is None else {"vae": (other_vae, "")}
+        # Where each network lies, and as which component.
+        self._parts: dict[str, tuple[Checkpoint, str]] = {name: (self.checkpoint, name) for name in self.configs}
+        if other_vae is not None:
+            self._parts["vae"] = other_vae, ""
         self.schedule = sampling.Schedule.from_config(self.checkpoint.json("scheduler", "scheduler_config.json"))
 
         pairs = [lora if isinstance(lora, tuple) else (lora, 1.0) for lora in loras]
@@ -145,24 +157,25 @@ class Spec:
 
     def tensors(self, name: str) -> Iterator[tuple[str, np.ndarray]]:
         """The tensors of one of the networks, wherever it is from; see `Checkpoint.tensors`."""
-        part, component = self._parts.get(name, (self.checkpoint, name))
+        part, component = self._parts[name]
         return part.tensors(component)
 
     def entries(self, name: str) -> dict[str, Entry]:
         """Where they lie, their shapes and dtypes; see `Checkpoint.entries`."""
-        part, component = self._parts.get(name, (self.checkpoint, name))
+        part, component = self._parts[name]
         return part.entries(component)
 
     def config_json(self, name: str) -> dict[str, Any]:
         """The config.json of one of the networks."""
-        part, component = self._parts.get(name, (self.checkpoint, name))
+        part, component = self._parts[name]
         return part.json(component, "config.json")
 
     @property
     def index(self) -> dict[str, Any]:
         """model_index.json, with the class of the VAE that is used."""
-        used = {"vae": ["diffusers", self.config_json("vae").get("_class_name")]} if "vae" in self._parts else {}
-        return self.checkpoint.index | used
+        if self._parts["vae"][0] is self.checkpoint:
+            return self.checkpoint.index
+        return self.checkpoint.index | {"vae": ["diffusers", self.config_json("vae").get("_class_name")]}
 
     @property
     def has_added_tokens(self) -> bool:
@@ -186,10 +199,10 @@ class Spec:
     def fingerprint(self) -> str:
         """SHA-256 of everything about the model that pixels depend on, in hex."""
         tokenizers = [TOKENIZERS[name] for name in self.family.text_encoders]
-        own = [name for name in self.configs if name not in self._parts]
+        own = [name for name, (part, _) in self._parts.items() if part is self.checkpoint]
+        added = [name for name in self._parts if name not in own and not name.startswith(REFINER)]
         parts = [self.checkpoint.fingerprint([*own, *tokenizers, "scheduler"]), self.dtype]
-        added = {name: part for name, (part, _) in self._parts.items() if not name.startswith(REFINER)}
-        parts += [f"{name} {part.fingerprint([''])}" for name, part in added.items()]
+        parts += [f"{name} {self._parts[name][0].fingerprint([''])}" for name in added]
         parts += [self.refiner.fingerprint] if self.refiner else []
         parts += [f"{lora.file.digest} {lora.weight!r}" for lora in self._loras]
         parts += [f"{each.file.digest} {each.token!r}" for each in self._inversions]
@@ -248,7 +261,7 @@ class Spec:
         known = None not in (request.image_sha256, request.width, request.height)
         mask_known = request.mask_image is None or request.mask_image_sha256 is not None
         if request.image is not None and (read or not (known and mask_known)):
-            request = self._measured(request)
+            request = canvas.measured(request, self.multiple)
         if request.control_image is not None:
             controls.check(request, len(self.controlnets))
             if read or None in (request.control_image_sha256, request.width, request.height):
@@ -306,23 +319,6 @@ class Spec:
         joined = len(self.text(request).clauses)
         if joined > MAX_CLAUSES:
             raise RequestError(f"prompt joins {joined} prompts by AND; allowed are {MAX_CLAUSES}")
-
-    def _measured(self, request: Request) -> Request:
-        """A request with its pictures' hashes, and with its image's size where that is what will be made."""
-        loaded = canvas.load(request, self.multiple)
-        size: dict[str, int] = {}
-        if request.padding_mask_crop is None:
-            size = {
-                name: side // self.multiple * self.multiple
-                for name, side in zip(("width", "height"), loaded.image.size, strict=True)
-                if getattr(request, name) is None
-            }
-        if 0 in size.values():
-            raise RequestError(
-                f"image has {loaded.image.width}x{loaded.image.height} pixels; a side needs {self.multiple}, or "
-                "give width and height"
-            )
-        return dataclasses.replace(request, **loaded.hashes, **size)
 
     def prepare(self, resolved: Request) -> Canvas | None:
         """The pictures of a resolved request as pixels at its size; None where it has none.
