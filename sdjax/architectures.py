@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdjax.family import TOKENIZERS
 from sdjax.spec import BUNDLED
 
 _CLIP_L = {
@@ -93,7 +94,6 @@ _CLASSES = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
 }
-_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _VOCABULARY = Path(BUNDLED) / "tokenizer"
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SCHEDULE = {**_BETAS, "clip_sample": False, "steps_offset": 1}
@@ -121,9 +121,9 @@ def write(name: str, folder: Path) -> None:
     for part, config in configs.items():
         _write(folder / part / "config.json", config)
         index[part] = _CLASSES[part]
-        if part in _TOKENIZERS:
-            index[_TOKENIZERS[part]] = ("transformers", "CLIPTokenizer")
-            shutil.copytree(_VOCABULARY, folder / _TOKENIZERS[part])
+        if part in TOKENIZERS:
+            index[TOKENIZERS[part]] = ("transformers", "CLIPTokenizer")
+            shutil.copytree(_VOCABULARY, folder / TOKENIZERS[part])
     prediction = "v_prediction" if name == "sd21" else "epsilon"
     _write(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULE, "prediction_type": prediction})
     _write(folder / "model_index.json", {**index, "scheduler": ("diffusers", "DDIMScheduler")})

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "sdjax/inputs.py": {"sdjax.retrying", "sdjax.values"},
     "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request", "sdjax.values"},
     "sdjax/parallel.py": set(),
-    "sdjax/architectures.py": {"sdjax.spec"},
+    "sdjax/architectures.py": {"sdjax.family", "sdjax.spec"},
     "sdjax/files.py": set(),
     "sdjax/retrying.py": set(),
     "sdjax/compile_cache.py": {"sdjax.files"},

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ class Recorded:
 
     name: of the function in `sdjax.programs`, and which of its programs this is where there are several.
     function, arguments: what to compile; leaves are `jax.ShapeDtypeStruct`s.
-    donated: places of the arguments whose buffers it may reuse.
+    donated: places of the arguments whose buffers it may reuse, or the one.
     result: shapes of what it returns.
     calls: how often a batch runs it.
     asked, deep: of `advance`, which prompts the network is called with, and makes deep features for, over all calls.
@@ -36,7 +36,7 @@ class Recorded:
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    donated: tuple[int, ...]
+    donated: int | tuple[int, ...]
     result: Any
     calls: int
     asked: Bool[np.ndarray, "rows prompts"] | None = None
@@ -82,19 +82,15 @@ class Recorder(Devices):
         return jax.tree.map(first, tree)
 
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        donated, static = (
-            (places,) if isinstance(places, int) else tuple(places)
-            for places in (options.get(name, ()) for name in ("donate_argnums", "static_broadcasted_argnums"))
-        )
+        donated, static = options.get("donate_argnums", ()), options.get("static_broadcasted_argnums")
 
         def call(*arguments: Any) -> Any:
-            traced = tuple(value for i, value in enumerate(arguments) if i not in static)
+            fixed, traced = self.parted(arguments, static)
             traced = jax.tree.map(lambda leaf: leaf[0], traced)
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced)
-            fixed = {i: arguments[i] for i in static}
-            key = function, tuple(fixed.values()), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
+            key = function, fixed, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
             if key not in self.programs:
-                program = _program(function, fixed)
+                program = _program(function, fixed, static)
                 name = program.__name__
                 count = 1 + sum(other.function.__name__ == name for other in self.programs.values())
                 name = name if count == 1 else f"{name} {count}"
@@ -108,14 +104,14 @@ class Recorder(Devices):
         return call
 
 
-def _program(function: Callable[..., Any], fixed: Mapping[int, Any]) -> Callable[..., Any]:
-    """`function` of the arguments that are traced."""
+def _program(function: Callable[..., Any], fixed: tuple[Any, ...], static: int | None) -> Callable[..., Any]:
+    """`function` of the arguments that are traced; `fixed` is what stands at the place `static`."""
 
     @jax.jit
     @functools.wraps(function.func if isinstance(function, functools.partial) else function)
     def program(*traced: Any) -> Any:
-        rest = iter(traced)
-        return function(*(fixed[i] if i in fixed else next(rest) for i in range(len(traced) + len(fixed))))
+        place = len(traced) if static is None else static
+        return function(*traced[:place], *fixed, *traced[place:])
 
     return program
 

@@ -10,6 +10,7 @@ import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from glob import has_magic
 from typing import Any, NamedTuple, Protocol
 
 import fsspec
@@ -123,7 +124,7 @@ class Shards:
     def __init__(self, pattern: str, size: int) -> None:
         self._fs, path = fsspec.core.url_to_fs(pattern)
         self._size = size
-        shards = sorted(str(shard) for shard in self._fs.glob(path)) if any(c in path for c in "*?[") else [path]
+        shards = sorted(str(shard) for shard in self._fs.glob(path)) if has_magic(path) else [path]
         self._examples = [example for shard in shards for example in self._index(shard)]
         if not self._examples:
             raise DataError(f"{pattern} holds no image with a .txt caption beside it")

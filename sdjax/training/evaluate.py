@@ -4,7 +4,6 @@ Prints a table in Markdown. The pictures are read by `sdjax.training.checker`, w
 """
 
 import argparse
-import io
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,9 +14,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from sdjax import images
 from sdjax.files import write_whole
 from sdjax.generate import StableDiffusion
-from sdjax.images import contact_sheet
 from sdjax.request import Request
 from sdjax.spec import BUNDLED
 from sdjax.training import checker, scenes
@@ -96,9 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.picture is not None:
         shown = [Image.fromarray(pixels) for _, pictures in measured for pixels in pictures[:_SHOWN]]
         captions = [f"{scale:g}: {caption}" for scale in arguments.guidance for _, caption in asked[:_SHOWN]]
-        sheet, data = contact_sheet(shown, captions, columns=min(_SHOWN, len(asked)), cell=128), io.BytesIO()
-        sheet.save(data, "PNG")
-        write_whole(Path(arguments.picture), data.getvalue())
+        sheet = images.contact_sheet(shown, captions, columns=min(_SHOWN, len(asked)), cell=128)
+        write_whole(Path(arguments.picture), images.encode(np.asarray(sheet)))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
+from sdjax import images
 from sdjax.files import write_whole
 from sdjax.generate import StableDiffusion
-from sdjax.images import contact_sheet
 from sdjax.models import tiling
 from sdjax.request import Request
 from sdjax.spec import Spec
@@ -63,18 +62,17 @@ class Sheet:
             sheet = self._samples(self._spec)
         else:
             return
-        path, data = self._run.folder / "sheets" / f"{step:06d}.png", io.BytesIO()
+        path = self._run.folder / "sheets" / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(data, "PNG")
-        write_whole(path, data.getvalue())
+        write_whole(path, images.encode(np.asarray(sheet)))
 
     def _reconstructions(self) -> Image.Image:
         source = self._run.pictures
         originals = [source.image(index % len(source)) for index in range(_EXAMPLES)]
         params = jax.device_put(self._run.state.ema["vae"], self._run.devices.devices[0])
         output = self._reconstruct(params, np.stack(originals))
-        images = list(np.round((np.clip(np.asarray(output, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8))
-        rows = [part[at : at + _COLUMNS] for at in range(0, _EXAMPLES, _COLUMNS) for part in (originals, images)]
+        decoded = list(np.round((np.clip(np.asarray(output, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8))
+        rows = [part[at : at + _COLUMNS] for at in range(0, _EXAMPLES, _COLUMNS) for part in (originals, decoded)]
         return Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in rows]))
 
     def _samples(self, spec: Spec) -> Image.Image:
@@ -88,8 +86,8 @@ class Sheet:
         results = self._pipe.generate(self._requests)
         for leaf in jax.tree.leaves(self._networks):  # of which the devices hold the run's own copy too
             leaf.delete()
-        images, prompts = [result.image for result in results], run.config.sheet_prompts
-        return contact_sheet(images, prompts, columns=min(4, len(prompts)), cell=128)
+        pictures, prompts = [result.image for result in results], run.config.sheet_prompts
+        return images.contact_sheet(pictures, prompts, columns=min(4, len(prompts)), cell=128)
 
 
 def _spec(networks: Networks, requests: list[Request]) -> Spec:
