@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from sdjax import Request, RequestError, StableDiffusion
 from sdjax.images import parameters
@@ -33,9 +32,17 @@ def test_black_and_flat_images_are_told_from_others():
     assert oddities(corner) == []
 
 
-def test_resize_is_pillows_lanczos():
+def test_a_size_is_width_by_height_and_resized_by_lanczos():
     assert resize(PIXELS, None) is PIXELS
-    assert np.array_equal(resize(PIXELS, "31x7"), Image.fromarray(PIXELS).resize((31, 7), Image.Resampling.LANCZOS))
+    assert resize(PIXELS, "31x7").shape == (7, 31, 3)
+    edge = np.full((16, 32, 3), 64, np.uint8)
+    edge[:, 16:] = 192
+    enlarged = resize(edge, "128x64")
+    # Lanczos overshoots on both sides of an edge, where bilinear stays between them.
+    assert enlarged.min() < 60
+    assert enlarged.max() > 196
+    assert (enlarged[:, 0] == 64).all()
+    assert (enlarged[:, -1] == 192).all()
 
 
 def test_a_flat_image_is_flagged_and_a_size_is_heeded(tiny, pipe):
