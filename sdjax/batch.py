@@ -178,8 +178,8 @@ class HostNoise:
         following._rows = self._of_rows(tables)
         return following
 
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """The noise of `count` sampler rows, [batch, count, h, w, c]."""
+    def rows(self, first: int, count: int) -> Float32[np.ndarray, "batch count h w c"]:
+        """The noise of `count` sampler rows from `first` on; zeros past the end of a table."""
         result = np.zeros((len(self.start), count, *self.start.shape[1:]), np.float32)
         for i, drawn in self._rows.items():
             part = drawn[first : first + count]

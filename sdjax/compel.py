@@ -80,6 +80,7 @@ def encodings(prompt: str, tokenize: Callable[[str], list[int]], chunking: Chunk
         read: list[tuple[list[list[Token]], dict[int | None, float]]] = []  # each prompt's chunks, and the pulls
         for share, words in part.blends:
             check_weights([share, part.weight, *(part.weight * fragment.weight for fragment in words)])
+            # Each fragment goes through with its place for its weight, so that a token says which phrase it is of.
             numbered = [Fragment(fragment.text, i) for i, fragment in enumerate(words)]
             chunks = in_chunks([numbered], tokenize, chunking)
             there = sorted({int(token.weight) for chunk in chunks for token in chunk})

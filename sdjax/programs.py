@@ -69,7 +69,7 @@ def encode_text(
     *,
     is_xl: bool,
 ) -> Conditions:
-    """Text states for joined prompts and the negative one, the encoders' side by side; zeros for prompts that are.
+    """Text states for joined prompts and the negative one, the encoders' side by side; zeros where `is_zero`.
 
     variants: what the states are a sum of where a prompt is in compel's language: `sdjax.text.Variants`, batched.
 
@@ -192,7 +192,11 @@ def enlarge(
     scale: float,
     tiled: bool | None,
 ) -> Float[Array, "batch new_h new_w c"]:
-    """Latents of images of height and width: those of the latents' images, by Lanczos, or directly, bilinearly."""
+    """Latents at a larger size: of the decoded images enlarged by Lanczos, or the latents themselves, bilinearly.
+
+    directly: which are the latter.  keys, is_given, given: of what `encode_image` draws.
+    size: height and width of the images, in pixels.
+    """
 
     def by_image() -> Float[Array, "batch new_h new_w c"]:
         image = jnp.clip(tiling.decode(vae, latents / scale, tiling=tiled).astype(jnp.float32), -1, 1)

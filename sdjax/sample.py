@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=_batch_size,
         metavar="N",
-        help="images that a device makes at once; `auto` compiles for more and more until its memory is full",
+        help="images that a device makes at once; `auto` compiles for more and more until its memory is full; "
+        "default: 1 on a CPU, 4 elsewhere",
     )
     result.add_argument("--verbose", action="store_true", help="say what runs where, and what it takes")
     add_request_options(result)

@@ -24,7 +24,7 @@ def second_pass(schedule: sampling.Schedule, request: Request, *, all_steps: boo
 
 
 def refiner(schedule: sampling.Schedule, request: Request) -> sampling.Table:
-    """What a refiner, of the schedule, does from there on."""
+    """The refiner's run over its own schedule, from where the base's run stops."""
     return _of(schedule, request, _strength(request, False), start=request.denoising_end)
 
 

@@ -72,14 +72,16 @@ class Tokenizer:
     """CLIP's byte-pair encoding of prompts into chunks of a fixed number of ids.
 
     Args:
-        folder: vocab.json, merges.txt and tokenizer_config.json, as transformers writes them.
+        folder: holds tokenizer.json, or vocab.json and merges.txt, as transformers writes them.
         vocab_size: of the text encoder; an id beyond it could not be embedded.
-        length: ids of a chunk, or that a text is padded or cut to: the text encoder's max_position_embeddings.
+        length: ids of a chunk, its start and end included: the text encoder's max_position_embeddings.
         added: tokens that the tokenizer does not have, and for how many embeddings each stands; they get the ids from
             `first_added` on.
 
     Attributes:
         end: the id of the token that ends a text.
+        length: as given.
+        first_added: the id of the first token of `added`: how many tokens the tokenizer has itself.
 
     Raises:
         CheckpointError: no tokenizer is there, or it does not fit the text encoder.

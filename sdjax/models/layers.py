@@ -44,9 +44,8 @@ _kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _table_init = jax.nn.initializers.normal(0.02)
 
 
-@functools.partial(
-    jax.jit, static_argnums=(0, 2, 3)
-)  # traced once for each shape, which makes nnx.eval_shape quick too
+# Traced once for each shape, which makes nnx.eval_shape quick too.
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _draw(init: Callable[..., Array], key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     return init(key, shape, dtype)
 

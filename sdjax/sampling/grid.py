@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float64
 
 from sdjax.sampling.errors import SamplingError
 from sdjax.sampling.schedule import SPACINGS, Schedule
@@ -51,34 +52,34 @@ class Grid:
     scaled: bool = False
 
 
-def karras(n: int, low: float, high: float, rho: float = 7.0) -> np.ndarray:
+def karras(n: int, low: float, high: float, rho: float = 7.0) -> Float64[np.ndarray, " n"]:
     """Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
     return np.linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho
 
 
-def exponential(n: int, low: float, high: float) -> np.ndarray:
+def exponential(n: int, low: float, high: float) -> Float64[np.ndarray, " n"]:
     """Even in log sigma."""
     return np.exp(np.linspace(math.log(high), math.log(low), n))
 
 
-def polyexponential(n: int, low: float, high: float, rho: float = 1.0) -> np.ndarray:
+def polyexponential(n: int, low: float, high: float, rho: float = 1.0) -> Float64[np.ndarray, " n"]:
     """k-diffusion's: log sigma falls as a ramp to the power rho; at 1 it is `exponential`."""
     return np.exp(np.linspace(1, 0, n) ** rho * (math.log(high) - math.log(low)) + math.log(low))
 
 
-def beta(n: int, low: float, high: float) -> np.ndarray:
+def beta(n: int, low: float, high: float) -> Float64[np.ndarray, " n"]:
     """Lee et al. 2024 (arXiv 2407.12173), quantiles of Beta(0.6, 0.6), over sigma as diffusers does."""
     from scipy.special import betaincinv  # late: SciPy is a tenth of the time that importing sdjax takes
 
     return low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, n)) * (high - low)
 
 
-def kl_optimal(n: int, low: float, high: float) -> np.ndarray:
+def kl_optimal(n: int, low: float, high: float) -> Float64[np.ndarray, " n"]:
     """Sabour et al. 2024 (arXiv 2404.14507), eq. 12: even in arctan sigma."""
     return np.tan(np.linspace(math.atan(high), math.atan(low), n))
 
 
-def ays(n: int, low: float, high: float, points: Sequence[float] = _AYS) -> np.ndarray:
+def ays(n: int, low: float, high: float, points: Sequence[float] = _AYS) -> Float64[np.ndarray, " n"]:
     """Align Your Steps, log-linear between its eleven points; the ends are its own."""
     return np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, len(points)), np.log(points)))[:-1]
 

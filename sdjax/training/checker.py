@@ -14,9 +14,8 @@ from scipy import ndimage
 
 from sdjax.training.scenes import COLOURS, SHAPES, Scene, Thing, coverage
 
-_DIFFERENT = (
-    45.0  # RGB distance from the background at which a pixel belongs to a thing; the two nearest colours are 89 apart
-)
+# RGB distance from the background at which a pixel belongs to a thing; the two nearest colours are 89 apart.
+_DIFFERENT = 45.0
 _LEAST_AREA = 0.006  # part of the picture that a region must fill to be a thing: a third of a small star
 _LEAST_OVERLAP = 0.7  # intersection over union with the best outline, below which a region has no known shape
 _AROUND = np.ones((3, 3), bool)

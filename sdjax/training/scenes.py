@@ -28,11 +28,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (24, 24, 28),
     "white": (248, 248, 246),
 }
-SIZES: dict[str, float] = {
+SIZES: dict[str, float] = {  # the diameter, as a part of the picture's side
     "small": 0.26,
     "medium": 0.36,
     "large": 0.50,
-}  # the diameter, as a part of the picture's side
+}
 POSITIONS: dict[str, tuple[float, float]] = {  # (x, y) of the centre, before a large shape is moved inside the picture
     "centre": (0.50, 0.50),
     "left": (0.25, 0.50),

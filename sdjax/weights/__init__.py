@@ -1,0 +1,1 @@
+"""Checkpoint files to parameters and back. Knows no devices and no requests."""

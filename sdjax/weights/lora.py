@@ -42,11 +42,9 @@ _KOHYA = {
 }
 _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 
-
 # A file's patterns may come from anyone, and a regular expression with repeats can take forever.
 _PATTERN = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?")
 _MAX_NUMBER = 1e30
-
 
 _DORA = "is a DoRA, which is not supported"
 # Parts of keys that say what else than a LoRA a file is.
