@@ -57,23 +57,43 @@ MAY_IMPORT = {
         *("sdjax.request", "sdjax.sampling", "sdjax.spec"),
     },
     "sdjax/benchmark": {
-        *(
-            "sdjax.batch",
-            "sdjax.benchmark",
-            "sdjax.compile_cache",
-            "sdjax.flops",
-            "sdjax.generate",
-            "sdjax.images",
-            "sdjax.parallel",
-        ),
-        *("sdjax.denoise", "sdjax.networks", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
+        *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.generate", "sdjax.images", "sdjax.networks"),
+        *("sdjax.parallel", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
     },
-    "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
+    "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec"},
+    "sdjax/training": {
+        *("sdjax.config", "sdjax.files", "sdjax.generate", "sdjax.images", "sdjax.inputs", "sdjax.models"),
+        *("sdjax.parallel", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text", "sdjax.training"),
+        *("sdjax.values", "sdjax.weights"),
+    },
+    "sdjax/training/config.py": set(),
+    "sdjax/training/scenes.py": set(),
+    "sdjax/training/checker.py": {"sdjax.training.scenes"},
+    "sdjax/describe.py": {"sdjax.family", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.weights"},
+    "sdjax/model_options.py": set(),
+    "sdjax/request_options.py": {"sdjax.request"},
+    "sdjax/sample.py": {
+        *("sdjax.compile_cache", "sdjax.describe", "sdjax.files", "sdjax.generate", "sdjax.images"),
+        *("sdjax.model_options", "sdjax.planning", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
+        "sdjax.values",
+    },
+    "sdjax/train.py": {"sdjax.training"},
+    "sdjax/plan.py": {
+        *("sdjax.architectures", "sdjax.planning", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
+        "sdjax.values",
+    },
+    "sdjax/bench.py": {
+        *("sdjax.architectures", "sdjax.benchmark", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
+        "sdjax.values",
+    },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
-NO_JAX = ("sdjax/config",) + tuple(
+NO_JAX = ("sdjax/config", "sdjax/training/config.py") + tuple(
     f"sdjax/{name}.py"
-    for name in ("__init__", "canvas", "files", "images", "inputs", "model_options", "prompts", "request", "values")
+    for name in (
+        *("__init__", "canvas", "compel", "files", "images", "inputs", "model_options", "prompts", "request"),
+        *("request_options", "retrying", "values"),
+    )
 )
 
 
