@@ -43,7 +43,7 @@ class Optimizer:
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0  # on matrices and kernels only
-    clip_norm: float | None = 1.0  # of the whole gradient; 0 is none
+    clip_norm: float = 1.0  # of the whole gradient; 0 is none
     accumulate: int = 1  # a step's batch is worked off in this many parts
     ema_decay: float = 0.9999
 

@@ -274,7 +274,7 @@ def _gradients(folder, devices=ONE, dtype="float32", text=True, accumulate=1):
         batch_size=32,
         dtype=dtype,
         diffusion=dataclasses.replace(loaded.diffusion, train_text_encoder=text),
-        optimizer=dataclasses.replace(loaded.optimizer, clip_norm=None, accumulate=accumulate),
+        optimizer=dataclasses.replace(loaded.optimizer, clip_norm=0.0, accumulate=accumulate),
     )
     run = Run(changed, devices)
     # What starts at zero would hide the gradients of what comes before it.
