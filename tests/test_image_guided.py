@@ -155,7 +155,7 @@ def test_an_idle_mask_costs_nothing(pipe):
         rows = programs.Rows(tables, np.ones((1, 5, 2), np.float32))
         lowered = jax.jit(programs.advance, static_argnames="last_is_told").lower(
             unet,
-            scan.begin(latents),
+            scan.begin(latents, ()),
             programs.Conditions(text),
             rows,
             keys,

@@ -34,13 +34,12 @@ class Known(NamedTuple):
 
 
 def guidance_weights(
-    guidance: Float32[np.ndarray, "B R"], joined: Float32[np.ndarray, "B P"] | None = None
+    guidance: Float32[np.ndarray, "B R"], joined: Float32[np.ndarray, "B P"]
 ) -> Float32[np.ndarray, "B R N"]:
-    """Weights of the P conditional halves, one by default, and of the unconditional one at each guidance scale.
+    """Weights of the P conditional halves, then of the unconditional one, at each guidance scale; N is P + 1.
 
-    Scale 1 leaves out the latter. joined: how much each of several conditional halves counts.
+    Scale 1 leaves out the latter. joined: how much each conditional half counts; 1 where there is one.
     """
-    joined = np.ones((len(guidance), 1), np.float32) if joined is None else joined
     conditional = guidance[..., None] * joined[:, None]
     return np.concatenate([conditional, 1 - conditional.sum(-1, keepdims=True)], axis=-1)
 
@@ -62,8 +61,8 @@ class State(NamedTuple):
     kept: Any  # what the network keeps, [N, ...]; () where that is nothing
 
 
-def begin(latents: Float[Array, "B H W C"], kept: Any = ()) -> State:
-    """The state before the first row, from start latents."""
+def begin(latents: Float[Array, "B H W C"], kept: Any) -> State:
+    """The state before the first row, from start latents. kept: what the network has from no call; () is nothing."""
     latents = latents.astype(jnp.float32)
     empty = jnp.zeros_like(latents)
     return State(latents, (empty,) * HISTORY, (empty,) * NOISES, jnp.zeros((), jnp.int32), kept)

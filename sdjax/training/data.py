@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from glob import has_magic
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import fsspec
 import numpy as np
@@ -28,6 +28,7 @@ from sdjax.values import RequestError
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
 
 
+@runtime_checkable
 class Source(Protocol):
     """A captioned image data set.
 
@@ -266,7 +267,8 @@ class Loader:
         batch_size: examples a step.
         seed: of the order, the captions' phrasing and their dropout.
         images, captions: whether to read them.
-        caption_dropout: the part of captions that become empty.
+        caption_dropout: the part of captions that become empty, 0 to 1.
+        workers: threads that read.
     """
 
     def __init__(
@@ -275,10 +277,10 @@ class Loader:
         batch_size: int,
         seed: int,
         *,
-        images: bool = True,
-        captions: bool = True,
-        caption_dropout: float = 0.0,
-        workers: int = 2,
+        images: bool,
+        captions: bool,
+        caption_dropout: float,
+        workers: int,
     ) -> None:
         self._source, self._batch_size, self._seed = source, batch_size, seed
         self._images, self._captions, self._dropout = images, captions, caption_dropout

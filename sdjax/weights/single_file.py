@@ -52,9 +52,7 @@ def open_checkpoint(
     return Checkpoint(source, variant=variant, allow_pickle=allow_pickle)
 
 
-def open_controlnet(
-    source: str | os.PathLike[str], *, variant: str | None = None, allow_pickle: bool = False
-) -> Checkpoint:
+def open_controlnet(source: str | os.PathLike[str], *, variant: str | None, allow_pickle: bool) -> Checkpoint:
     """The ControlNet at a source, whose one component is `""`; see `open_checkpoint`."""
     if is_single_file(source):
         return ControlNetFile(source, allow_pickle=allow_pickle)
@@ -62,7 +60,7 @@ def open_controlnet(
 
 
 def open_vae(
-    source: str | os.PathLike[str], own: Mapping[str, Any], *, variant: str | None = None, allow_pickle: bool = False
+    source: str | os.PathLike[str], own: Mapping[str, Any], *, variant: str | None, allow_pickle: bool
 ) -> Checkpoint:
     """The VAE at a source, whose one component is `""`; see `VAEFile` and `open_checkpoint`."""
     if is_single_file(source):

@@ -29,6 +29,11 @@ def network(scale, record=None):
     return call
 
 
+def weights_of(guidance):
+    """Those of one prompt and the negative one."""
+    return guidance_weights(guidance, np.ones((len(guidance), 1), np.float32))
+
+
 def batch():
     """A request for each sampler, no two alike in anything else either."""
     tables = [
@@ -49,7 +54,7 @@ def run(tables, latents, keys, weights, rescale):
 def sample(network, tables, latents, **options):
     """A whole run in one call."""
     tables, latents, options = jax.tree.map(jnp.asarray, (tables, latents, options))
-    return advance(network, tables, begin(latents), **options).latents
+    return advance(network, tables, begin(latents, ()), **options).latents
 
 
 def numpy_run(table, latent, key, guidance, rescale):
@@ -74,7 +79,7 @@ def test_a_mixed_batch_is_each_request_alone_and_the_numpy_loop():
             stack([tables[i] for i in members], ROWS),
             latents[members],
             keys[members],
-            guidance_weights(guidance[members]),
+            weights_of(guidance[members]),
             rescale[members],
         )
 
@@ -114,12 +119,12 @@ def test_calls_that_no_row_needs_do_not_happen():
     long = make_table(SCHEDULE, sampler="heun", num_inference_steps=5)
     assert long.calls == 9
     both = np.full((2, ROWS), 7.5, np.float32)
-    assert calls([short, long], guidance_weights(both)) == (9, 9)
-    assert calls([short, short], guidance_weights(np.ones_like(both))) == (3, 0)
+    assert calls([short, long], weights_of(both)) == (9, 9)
+    assert calls([short, short], weights_of(np.ones_like(both))) == (3, 0)
     interval = np.where(np.arange(ROWS) < 2, 1, both)
-    assert calls([short, short], guidance_weights(interval)) == (3, 1)
+    assert calls([short, short], weights_of(interval)) == (3, 1)
     one_guided = np.stack([np.ones(ROWS, np.float32), both[0]])
-    assert calls([long, short], guidance_weights(one_guided)) == (9, 3)
+    assert calls([long, short], weights_of(one_guided)) == (9, 3)
 
 
 def test_an_unneeded_half_cannot_reach_an_image():
@@ -129,7 +134,7 @@ def test_an_unneeded_half_cannot_reach_an_image():
     def broken(half, x, t, told, kept):
         return jnp.where(half == 1, jnp.nan, 0.1 * x), kept
 
-    weights = guidance_weights(np.array([[1.0] * 3, [7.5] * 3], np.float32))
+    weights = weights_of(np.array([[1.0] * 3, [7.5] * 3], np.float32))
     latents = np.ones((2, *SHAPE), np.float32)
     out = sample(broken, stack([table, table]), latents, **{**plain(2), "weights": weights})
     assert np.all(np.isfinite(out[0]))
@@ -173,16 +178,16 @@ def test_rows_past_a_tables_end_leave_what_is_known_at_its_level():
 def test_a_run_may_be_cut_into_calls_anywhere():
     tables, guidance, keys, latents = batch()
     rescale = np.full(N, 0.3, np.float32)
-    whole = run(stack(tables, ROWS), latents, keys, guidance_weights(guidance), rescale)
+    whole = run(stack(tables, ROWS), latents, keys, weights_of(guidance), rescale)
     part = jax.jit(
         lambda tables, state, weights: advance(
             network(0.1), tables, state, weights=weights, keys=jnp.asarray(keys), rescale=jnp.asarray(rescale)
         )
     )
-    state, stacked = begin(jnp.asarray(latents)), stack(tables, ROWS)
+    state, stacked = begin(jnp.asarray(latents), ()), stack(tables, ROWS)
     for first in range(0, ROWS, 6):
         rows = slice(first, first + 6)
         cut = jax.tree.map(lambda column, rows=rows: column[:, rows], stacked)
-        state = part(cut, state, guidance_weights(guidance[:, rows]))
+        state = part(cut, state, weights_of(guidance[:, rows]))
     assert part._cache_size() == 1
     np.testing.assert_allclose(state.latents, whole, rtol=1e-5, atol=1e-5)

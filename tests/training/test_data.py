@@ -206,8 +206,12 @@ def test_each_epoch_and_each_seed_has_its_own_order():
     assert len({*orders, tuple(range(50))}) == 5
 
 
+def _loader(source, batch_size, seed=0, *, images=True, captions=True, dropout=0.0):
+    return Loader(source, batch_size, seed, images=images, captions=captions, caption_dropout=dropout, workers=2)
+
+
 def test_batches_do_not_depend_on_where_one_starts():
-    loader = Loader(Scenes(16, 50), 8, seed=1, caption_dropout=0.3)
+    loader = _loader(Scenes(16, 50), 8, seed=1, dropout=0.3)
     whole = list(loader.batches(0, 12))
     later = list(loader.batches(7, 12))
     assert len(whole) == 12
@@ -220,7 +224,7 @@ def test_batches_do_not_depend_on_where_one_starts():
 
 def test_captions_are_dropped_as_often_as_asked():
     for share in (0.0, 0.25, 1.0):
-        loader = Loader(Scenes(16, 500), 50, seed=0, images=False, caption_dropout=share)
+        loader = _loader(Scenes(16, 500), 50, images=False, dropout=share)
         empty = np.mean([caption == "" for batch in loader.batches(0, 20) for caption in batch.captions])
         assert abs(empty - share) < 0.04
 
@@ -230,9 +234,9 @@ def test_what_is_not_needed_is_not_read():
         def image(self, index):
             raise AssertionError
 
-    batch = next(Loader(Blind(16, 10), 2, 0, images=False).batches(0, 1))
+    batch = next(_loader(Blind(16, 10), 2, images=False).batches(0, 1))
     assert batch.pixels is None
-    assert next(Loader(Scenes(16, 10), 2, 0, captions=False).batches(0, 1)).captions is None
+    assert next(_loader(Scenes(16, 10), 2, captions=False).batches(0, 1)).captions is None
 
 
 def test_an_error_of_the_source_arrives():
@@ -241,4 +245,4 @@ def test_an_error_of_the_source_arrives():
             raise DataError("broken")
 
     with pytest.raises(DataError, match="broken"):
-        list(Loader(Broken(16, 10), 2, 0).batches(0, 3))
+        list(_loader(Broken(16, 10), 2).batches(0, 3))
