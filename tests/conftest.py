@@ -29,13 +29,19 @@ import tests.typecheck  # noqa: F401, named below
 
 # Where arrays pass, the shapes and dtypes in the signatures are checked at every call.
 ROOMS = [
+    "sdjax.batch",
+    "sdjax.canvas",
+    "sdjax.controls",
     "sdjax.denoise",
+    "sdjax.encode",
     "sdjax.generate",
     "sdjax.images",
     "sdjax.models",
+    "sdjax.postprocess",
     "sdjax.programs",
-    "sdjax.sampling.scan",
+    "sdjax.sampling",
     "sdjax.text",
+    *(f"sdjax.training.{name}" for name in ("checker", "data", "objective", "scenes", "step")),
 ]
 jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")
 

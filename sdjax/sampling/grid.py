@@ -242,7 +242,8 @@ def _spaced(schedule: Schedule, grid: Grid, n: int, spacing: str) -> np.ndarray:
         t = (np.arange(n + extra) * (last // (n + extra)))[::-1][:n] + offset
     else:
         t = np.round(np.arange(last, 0, -total / n)[:n]) - 1
-    return t.astype(np.float64) if grid.kind == "k" else np.round(t)
+    t = t.astype(np.float64)
+    return t if grid.kind == "k" else np.round(t)
 
 
 def _distilled(schedule: Schedule, n: int, share: float) -> np.ndarray:

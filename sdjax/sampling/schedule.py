@@ -147,10 +147,10 @@ class Schedule:
             alphas[-1] = 2.0**-24
         return np.sqrt((1 - alphas) / alphas).astype(np.float64)
 
-    def timestep_of(self, ratio: float | np.ndarray) -> np.ndarray:
-        """The (fractional) timestep of a ratio, log-linear between neighbours, clipped to the schedule's ends."""
+    def timestep_of(self, ratio: float | Float64[np.ndarray, "*n"]) -> Float64[np.ndarray, "*n"]:
+        """The (fractional) timestep of each ratio, log-linear between neighbours, clipped to the schedule's ends."""
         logs = np.log(self.ratios.astype(np.float32))
-        return np.interp(np.log(np.maximum(ratio, 1e-10)), logs, np.arange(len(logs)))
+        return np.asarray(np.interp(np.log(np.maximum(ratio, 1e-10)), logs, np.arange(len(logs))))
 
 
 def _alphas_cumprod(config: Mapping[str, Any]) -> Float64[np.ndarray, " T"]:

@@ -41,7 +41,7 @@ def _losses(answer, options=PLAIN, prediction="epsilon", batch=None, key=KEY, **
     modules = {"unet": UNet(answer), "text_encoder": Text(), "vae": nnx.Module()}
     schedule = Schedule.from_config(SCHEDULER | {"prediction_type": prediction} | scheduler)
     loss = objective.denoising(modules, schedule, options, scaling_factor=0.5, batch_size=BATCH)
-    batch = batch or _batch(range(BATCH))
+    batch = jax.tree.map(jnp.asarray, batch or _batch(range(BATCH)))
     one = {"w": jnp.ones(())}
     losses, metrics = loss({"unet": one}, {"text_encoder": one, "vae": {}}, batch, key)
     return schedule, np.asarray(losses), np.asarray(metrics["error"])
@@ -183,7 +183,7 @@ class VAE(nnx.Module):
 def test_reconstruction_adds_its_terms(edges, kl):
     pixels = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     loss = objective.reconstruction({"vae": VAE(-60.0)}, Reconstruction(edges=edges, kl=kl))
-    batch = {"pixels": pixels, "place": np.arange(4)}
+    batch = {"pixels": jnp.asarray(pixels), "place": jnp.arange(4)}
     losses, metrics = loss({"vae": {"v": jnp.ones(()), "w": jnp.asarray(0.5)}}, {}, batch, KEY)
     x = pixels / 127.5 - 1
     wrong = -0.5 * x
@@ -200,7 +200,10 @@ def test_reconstruction_draws_from_the_latents_distribution():
     pixels = np.full((8, 16, 16, 3), 128, np.uint8)
     loss = objective.reconstruction({"vae": VAE(np.log(0.25))}, Reconstruction(kl=0.0))
     _, metrics = loss(
-        {"vae": {"v": jnp.ones(()), "w": jnp.ones(())}}, {}, {"pixels": pixels, "place": np.arange(8)}, KEY
+        {"vae": {"v": jnp.ones(()), "w": jnp.ones(())}},
+        {},
+        {"pixels": jnp.asarray(pixels), "place": jnp.arange(8)},
+        KEY,
     )
     assert float(metrics["square"].mean()) == pytest.approx(0.25, rel=0.1)
 
@@ -209,7 +212,7 @@ def test_reconstruction_draws_from_the_latents_distribution():
 def test_the_decoder_alone_is_trained_where_asked(decoder_only):
     pixels = np.random.default_rng(2).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
     loss = objective.reconstruction({"vae": VAE(0.0)}, Reconstruction(decoder_only=decoder_only))
-    batch = {"pixels": pixels, "place": np.arange(4)}
+    batch = {"pixels": jnp.asarray(pixels), "place": jnp.arange(4)}
     params = {"vae": {"v": jnp.ones(()), "w": jnp.ones(())}}
     gradient = jax.grad(lambda trained: loss(trained, {}, batch, KEY)[0].sum())(params)["vae"]
     assert gradient["w"] != 0
