@@ -147,7 +147,7 @@ class Store:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps the folder, until the context or the process ends, from others that would hold it; a bucket it does not.
+        """Keeps the folder from others that would hold it, until the context or the process ends; a bucket it does not.
 
         Raises:
             BlockingIOError: another process holds it.
