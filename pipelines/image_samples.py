@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pipelines import sources, tables
 from pipelines.records import RowError
 from sdjax import inputs
-from sdjax.retrying import is_transient, retry
+from sdjax.retrying import ATTEMPTS, is_transient, retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import IMAGES, Member, members, sample_key, split_caption, text_of
 from sdjax.values import one_line
@@ -182,7 +182,7 @@ def open_file(file: str) -> IO[bytes]:
 
 def _whole_file(file: str) -> bytes:
     try:
-        data = inputs.read(file)
+        data = inputs.read(file, ATTEMPTS)  # a data set's own store is worth more patience than a row's host
     except Exception as error:  # each of fsspec's file systems has errors of its own
         if is_transient(error):
             raise

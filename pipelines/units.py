@@ -31,7 +31,7 @@ from pipelines.progress import Heartbeat
 from pipelines.sources import Place, RowError, select_prompt
 from pipelines.storage import Store, spread
 from sdjax.request import Request
-from sdjax.values import RequestError
+from sdjax.values import PICTURES, RequestError
 
 SHARD_ROWS = 16_384
 COUNTS = "counts"  # the tagged output of each stage's share of the account
@@ -42,7 +42,6 @@ UNUSABLE = (RowError, RequestError, UnicodeEncodeError, RecursionError)
 _REASONS = {UnicodeEncodeError: "half of a surrogate pair, which is no text", RecursionError: "nested too deeply"}
 
 _HELD = 2**26  # characters of rows that a piece's reader holds
-_PICTURES = {"image", "mask_image", "control_image"}
 _SHOWN = 1_000  # characters of a cell that a rejected row's record keeps
 
 
@@ -170,7 +169,7 @@ class PlanRequest:
         if not isinstance(read[1], dict):
             return False
         named = itertools.chain(self.defaults.items(), read[1].items())
-        return any(value and name.strip().lower() in _PICTURES for name, value in named)
+        return any(value and name.strip().lower() in PICTURES for name, value in named)
 
 
 class PlanRows(beam.DoFn):

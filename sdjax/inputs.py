@@ -60,14 +60,14 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     return Input(decode(data, f"{name} {shown}", mask=mask), found)
 
 
-def read(url: str) -> bytes:
+def read(url: str, attempts: int = _ATTEMPTS) -> bytes:
     """A file's bytes, or of a larger one the first `MAX_BYTES` + 1; raises what its file system does."""
 
     def whole() -> bytes:
         with fsspec.open(url, "rb") as file:
             return b"".join(_parts(file))
 
-    return retry(whole, _ATTEMPTS)
+    return retry(whole, attempts)
 
 
 def _parts(file: Any) -> Iterator[bytes]:

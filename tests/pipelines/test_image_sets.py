@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import image_sets, tables
+from sdjax import retrying
 from tests.pipelines.test_encode_latents import PICTURES, png, write_set
 from tests.training.test_samples import tar_of
 
@@ -33,6 +34,24 @@ def test_a_file_that_cannot_be_read_costs_its_row_only(monkeypatch, error):
     assert (first.key, last.key) == ("a.png", "e.png")
     assert str(bad) == f"memory://set/b.png cannot be read: {str(error).replace(chr(10), ' ')}"
     assert "'c::d.png' is no file below memory://set" in str(chain)
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_row(monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pipe({"/set/a.png": png(PICTURES["000"]), "/set/a.txt": b"a cat"})
+    monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
+    opened, failures = type(memory).open, iter([OSError("reset")] * (retrying.ATTEMPTS - 1))
+
+    def open_(self, path, *args, **options):
+        for error in failures:
+            raise error
+        return opened(self, path, *args, **options)
+
+    [piece] = image_sets.cut("memory://set")
+    monkeypatch.setattr(type(memory), "open", open_)
+    [(_, (sample, _))] = list(image_sets.read(piece))
+    assert sample.key == "a.png"
 
 
 def test_a_bad_caption_in_parquet_costs_its_row_only(tmp_path):
