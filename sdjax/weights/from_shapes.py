@@ -112,6 +112,7 @@ def _down(shapes: Shapes, layout: _Layout) -> dict[str, Any]:
         raise CheckpointError("has a resolution without layers")
     channels, depths = [stage[0][0] for stage in stages], [stage[0][1] for stage in stages]
     middle, xl = _depth(shapes, layout.middle), layout.told in shapes
+    layers = [*depths[:-1], depths[-1] if middle is None else middle]
     context = next((shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), None)
     if context is None:
         if not xl:
@@ -128,9 +129,7 @@ def _down(shapes: Shapes, layout: _Layout) -> dict[str, Any]:
         "mid_block_type": "UNetMidBlock2D" if middle is None else "UNetMidBlock2DCrossAttn",
         "layers_per_block": _shared([len(stage) for stage in stages]),
         # A resolution without transformers has no depth of its own; the last one's is the middle block's.
-        "transformer_layers_per_block": _shared(
-            [1 if depth is None else depth for depth in [*depths[:-1], depths[-1] if middle is None else middle]]
-        ),
+        "transformer_layers_per_block": _shared([1 if depth is None else depth for depth in layers]),
         "cross_attention_dim": context,
         "attention_head_dim": _shared([max(1, size // _HEAD_WIDTH) if linear else 8 for size in channels]),
         "use_linear_projection": linear,

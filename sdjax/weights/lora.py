@@ -181,7 +181,10 @@ class Lora:
         setting = {key.removeprefix(f"{component}."): value for key, value in settings.items()}
         # PEFT calls it `alpha` in its LoHa and LoKr.
         alphas = self._numbers(setting, "alpha", setting.get("lora_alpha", setting.get("alpha")))
-        return _Scales(alphas, self._numbers(setting, "rank", setting.get("r")), bool(setting.get("use_rslora")))
+        ranks = _Numbers([], None)
+        if setting.get("peft_type") in ("LOHA", "LOKR"):
+            ranks = self._numbers(setting, "rank", setting.get("r"))
+        return _Scales(alphas, ranks, bool(setting.get("use_rslora")))
 
     def _numbers(self, setting: Mapping[str, Any], name: str, common: Any) -> _Numbers:
         patterns = setting.get(f"{name}_pattern") or {}

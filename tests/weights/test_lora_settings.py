@@ -98,6 +98,12 @@ def test_whole_factors_of_peft_are_scaled_by_the_rank_that_its_settings_say(sett
     assert delta.scale == (1 if alpha is None else alpha / 4)  # the factors show their rank
 
 
+def test_ranks_that_factors_show_are_not_read_of_the_settings(tmp_path):
+    """So whatever is written there costs nothing."""
+    scales = with_patterns(tmp_path, {}, **{"unet.r": "many", "unet.rank_pattern": {"(a+)+b": None}})
+    assert scales == {"to_q": 4, "to_k": 4}
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
