@@ -1,6 +1,7 @@
-"""A checkpoint's networks: with shapes alone, or loaded onto the devices."""
+"""A checkpoint's networks: with shapes alone, or loaded."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -40,14 +41,16 @@ def build(spec: Spec, names: Iterable[str] | None = None, *, devices: int | None
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*axis, *leaf.shape), leaf.dtype), networks)
 
 
-def load(spec: Spec, devices: Devices, names: Iterable[str] | None = None) -> dict[str, nnx.Module]:
-    """The networks of a checkpoint, or those of the names, on every device.
+def load(spec: Spec, devices: Devices | None = None, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """The networks of a checkpoint, or those of the names.
+
+    devices: a copy goes to each, under an axis that leads; None is one copy, on JAX's default device.
 
     Raises:
         CheckpointError: a tensor is missing, left over, truncated or of another shape; the message names it.
     """
-    networks = build(spec, names)
+    networks, place = build(spec, names), jax.device_put if devices is None else devices.replicate
     for name, network in networks.items():
         what, edit = f"{name} of {spec.name}", spec.edit(name)
-        checkpoint.fill(network, spec.tensors(name), what=what, place=devices.replicate, edit=edit)
+        checkpoint.fill(network, spec.tensors(name), what=what, place=place, edit=edit)
     return networks
