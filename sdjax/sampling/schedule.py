@@ -165,9 +165,9 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64[np.ndarray, " T"]:
         if betas.shape != (steps,):
             raise SamplingError(f"trained_betas has shape {betas.shape}; num_train_timesteps asks for ({steps},)")
     elif kind == "linear":
-        betas = np.linspace(start, end, steps).astype(np.float32)
+        betas = _linspace(start, end, steps)
     elif kind == "scaled_linear":
-        betas = np.linspace(start**0.5, end**0.5, steps).astype(np.float32) ** 2
+        betas = _linspace(start**0.5, end**0.5, steps) ** 2
     elif kind == "squaredcos_cap_v2":
         alpha_bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999).astype(np.float32)
@@ -188,6 +188,13 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64[np.ndarray, " T"]:
     if not np.all((noisy >= np.finfo(np.float32).tiny) & (noisy < 1)):
         raise SamplingError("betas leave no image, or no noise, at some timestep; they must be further from 0 or 1")
     return alphas.astype(np.float64)
+
+
+def _linspace(start: float, end: float, steps: int) -> np.ndarray:
+    """torch's in float32: from both ends to the middle, each value rounded once."""
+    low, high, up = np.float32(start), np.float32(end), np.arange(steps)
+    step = np.float64((high - low) / np.float32(steps - 1))
+    return np.where(up < steps // 2, low + step * up, high - step * up[::-1]).astype(np.float32)
 
 
 def _running_product(alphas: np.ndarray) -> np.ndarray:
