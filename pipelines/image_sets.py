@@ -22,6 +22,7 @@ from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
 from pipelines.storage import spread
 from sdjax import inputs
+from sdjax.files import below
 from sdjax.retrying import retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import CAPTIONS, IMAGES
@@ -122,7 +123,7 @@ def _in_folder(url: str) -> list[str]:
 
 def _names(folder: str) -> list[str]:
     fs, root = fsspec.core.url_to_fs(folder)
-    return sorted(str(path)[len(root.rstrip("/")) + 1 :] for path in retry(lambda: fs.find(root)))
+    return [path[len(root.rstrip("/")) + 1 :] for path in retry(lambda: below(fs, root))]
 
 
 def _check_columns(file: str) -> None:

@@ -1,8 +1,10 @@
-"""Files that are there whole or not at all, and where those go that are kept from run to run."""
+"""Files that are there whole or not at all, where what is kept from run to run goes, and what lies below a folder."""
 
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -21,3 +23,21 @@ def write_whole(path: Path, data: bytes) -> None:
 def user_cache(name: str) -> Path:
     """The folder `name` among the user's caches, which may not be there yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / name
+
+
+def below(fs: Any, root: str, within: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
+    """Every file below a folder of an fsspec filesystem, and what that says of it, in the order of their paths.
+
+    On a disk a link is what it names, which fsspec's `find` takes for a file also where that is a folder.
+
+    within: the folders of the links that led here, to which no further one leads back.
+    """
+    found = fs.find(root, detail=True)
+    for path in [path for path, entry in found.items() if entry.get("islink")]:
+        del found[path]
+        folders, target = (*within, Path(path).parent.resolve()), Path(path).resolve()
+        if target.is_file():
+            found[path] = fs.info(path)
+        elif target.is_dir() and not any(folder.is_relative_to(target) for folder in folders):
+            found |= below(fs, path, folders)
+    return dict(sorted(found.items()))

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "sdjax/flops.py": set(),
     "sdjax/models": {"sdjax.config", "sdjax.models"},
     "sdjax/sampling": {"sdjax.sampling"},
-    "sdjax/weights": {"sdjax.weights", "sdjax.config"},
+    "sdjax/weights": {"sdjax.weights", "sdjax.config", "sdjax.files"},
     "sdjax/prompts.py": {"sdjax.values"},
     "sdjax/compel.py": {"sdjax.prompts", "sdjax.values"},
     "sdjax/vocabulary.py": {"sdjax.files"},

@@ -1,10 +1,11 @@
-"""A file is there whole or not at all."""
+"""A file is there whole or not at all; links on a disk are what they name."""
 
 import os
 
+import fsspec
 import pytest
 
-from sdjax.files import write_whole
+from sdjax.files import below, write_whole
 
 
 def test_write_whole_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
@@ -19,3 +20,29 @@ def test_write_whole_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_links_are_what_they_name_and_lead_nowhere_twice(tmp_path):
+    top, other = tmp_path / "top", tmp_path / "other"
+    for folder in (top / "a" / "b", other / "c"):
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(b"four")
+    links = {"a/b/up": top, "a/b/beside": top / "a", "linked": other, "a/name": other / "c" / "file", "broken": "gone"}
+    for name, target in links.items():
+        (top / name).symlink_to(target)
+    (other / "back").symlink_to(top / "a")  # by way of `linked`, from where a further one would lead to `a` again
+    (top / "a" / "over").symlink_to(other)
+    os.utime(other / "c" / "file", (5, 5))
+
+    found = below(fsspec.filesystem("file"), str(top))
+    names = [os.path.relpath(path, top) for path in found]
+    assert names == sorted(names)
+    assert {"a/b/file", "a/name", "a/over/c/file", "linked/c/file", "linked/back/b/file"} <= {*names}
+    assert not [name for name in names if name.endswith(("up", "beside", "broken")) or name.count("over") > 1]
+    assert len(names) < 10
+    assert found[str(top / "a" / "name")]["size"] == 4
+    assert found[str(top / "a" / "name")]["mtime"] == 5
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(other / "c"), "/links/c", recursive=True)
+    assert [*below(memory, "/links")] == ["/links/c/file"]

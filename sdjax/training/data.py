@@ -19,6 +19,7 @@ from jaxtyping import Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from sdjax import inputs
+from sdjax.files import below
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.encoded import DataError, EncodedSet
@@ -77,8 +78,7 @@ class Folder:
             rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl")
             self._files = [(posixpath.join(root, name), caption) for name, caption in rows]
         else:
-            images = sorted(path for path in self._fs.find(root) if path.lower().endswith(IMAGES))
-            self._files = [(path, None) for path in images]
+            self._files = [(path, None) for path in below(self._fs, root) if path.lower().endswith(IMAGES)]
         if not self._files:
             raise DataError(f"{url} holds no image ({', '.join(IMAGES)})")
 
@@ -95,7 +95,7 @@ class Folder:
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each file's name, caption if metadata.jsonl has it, size, and when it was last written."""
-        there = self._fs.find(self._root, detail=True)
+        there = below(self._fs, self._root)
         for path, caption in self._files:
             for name in (path, _beside(path)) if caption is None else (path,):
                 entry = there.get(posixpath.normpath(name), {})

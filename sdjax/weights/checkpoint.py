@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from sdjax.files import below
 from sdjax.weights import hub, names, torch_zip
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors
 
@@ -123,7 +124,7 @@ class Checkpoint:
     def _files(self) -> list[str]:
         """Every file below the root, as a relative path."""
         prefix = self._root.rstrip("/") + "/"
-        return sorted(path.removeprefix(prefix) for path in self._fs.find(self._root))
+        return [path.removeprefix(prefix) for path in below(self._fs, self._root)]
 
     @cached_property
     def index(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import fsspec
@@ -15,7 +16,7 @@ from PIL import Image
 from pipelines import image_sets
 from sdjax.training import scenes
 from sdjax.training.config import Data
-from sdjax.training.data import DataError, Loader, Scenes, indices, open_source
+from sdjax.training.data import DataError, Folder, Loader, Scenes, indices, open_source
 
 RNG = np.random.default_rng(0)
 PICTURES = {f"{number:03d}": scenes.draw(scenes.scene(number), 24) for number in range(5)}
@@ -49,6 +50,20 @@ def _same(found, names=lambda key: f"picture {key}"):
 def test_a_folder_with_captions_beside_its_images(url, tmp_path):
     root = _folder(str(tmp_path) if url == "file" else "memory://captions")
     _same(_read(open_source(Data(folder=root, size=24))))
+
+
+def test_folders_and_files_of_a_folder_may_be_links(tmp_path):
+    for name in ("stored", "set"):
+        (tmp_path / name).mkdir()
+    _folder(str(tmp_path / "stored"))
+    (tmp_path / "set" / "all").symlink_to(tmp_path / "stored")
+    _same(_read(open_source(Data(folder=str(tmp_path / "set"), size=24))))
+    [piece] = image_sets.cut(str(tmp_path / "set"))
+    assert {picture.key for _, (picture, _) in image_sets.read(piece)} == {f"all/{key}.png" for key in PICTURES}
+    before = {name: version for name, *_, version in Folder(str(tmp_path / "set"), 24).files()}
+    os.utime(tmp_path / "stored" / "000.png", (5, 5))
+    after = {name: version for name, *_, version in Folder(str(tmp_path / "set"), 24).files()}
+    assert {name for name in before if before[name] != after[name]} == {"all/000.png"}
 
 
 def test_a_folder_with_metadata(tmp_path):

@@ -56,6 +56,14 @@ def test_a_url_loads_like_its_folder(tiny, loaded):
     assert pipe.spec.tokenizers[0].tokens("a red circle") == loaded.spec.tokenizers[0].tokens("a red circle")
 
 
+def test_folders_may_be_links(tiny, loaded, tmp_path):
+    for path in tiny.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    spec = Spec(tmp_path)
+    assert spec.fingerprint == loaded.spec.fingerprint
+    assert same(StableDiffusion.from_pretrained(spec, **ONE), loaded)
+
+
 def test_a_hub_id_loads_from_the_hubs_cache(tiny, loaded, tmp_path):
     snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "0123abc"
     shutil.copytree(tiny, snapshot)
