@@ -3,7 +3,8 @@
 Trainers name a module by its path, dots and all (diffusers, PEFT), with underscores for dots (kohya-ss), in the
 diffusers or in the original layout, and its factors in half a dozen ways. Here every name is looked up among the
 modules that the checkpoint has, so a key is either understood or refused. LoCon (https://arxiv.org/abs/2309.14859), its
-middle factor, LoHa and LoKr are other products of factors; LyCORIS adds whole tensors too, also of norms.
+middle factor, LoHa and LoKr are other products of factors; LyCORIS adds whole tensors too, also of norms. A DoRA
+(https://arxiv.org/abs/2402.09353) gives what is made of a tensor other lengths.
 """
 
 import functools
@@ -29,10 +30,12 @@ CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "
 
 _FACTOR = re.compile(
     r"[._]lora[._](?:linear_layer\.)?(?P<lora>down|up|mid|A|B)(?:\.\w+)?\.weight$"
-    r"|\.(?P<other>hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|diff(?:_b)?|[wb]_norm)$"
+    r"|\.(?P<other>hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|diff(?:_b)?|[wb]_norm|dora_scale)$"
+    r"|\.(?P<magnitude>lora_magnitude_vector)(?:\.\w+)*$"
     r"|(?:_lora)?\.(?P<alpha>alpha)$"
 )
 _ROLES = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}
+_MAGNITUDES = ("dora_scale", "lora_magnitude_vector")
 _NO_BIAS = ("to_q", "to_k", "to_v", "cond_proj", "text_projection", "_embedding")  # as these modules end
 _KOHYA = {
     "lora_unet_": "unet",
@@ -46,11 +49,8 @@ _CONTEXT = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 _PATTERN = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?")
 _MAX_NUMBER = 1e30
 
-_DORA = "is a DoRA, which is not supported"
 # Parts of keys that say what else than a LoRA a file is.
 _REFUSED = {
-    "dora_scale": _DORA,
-    "lora_magnitude_vector": _DORA,
     "bundle_emb.": "holds embeddings too (bundle_emb.*), without which its prompts mean something else; save them as "
     "textual inversions, and the LoRA without them",
 }
@@ -100,13 +100,13 @@ class Lora:
 
     Args:
         source: see `AddonFile`.
-        weight: how much of it is added; any number.
+        weight: how much of its change counts; any number.
         configs: the checkpoint's, by component.
         what: what errors call the checkpoint.
         allow_pickle: see `AddonFile`.
 
     Raises:
-        CheckpointError: it cannot be read, is for another kind of model, is a DoRA, or has keys that nothing here has.
+        CheckpointError: it cannot be read, is for another kind of model, or has keys that nothing here has.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Lora:
             if match is None or module is None:
                 unmatched.append(key)
                 continue
-            found = match["lora"] or match["other"] or match["alpha"]
+            found = match["lora"] or match["other"] or match["magnitude"] or match["alpha"]
             role = _ROLES.get(found, found)
             if role == "diff_b" and module[1].endswith(_NO_BIAS):
                 unmatched.append(key)
@@ -172,8 +172,9 @@ class Lora:
             settings = None
         if not isinstance(settings, dict):
             raise CheckpointError(f"the settings of {self.file.source} are not a JSON object")
-        if settings.get("use_dora") or any(v for key, v in settings.items() if key.endswith(".use_dora")):
-            raise CheckpointError(f"{self.file.source} {_DORA}")
+        is_dora = settings.get("use_dora") or any(v for key, v in settings.items() if key.endswith(".use_dora"))
+        if is_dora and not any(role in _MAGNITUDES for roles in self._factors.values() for role in roles):
+            raise CheckpointError(f"{self.file.source} is a DoRA by its settings, and has no lora_magnitude_vector")
         return settings
 
     def _read_scales(self, settings: Mapping[str, Any], component: str) -> _Scales:
@@ -214,13 +215,15 @@ class Lora:
             factors = {role: tensors[key] for role, key in keys.items()}
             if (bias := factors.pop("diff_b", None)) is not None:
                 shape, _ = self._made(module[1], {"diff": keys["diff_b"]})
-                found[f"{module[1]}.bias"] = Delta({"diff": bias}, shape, self.weight)
-            alpha = factors.pop("alpha", None)
-            if factors:
-                shape, rank = self._made(module[1], {role: key for role, key in keys.items() if role != "diff_b"})
+                found[f"{module[1]}.bias"] = Delta({"diff": bias}, shape, 1, self.weight)
+            alpha, per_out = factors.pop("alpha", None), factors.pop("lora_magnitude_vector", None)
+            magnitude = factors.pop("dora_scale", None if per_out is None else per_out.reshape(-1, 1))
+            if factors or magnitude is not None:
+                making = {role: key for role, key in keys.items() if role not in ("diff_b", *_MAGNITUDES)}
+                shape, rank = self._made(module[1], making)
                 own = None if alpha is None else float(alpha.reshape(-1)[0])
-                scale = self.weight * self._scales[component].scale(module[1], rank, own)
-                found[f"{module[1]}.weight"] = Delta(factors, shape, scale)
+                scale = self._scales[component].scale(module[1], rank, own)
+                found[f"{module[1]}.weight"] = Delta(factors, shape, scale, self.weight, magnitude)
         return found
 
     def _made(self, module: str, keys: Mapping[str, str]) -> tuple[tuple[int, ...], int]:
@@ -232,30 +235,52 @@ class Lora:
         try:
             return _made(tuple(shapes.items()))
         except (KeyError, ValueError, IndexError, TypeError, ArithmeticError):
-            said = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items())
+            said = ", ".join(f"{role} {list(shape)}" for role, shape in shapes.items()) or "magnitudes alone"
             raise CheckpointError(f"{self.file.source}: {module} cannot be made of {said}") from None
 
 
 class Delta(NamedTuple):
-    """What a LoRA adds to one tensor, kept as the factors that it is a product of.
+    """What a LoRA makes of one tensor, kept as the factors of the product that it adds.
 
     shape: of the product, as a matrix [out, anything].
+    scale: of the product, as the LoRA was trained.
+    weight: how much of the whole change counts.
+    magnitude: of a DoRA, the lengths that the sum has along its other axes, [out, 1, ...] or [1, in, ...].
     """
 
     factors: dict[str, np.ndarray]
     shape: tuple[int, ...]
     scale: float
+    weight: float
+    magnitude: np.ndarray | None = None
 
     def product(self) -> np.ndarray:
         """The product in float32."""
         found, _ = _product({role: factor.astype(np.float32) for role, factor in self.factors.items()}, np)
         return found * np.float32(self.scale)
 
+    def change(self, tensor: np.ndarray) -> np.ndarray:
+        """The changed tensor, in float32. Raises ValueError where it is of another shape."""
+        if math.prod(self.shape) != tensor.size or self.shape[0] != tensor.shape[0]:
+            raise ValueError(f"would add {list(self.shape)}; the checkpoint's is {list(tensor.shape)}")
+        added = self.product().reshape(tensor.shape)
+        if self.magnitude is not None:
+            out, into, *_ = *tensor.shape, 1
+            lengths = self.magnitude.astype(np.float32).reshape(*self.magnitude.shape[:2], -1)
+            if lengths.shape not in ((out, 1, 1), (1, into, 1)):
+                raise ValueError(f"has magnitudes {list(self.magnitude.shape)} for {list(tensor.shape)}")
+            made = (tensor + added).reshape(out, into, -1)
+            axes = (1, 2) if lengths.shape[1] == 1 else (0, 2)
+            norms = np.sqrt(np.square(made).sum(axes, keepdims=True)) + np.finfo(np.float32).eps
+            added = (made * (lengths / norms)).reshape(tensor.shape) - tensor
+        return tensor + np.float32(self.weight) * added
+
 
 def fused(loras: Sequence[Lora], component: str) -> Edit:
     """What adds all LoRAs to the tensors of a component: W + sum of weight * alpha / rank * up @ down, in float32.
 
-    The factors are held until then, and one product at a time.
+    A DoRA, which scales what those before it have made, counts at a weight by so much of its whole change. The factors
+    are held until then, and one product at a time.
     """
     deltas = [(lora.file.source, lora.deltas(component)) for lora in loras]
 
@@ -265,11 +290,10 @@ def fused(loras: Sequence[Lora], component: str) -> Edit:
             return tensor
         tensor = tensor.astype(np.float32)
         for source, delta in added:
-            if math.prod(delta.shape) != tensor.size or delta.shape[0] != tensor.shape[0]:
-                raise CheckpointError(
-                    f"{source}: {key} would add {list(delta.shape)}; the checkpoint's is {list(tensor.shape)}"
-                )
-            tensor += delta.product().reshape(tensor.shape)
+            try:
+                tensor = delta.change(tensor)
+            except ValueError as error:
+                raise CheckpointError(f"{source}: {key} {error}") from None
         return tensor
 
     return edit

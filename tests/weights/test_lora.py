@@ -184,6 +184,39 @@ def test_products_of_hadamard_and_kronecker(tmp_path):
     assert np.abs(delta.reshape(expected.shape) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("module", [f"{BLOCK}.ff.net.0.proj", "down_blocks.1.resnets.0.conv1"])
+@pytest.mark.parametrize("kind", ["LyCORIS, by output", "LyCORIS, by input", "PEFT"])
+def test_a_dora_gives_what_it_makes_other_lengths(module, kind, tmp_path):
+    """As its trainers' layers do: the sum's own norms, along all axes but the output's or the input's."""
+    torch.manual_seed(0)
+    shape = UNET_SHAPES["1"][f"{module}.weight"]
+    weight, (down, up) = torch.randn(shape), factors(shape, torch.Generator().manual_seed(0))
+    axis = 1 if kind.endswith("input") else 0
+    lengths = torch.rand([size if i == axis else 1 for i, size in enumerate(shape)]) + 0.5
+    if kind == "PEFT":
+        names = [f"unet.{module}.lora_{end}" for end in ("A.weight", "B.weight", "magnitude_vector")]
+        saved, scale = lengths.reshape(1, -1, 1, 1) if len(shape) == 4 else lengths.ravel(), 1
+    else:
+        stem = kohya("unet", module)
+        names = [f"{stem}.{end}" for end in ("lora_down.weight", "lora_up.weight", "dora_scale", "alpha")]
+        saved, scale = lengths, ALPHA / RANK
+    safetensors.torch.save_file(
+        dict(zip(names, (down, up, saved, torch.tensor(ALPHA)), strict=False)), tmp_path / "a.safetensors"
+    )
+    made = weight + scale * product(down, up)
+    expected = (
+        made * lengths / torch.linalg.vector_norm(made, dim=[i for i in range(len(shape)) if i != axis], keepdim=True)
+    )
+    for share in (1.0, 0.25, 0.0):
+        edit = fused([Lora(tmp_path / "a.safetensors", share, FIRST, what="it")], "unet")
+        theirs = weight + share * (expected - weight)
+        assert np.abs(edit(f"{module}.weight", weight.numpy()) - theirs.numpy()).max() < 1e-5
+    plain = {f"{kohya('unet', module)}.diff": torch.ones(shape)}
+    safetensors.torch.save_file(plain, tmp_path / "b.safetensors")
+    loras = [Lora(tmp_path / f"{name}.safetensors", 1.0, FIRST, what="it") for name in "ab"]
+    assert np.abs(fused(loras, "unet")(f"{module}.weight", weight.numpy()) - (expected + 1).numpy()).max() < 1e-5
+
+
 def test_whole_tensors_are_added_as_they_are(tmp_path):
     """As LyCORIS saves full changes (`diff`), norms and biases; no alpha scales them."""
     stem = "lora_unet_down_blocks_1_resnets_0"
@@ -241,7 +274,7 @@ ROLES = {
     "lora_mid.weight": "mid",
     **{name: name for half in ("hada_w1", "hada_w2") for name in (f"{half}_a", f"{half}_b")},
     **{name: name for name in ("hada_t1", "lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "alpha")},
-    **{name: name for name in ("diff", "w_norm")},
+    **{name: name for name in ("diff", "w_norm", "dora_scale")},
 }
 
 

@@ -25,10 +25,13 @@ REFUSED = {
         weights(GOOD) | {f"x{i}": torch.ones(1) for i in range(5)},
         "has keys that tiny does not: x0, x1, x2 and 2 more",
     ),
-    "of kohya's DoRA": (weights(GOOD) | {f"{GOOD}.dora_scale": torch.ones(1)}, "a.safetensors is a DoRA, which is not"),
-    "of PEFT's DoRA": (
-        weights(GOOD) | {f"unet.{BLOCK}.attn1.to_q.lora_magnitude_vector.default.weight": torch.ones(32)},
-        "a.safetensors is a DoRA, which is not",
+    "of a DoRA's lengths that do not fit": (
+        weights(GOOD) | {f"{GOOD}.dora_scale": torch.ones(32)},
+        r"a.safetensors: \S+attn1.to_q.weight has magnitudes \[32\] for \[32, 32\]",
+    ),
+    "of a DoRA's lengths alone": (
+        {f"unet.{BLOCK}.attn1.to_q.lora_magnitude_vector.default.weight": torch.ones(32)},
+        "attn1.to_q cannot be made of magnitudes alone",
     ),
     "of OneTrainer with its embeddings": (
         weights(GOOD) | {"bundle_emb.thing.string_to_param.*": torch.ones(1, 32)},

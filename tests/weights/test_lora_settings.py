@@ -137,3 +137,9 @@ def test_any_settings_are_read_or_refused(tmp_path_factory, settings):
         with_patterns(tmp_path_factory.mktemp("settings"), {}, **(settings if isinstance(settings, dict) else {}))
     except CheckpointError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("key", ["use_dora", "unet.use_dora"])
+def test_a_dora_without_its_lengths_is_refused(tmp_path, key):
+    with pytest.raises(CheckpointError, match=r"a.safetensors is a DoRA by its settings, and has no lora_magnitude_ve"):
+        with_patterns(tmp_path, {}, **{key: True})
