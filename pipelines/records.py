@@ -25,10 +25,14 @@ class _Line(NamedTuple):
 
 
 def _lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[_Line]:
-    """Lines from byte `start` to `stop`, with undecodable bytes as lone surrogates; a long line's rest is skipped."""
+    """Lines from byte `start` to `stop`, with undecodable bytes as lone surrogates; a long line's rest is skipped.
+
+    The byte order mark that a file may begin with is no part of its first line, whose first cell may be quoted.
+    """
     stream.seek(start)
     end = start
     while stop is None or end < stop:
+        mark = "" if end else "\ufeff"
         line = stream.readline(MAX_RECORD)
         if not line:
             return
@@ -37,7 +41,7 @@ def _lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[_Line]:
         while len(last) == MAX_RECORD and not last.endswith(b"\n"):
             last = stream.readline(MAX_RECORD)
             end += len(last)
-        yield _Line(end, line.decode("utf-8", "surrogateescape"), last is not line)
+        yield _Line(end, line.decode("utf-8", "surrogateescape").removeprefix(mark), last is not line)
 
 
 def records(

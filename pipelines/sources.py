@@ -146,7 +146,7 @@ def _with_header(source: Source, stream: IO[bytes], delimiter: str) -> Source:
             raise SourceError(f"{source.file}: its header cannot be read: {fields}")
         if not _is_text("".join(fields)):
             raise SourceError(f"{source.file}: its header is not valid UTF-8")
-        header = tuple(name.removeprefix("\ufeff").strip() for name in fields)
+        header = tuple(name.strip() for name in fields)
         if any(header):
             _check_names(source.file, header)
             return source._replace(header=header, start=end)

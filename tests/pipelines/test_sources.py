@@ -155,6 +155,11 @@ def test_blank_lines_before_a_header_are_none_and_after_it_are_named(tmp_path):
     assert [str(row) for row in values(written(tmp_path / "p.jsonl", '{"prompt": "a"}\n\n'))][1] == "a blank line"
 
 
+def test_a_first_cell_may_be_quoted_after_a_byte_order_mark(tmp_path):
+    path = written(tmp_path / "p.csv", '\ufeff"seed","prompt"\r\n"3","a, b"\r\n')
+    assert values(path) == [{"seed": "3", "prompt": "a, b"}]
+
+
 def test_a_template_that_is_changed_is_read_again(tmp_path):
     path = written(tmp_path / "p.toml", '\ufeffprompts = ["old"]')
     assert [row["prompt"] for row in values(path)] == ["old"]
