@@ -160,6 +160,13 @@ def test_a_first_cell_may_be_quoted_after_a_byte_order_mark(tmp_path):
     assert values(path) == [{"seed": "3", "prompt": "a, b"}]
 
 
+def test_two_values_under_one_name_are_refused_as_of_two_columns(tmp_path):
+    path = written(tmp_path / "p.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": 1, "seed": 2}\n{"prompt": "b"}\n')
+    first, second, third = values(path)
+    assert (first, third) == ({"prompt": "a"}, {"prompt": "b"})
+    assert str(second) == "two keys of an object have the same name"
+
+
 def test_a_template_that_is_changed_is_read_again(tmp_path):
     path = written(tmp_path / "p.toml", '\ufeffprompts = ["old"]')
     assert [row["prompt"] for row in values(path)] == ["old"]
