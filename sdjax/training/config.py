@@ -6,6 +6,7 @@ components' own config.json files and are checked by `sdjax.config`.
 
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
@@ -150,7 +151,7 @@ def load(path: str | Path, **overrides: Any) -> Train:
         raise TrainConfigError(f"{path} is not TOML: {error}") from None
     config = build(Train, table | {key: value for key, value in overrides.items() if value is not None})
     check(config)
-    return config
+    return dataclasses.replace(config, output=os.path.expanduser(config.output))  # ~, as fsspec reads the data's
 
 
 def build(kind: Any, value: Any, name: str = "") -> Any:

@@ -45,7 +45,7 @@ class EncodedSet:
     def __init__(self, url: str) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
         self._url, self._headers, self._lock = url, {}, threading.Lock()
-        paths = sorted(map(str, self._fs.glob(f"{root.rstrip('/')}/manifest/*.parquet")))
+        paths = sorted(map(str, self._fs.find(f"{root.rstrip('/')}/manifest", maxdepth=1)))
         self._examples: list[_Place] = []
         kinds: dict[str, set[Any]] = {column: set() for column in _ONE}
         for path in (path for path in paths if _MANIFEST.fullmatch(posixpath.basename(path))):

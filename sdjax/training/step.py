@@ -92,7 +92,7 @@ def make_step(
         metrics = {
             "loss": loss,
             **metrics,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": rate(state.step),
         }
         return State(state.step + 1, params, ema, slots), metrics

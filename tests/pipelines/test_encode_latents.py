@@ -366,6 +366,11 @@ def test_a_folder_of_two_encodings_is_refused(encoded, tmp_path, column, other, 
         EncodedSet(str(output))
 
 
+def test_a_folder_may_be_named_as_a_glob_would_be(encoded, tmp_path):
+    output = shutil.copytree(encoded / "tar", tmp_path / "set[1]")
+    assert len(EncodedSet(str(output))) == len(EncodedSet(str(encoded / "tar")))
+
+
 def test_training_names_a_damaged_manifest(encoded, tmp_path):
     output = shutil.copytree(encoded / "tar", tmp_path / "out")
     manifest = next((output / "manifest").iterdir())

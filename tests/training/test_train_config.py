@@ -45,6 +45,12 @@ def test_defaults_and_overrides(tmp_path):
     assert config.load(path, output="z", init=None).init is None
 
 
+def test_the_output_may_lie_in_the_home_folder_as_the_data_may(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = 'task = "vae"\noutput = "~/run"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "~/pictures"\n'
+    assert _load(tmp_path, text).output == str(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
