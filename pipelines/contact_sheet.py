@@ -50,8 +50,10 @@ def _manifest(store: Store, name: str) -> pq.ParquetFile:
 
 
 def _card(store: Store, old: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
-    if row["id"] in old:
-        return old[row["id"]]
+    place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
+    kept = old.get(row["id"])
+    if kept and kept["file"] == place:  # made again, an image may lie elsewhere
+        return kept
     path = row["shard"] or row["file"]
     if not layout.is_ours(path):  # nor does a damaged manifest lead out of the output
         return None
@@ -65,7 +67,6 @@ def _card(store: Store, old: dict[str, dict[str, Any]], row: dict[str, Any]) -> 
         facts += f", not: {row['negative_prompt']}"
     if row["flags"]:
         facts += f" [{', '.join(row['flags'])}]"
-    place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
     return {"id": row["id"], "prompt": row["prompt"], "facts": facts, "file": place, "thumb": thumb}
 
 

@@ -191,6 +191,17 @@ def test_a_longer_output_is_shown_in_part_and_thumbnails_are_kept(made, monkeypa
     assert f"7 of {len(prompts)} images" in page
 
 
+def test_an_image_that_was_made_again_elsewhere_is_named_where_it_lies(made, tmp_path):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    contact_sheet.write(Store(str(output)), 100)
+    shutil.rmtree(output / "manifest")
+    shutil.rmtree(output / "shards")
+    (output.parent / "p.txt").write_text("\n".join(made[1]))
+    assert standin.run("--prompts", output.parent / "p.txt", "--output", output, "--format", "files") == 0
+    files = [card["file"] for card in cards((output / "index.html").read_text(encoding="utf-8"))]
+    assert [file for file in files if not (output / file).exists()] == []
+
+
 CARD = {"id": "x", "prompt": "", "facts": "", "file": "", "thumb": ""}
 NO_CARDS = ["{", "null", "2", '{"id": "x"}', "[" * 100_000]
 NO_CARDS += [json.dumps([card]) for card in ("x", [], None, {**CARD, "id": 2}, {**CARD, "id": []}, {"id": "x"})]
