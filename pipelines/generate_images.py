@@ -48,7 +48,7 @@ def main(
     """
     try:
         job = parse(list(sys.argv[1:] if argv is None else argv), GenerateOptions)
-        files = sources.find(job.prompts, job.prompt_column)
+        files = sources.find(job.prompts, job.prompt_column, job.request_defaults().get("seed", 0))
         leftovers.refuse_inputs(Store(job.output), [source.file for source in files])
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         _check_defaults(model, job.request_defaults())

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from glob import has_magic
 from itertools import repeat
@@ -21,7 +22,7 @@ from pipelines import tables
 from pipelines.records import MAX_RECORD, RowError, records
 from pipelines.templates import Template, TemplateError
 from sdjax.retrying import retry
-from sdjax.values import one_line
+from sdjax.values import coerce, one_line
 
 PIECE_ROWS = 16_384
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
@@ -38,13 +39,15 @@ class SourceError(ValueError):
 class Source(NamedTuple):
     """A prompt file; `header` holds a CSV's or TSV's column names, `start` the byte where its rows begin.
 
-    `rows` is about how many it holds, exactly of Parquet and templates; None where nobody has looked.
+    `rows` is about how many it holds, exactly of Parquet and templates; None where nobody has looked. `seed` is where a
+    template that names none begins to count.
     """
 
     file: str
     header: tuple[str, ...] = ()
     start: int = 0
     rows: int | None = None
+    seed: int = 0
 
     @property
     def suffix(self) -> str:
@@ -67,18 +70,23 @@ class Place(NamedTuple):
     row: int
 
 
-def find(patterns: list[str], prompt_column: str | None = None) -> list[Source]:
+def find(patterns: list[str], prompt_column: str | None = None, seed: Any = 0) -> list[Source]:
     """The files that paths, globs and fsspec URLs name, each looked into, in the order of their names.
 
     Of a glob's matches those without rows are left out: jobs that export tables write empty parts.
 
+    seed: the job's own, from which templates that name none count.
+
     Raises:
+        RequestError: a seed that is no whole number.
         SourceError: nothing matches, or nothing with rows; a file of another kind, or without a column of prompts.
     """
     matches = {pattern: expand(pattern) for pattern in patterns}
     files = dict.fromkeys(file for matched in matches.values() for file in matched)
+    first = coerce("seed", seed, (int, False))
     with ThreadPoolExecutor(_READERS) as pool:
-        found = dict(zip(files, pool.map(_look_into, files, repeat(prompt_column)), strict=True))
+        looked_into = pool.map(_look_into, (Source(file, seed=first) for file in files), repeat(prompt_column))
+        found = dict(zip(files, looked_into, strict=True))
     for pattern, matched in matches.items():
         if not any(found[file].rows for file in matched):
             raise SourceError(f"{pattern}: it holds no prompts")
@@ -96,13 +104,14 @@ def expand(pattern: str) -> list[str]:
     return [fs.unstrip_protocol(file) if "://" in pattern else file for file in found]
 
 
-def _look_into(file: str, prompt_column: str | None) -> Source:
+def _look_into(source: Source, prompt_column: str | None) -> Source:
+    file = source.file
     if not file.lower().endswith(SUFFIXES):
         raise SourceError(f"{file}: not a prompt file; allowed are {', '.join(SUFFIXES)}")
     if not _is_text(file):
         raise SourceError(f"{file!r}: its name is not valid UTF-8, as which manifests keep it; rename it")
     try:
-        source, row = _first_row(Source(file))
+        source, row = _first_row(source)
     except FileNotFoundError:
         raise SourceError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:
@@ -120,7 +129,7 @@ def _look_into(file: str, prompt_column: str | None) -> Source:
 def _first_row(source: Source) -> tuple[Source, dict[str, Any] | RowError | None]:
     """The file with what it says of itself, and its first row; of Parquet its columns, without their values."""
     if source.suffix == ".toml":
-        template = _template(source.file)
+        template = _template(source)
         return source._replace(rows=len(template)), template[0]
     with _open(source.file) as stream:
         if source.suffix == ".parquet":
@@ -227,7 +236,7 @@ def read(piece: Piece) -> Iterator[tuple[Place, dict[str, Any] | RowError]]:
 def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
     source = piece.source
     if source.suffix == ".toml":
-        template = _template(source.file)
+        template = _template(source)
         yield from (template[i] for i in range(piece.start, piece.stop))
         return
     with _open(source.file) as stream:
@@ -284,13 +293,14 @@ def _open(file: str) -> IO[bytes]:
     return retry(lambda: io.BufferedReader(fsspec.open(file, "rb").open()))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _template(file: str) -> Template:
-    with _open(file) as stream:
+def _template(source: Source) -> Template:
+    with _open(source.file) as stream:
         text = stream.read().decode("utf-8-sig")
     try:
-        return _parsed(text)
+        template = _parsed(text)
     except TemplateError as error:
-        raise SourceError(f"{file}: {error}") from None
+        raise SourceError(f"{source.file}: {error}") from None
+    return replace(template, request={"seed": source.seed, **template.request})
 
 
 _parsed = lru_cache(maxsize=16)(Template.parse)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipelines import sources
 from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
+from tests.pipelines import standin
 
 
 def rows(path, piece=3, column=None):
@@ -165,6 +166,16 @@ def test_two_values_under_one_name_are_refused_as_of_two_columns(tmp_path):
     first, second, third = values(path)
     assert (first, third) == ({"prompt": "a"}, {"prompt": "b"})
     assert str(second) == "two keys of an object have the same name"
+
+
+def test_a_template_without_a_seed_counts_from_the_jobs(tmp_path):
+    text = 'images_per_prompt = 2\nprompts = ["a", "b"]\n'
+    for named, seeds in (("", [7, 8]), ("[request]\nseed = 3", [3, 4])):
+        written(tmp_path / "p.toml", text + named)
+        arguments = ("--prompts", tmp_path / "p.toml", "--seed", "7", "--output", tmp_path / "out", "--overwrite")
+        assert standin.run(*arguments) == 0
+        made = pq.read_table(tmp_path / "out" / "manifest").select(["prompt", "seed"]).to_pylist()
+        assert sorted((row["prompt"], row["seed"]) for row in made) == [(p, s) for p in "ab" for s in seeds]
 
 
 def test_a_template_that_is_changed_is_read_again(tmp_path):
