@@ -38,18 +38,18 @@ class Checkpoints:
         """Return the last state that was written whole, or None; `like` gives shapes and dtypes.
 
         Raises:
-            TrainConfigError: it has others.
+            TrainConfigError: it has others, or is damaged.
         """
         if not self.begun:
             return None
         step = self._manager.latest_step()
         target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like._asdict())
-        other = TrainConfigError(f"{self._manager.directory / str(step)} is of other networks; name another --output")
+        where, what = self._manager.directory / str(step), "is of other networks; name another --output"
         try:
             found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-        except ValueError as error:  # where names differ
-            raise other from error
+        except ValueError as error:  # where names differ, or files are gone or cut short
+            raise TrainConfigError(f"{where} is damaged, or {what}") from error
         # Of arrays that a host wrote, orbax returns those that are there, whatever was asked for.
         if not jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), found, target)):
-            raise other
+            raise TrainConfigError(f"{where} {what}")
         return State(**found)

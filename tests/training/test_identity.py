@@ -129,6 +129,19 @@ def test_a_state_of_other_networks_is_refused(tmp_path):
             kept.latest(other)
 
 
+def test_a_damaged_checkpoint_is_not_taken_for_one_of_other_networks_alone(tmp_path):
+    state = State(np.ones((), np.int32), {"a": np.ones(3)}, {"a": np.ones(3)}, ())
+    Checkpoints(tmp_path, 2).save(state)
+    Checkpoints(tmp_path, 2).save(state._replace(step=np.int32(2)))
+    shutil.rmtree(tmp_path / "2" / "default")
+    with pytest.raises(TrainConfigError, match="/2 is damaged, or is of other networks"):
+        Checkpoints(tmp_path, 2).latest(state)
+    shutil.rmtree(tmp_path / "2")
+    found = Checkpoints(tmp_path, 2).latest(state)
+    assert found is not None
+    assert int(found.step) == 1
+
+
 def test_the_last_checkpoints_are_kept(tmp_path):
     for keep in (1, 3):
         kept = Checkpoints(tmp_path / str(keep), keep)
