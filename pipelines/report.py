@@ -55,6 +55,7 @@ class Job(NamedTuple):
     options: dict[str, Any]
     price_per_hour: float
     contact_sheet: int  # images on it; 0 for none
+    resumes: bool = False  # a job that did not end, and whose page may lack what it made
 
 
 def summarize(job: Job, account: dict[str, Any], now: float) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class WriteReport(beam.DoFn):
     def process(self, element: dict[str, Any]) -> Iterator[dict[str, Any]]:
         summary = summarize(self._job, element, time.time())
         limit = self._job.contact_sheet
-        if limit and (summary["images"] or not self._store.exists(contact_sheet.NAME)):
+        if limit and (summary["images"] or self._job.resumes or not self._store.exists(contact_sheet.NAME)):
             contact_sheet.write(self._store, limit)
         progress.clear(self._store)
         self._store.write_json(SUMMARY, summary)

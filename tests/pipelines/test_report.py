@@ -202,6 +202,17 @@ def test_an_image_that_was_made_again_elsewhere_is_named_where_it_lies(made, tmp
     assert [file for file in files if not (output / file).exists()] == []
 
 
+def test_a_page_that_a_killed_job_did_not_come_to_is_made_by_the_next(made, tmp_path):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    page = (output / "index.html").read_bytes()
+    (tmp_path / "p.txt").write_text("one more\n")
+    assert standin.run("--prompts", tmp_path / "p.txt", "--output", output) == 0
+    (output / "index.html").write_bytes(page)
+    (output / "summary.json").write_text('{"finished": false}')
+    assert standin.run("--prompts", tmp_path / "p.txt", "--output", output) == 0
+    assert "one more" in [card["prompt"] for card in cards((output / "index.html").read_text(encoding="utf-8"))]
+
+
 CARD = {"id": "x", "prompt": "", "facts": "", "file": "", "thumb": ""}
 NO_CARDS = ["{", "null", "2", '{"id": "x"}', "[" * 100_000]
 NO_CARDS += [json.dumps([card]) for card in ("x", [], None, {**CARD, "id": 2}, {**CARD, "id": []}, {"id": "x"})]
