@@ -22,7 +22,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def user_cache(name: str) -> Path:
     """The folder `name` among the user's caches, which may not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdjax" / name
+    # Of a user without a home it is one that cannot be made, which Path.home would raise for.
+    home = Path("/", os.path.expanduser("~"))
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "sdjax" / name
 
 
 def below(fs: Any, root: str, within: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:

@@ -1,11 +1,13 @@
 """A file is there whole or not at all; links on a disk are what they name."""
 
 import os
+import pwd
+from unittest.mock import Mock
 
 import fsspec
 import pytest
 
-from sdjax.files import below, write_whole
+from sdjax.files import below, user_cache, write_whole
 
 
 def test_write_whole_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
@@ -20,6 +22,14 @@ def test_write_whole_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_user_without_a_home_has_caches_that_cannot_be_made(monkeypatch):
+    """And no folder of the name ~ where the process runs."""
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError))
+    assert str(user_cache("compiled")) == "/~/.cache/sdjax/compiled"
 
 
 def test_links_are_what_they_name_and_lead_nowhere_twice(tmp_path):
