@@ -198,6 +198,8 @@ class Request:
         size = "1x1" if self.resize is None else self.resize
         if not (SIZE.fullmatch(size) and all(1 <= side <= MAX_SIDE for side in size_of(size))):
             raise RequestError(f"resize={shown(size)} is no size; give one such as '640x360'")
+        if self.resize is not None:
+            object.__setattr__(self, "resize", _ZEROS.sub("", size))
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -213,7 +215,7 @@ class Request:
                     f"outpaint={shown(self.outpaint)} is not understood; give margins such as 'left=128,top=64', or "
                     "a size such as '768x512'"
                 )
-            object.__setattr__(self, "outpaint", ",".join(sorted(self.outpaint.split(","))))
+            object.__setattr__(self, "outpaint", ",".join(sorted(_ZEROS.sub("", self.outpaint).split(","))))
 
     def _check_lists(self) -> None:
         """Lists of numbers: that they are some, and as many as there are steps."""
@@ -336,6 +338,7 @@ _NEEDS = {
     "outpaint": "image",
 }
 _MARGINS = re.compile(r"(?!.*\b(\w+)=.*\b\1=)((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
+_ZEROS = re.compile(r"(?<!\d)0+(?=\d)")  # that a number begins with
 
 
 def _field_type(hint: Any) -> tuple[type, bool]:

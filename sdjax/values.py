@@ -79,7 +79,7 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
             return bool(value)
     elif kind is str:
         if isinstance(value, str):
-            return value
+            return value.lower() if name.endswith("_sha256") else value
     elif value is not None and not isinstance(value, bool):
         try:
             is_whole_text = kind is int and isinstance(value, str)
@@ -87,7 +87,7 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
             if kind is int and number == int(number):
                 return value if isinstance(value, int) else int(number)
             if kind is float and math.isfinite(number):
-                return number
+                return number + 0.0  # of a zero, the one without a sign
         except (TypeError, ValueError, OverflowError):
             pass
     wanted = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}[kind]
@@ -97,7 +97,7 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
 def shown(value: Any) -> str:
     """A value for an error's one line."""
     try:
-        text = repr(value)
+        text = re.sub(r"\s*\n\s*", " ", repr(value))
     except ValueError:  # a whole number of more digits than Python writes
         text = "a number of too many digits"
     return text if len(text) <= 60 else text[:57] + "..."
@@ -124,7 +124,7 @@ def _listed(name: str, value: Any) -> Any:
         found = []
     if not (0 < len(found) <= MAX_STEPS + 1 and all(map(math.isfinite, found))):
         raise RequestError(f"{name}={shown(value)} is no list of 1 to {MAX_STEPS} numbers, such as '9,5,1'")
-    return ",".join(repr(number).removesuffix(".0") for number in found)
+    return ",".join(repr(number + 0.0).removesuffix(".0") for number in found)
 
 
 def _picture(name: str, value: Any) -> Any:

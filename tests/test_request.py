@@ -40,6 +40,7 @@ REFUSED = [
     ({"eta": -0.1}, "allowed is 0 to 1"),
     ({"sigmas": []}, "sigmas=[] is no list of 1 to 1000 numbers, such as '9,5,1'"),
     ({"sigmas": "5,b"}, "sigmas=['5', 'b'] is no list of 1 to 1000 numbers"),
+    ({"sigmas": np.ones((2, 2))}, "sigmas=array([[1., 1.], [1., 1.]]) is no list of 1 to 1000 numbers"),
     ({"sigmas": [5, math.nan]}, "is no list of 1 to 1000 numbers"),
     ({"sigmas": [0]}, "num_inference_steps=0 is out of range"),
     ({"timesteps": range(5000)}, "is no list of 1 to 1000 numbers"),
@@ -130,6 +131,24 @@ def test_sizes_are_diffusers_pairs_or_text():
 def test_margins_are_the_same_in_any_order():
     one, other = (Request(prompt="a", image="a.png", outpaint=text) for text in ("left=8,top=16", "top=16,left=8"))
     assert one == other
+    assert one.canonical() == other.canonical()
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "usual"),
+    [
+        ("outpaint", "left=08,top=0", "left=8,top=0"),
+        ("outpaint", "0100x064", "100x64"),
+        ("resize", "0640x00360", "640x360"),
+        ("guidance_scale", -0.0, 0),
+        ("guidance_scales", [5, -0.0], "5,0"),
+        ("image_sha256", "AB" * 32, "ab" * 32),
+    ],
+)
+def test_a_value_is_one_however_it_is_written(field, written, usual):
+    one, other = (
+        Request(prompt="a", image="a.png", num_inference_steps=2, **{field: value}) for value in (written, usual)
+    )
     assert one.canonical() == other.canonical()
 
 
