@@ -158,12 +158,20 @@ def _check(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
         file = getattr(options, option)
         if file and not file.parent.is_dir():
             raise ValueError(f"--{option}: there is no folder {file.parent}")
+        if file and file.is_dir():
+            raise ValueError(f"--{option}: {file} is a folder; give a file")
     if other := options.compare and sorted(given.keys() - _COMPARED):
         raise ValueError(f"--compare diffusers does not go with {', '.join(other)}, which diffusers would not be given")
     needed = (["torch", "diffusers"] if options.compare else []) + (["matplotlib"] if options.plot else [])
     for module in needed:
         if find_spec(module) is None:
             raise ValueError(f"{'--plot' if module == 'matplotlib' else '--compare'} needs {module}; pip install it")
+    if options.plot:
+        from matplotlib.figure import Figure
+
+        known = Figure().canvas.get_supported_filetypes()
+        if options.plot.suffix and options.plot.suffix[1:].lower() not in known:
+            raise ValueError(f"--plot: {options.plot} ends as no picture; known are {', '.join(sorted(known))}")
 
 
 def _run(options: argparse.Namespace) -> int:

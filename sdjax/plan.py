@@ -155,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlanError(f"--batch-size={options.batch_size} makes nothing; allowed is 1 or more")
         if options.json and not options.json.parent.is_dir():
             raise PlanError(f"--json: there is no folder {options.json.parent}")
+        if options.json and options.json.is_dir():
+            raise PlanError(f"--json: {options.json} is a folder; give a file")
+        if options.price is not None and not 0 <= options.price < math.inf:
+            raise PlanError(f"--price={options.price} is no price; allowed is 0 or more")
         chips = chips_of(options.topology or "2x2")
         fitted, request = make(options)
     except (ValueError, OSError, ImportError) as error:

@@ -84,6 +84,8 @@ def test_the_plot_is_a_picture(measured):
         (["--batch-size", "0"], "--batch-size=0 is not understood"),
         (["--repeats", "0"], "--repeats=0 measures nothing"),
         (["--json", "/nowhere/a.json"], "--json: there is no folder /nowhere"),
+        (["--plot", "."], "--plot: . is a folder; give a file"),
+        (["--plot", "rates.exe"], "--plot: rates.exe ends as no picture; known are "),
         (["--model", "/nowhere"], "/nowhere is neither a folder"),
         (["--compare", "diffusers", "--sampler", "heun"], "--compare diffusers does not go with sampler"),
     ],

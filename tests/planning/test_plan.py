@@ -259,6 +259,11 @@ def test_what_the_command_refuses(capsys):
     assert "--batch-size=0 makes nothing; allowed is 1 or more" in capsys.readouterr().err
     assert plan.main(["--json", "/nowhere/plan.json"]) == 2
     assert "--json: there is no folder /nowhere" in capsys.readouterr().err
+    assert plan.main(["--json", "."]) == 2
+    assert "--json: . is a folder; give a file" in capsys.readouterr().err
+    for price in ("-1", "nan", "inf"):
+        assert plan.main([f"--price={price}"]) == 2
+        assert "is no price; allowed is 0 or more" in capsys.readouterr().err
     assert plan.main(["--target", "l4", "--price", "1"]) == 2
     assert "--topology and --price are for TPUs" in capsys.readouterr().err
 
