@@ -104,7 +104,9 @@ class Spec:
     ):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r} is unknown; allowed are {', '.join(DTYPES)}")
-        self.dtype, self.vae_tiling = dtype, vae_tiling
+        for one in (it for it in (loras, textual_inversions, controlnets) if isinstance(it, str | os.PathLike)):
+            raise ValueError(f"{one} is given where a list of files is taken; give [{str(one)!r}]")
+        self.dtype, self.vae_tiling = str(dtype), vae_tiling
         single_file: dict[str, Any] = {"tokenizer": tokenizer, "prediction_type": prediction_type}
         self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
         other_vae = None

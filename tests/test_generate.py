@@ -200,11 +200,17 @@ def test_what_came_before_an_error_of_the_reader_is_handed_out(pipe, error):
             next(stream)
 
 
-def test_what_is_no_request_or_batch_size_is_refused_in_a_line():
+def test_what_is_no_request_batch_size_or_list_is_refused_in_a_line():
     """Where types are not checked at every call, as in the tests they are."""
     code = """
+from pathlib import Path
 from sdjax import Spec, StableDiffusion
-for call in (lambda: Spec().resolve("a red circle"), lambda: StableDiffusion.from_pretrained(batch_size=2.0)):
+for call in (
+    lambda: Spec().resolve("a red circle"),
+    lambda: StableDiffusion.from_pretrained(batch_size=2.0),
+    lambda: Spec(controlnets="org/canny"),
+    lambda: Spec(loras=Path("a.safetensors")),
+):
     try:
         call()
     except (TypeError, ValueError) as error:
@@ -214,7 +220,15 @@ for call in (lambda: Spec().resolve("a red circle"), lambda: StableDiffusion.fro
     assert ran.stdout.splitlines() == [
         "TypeError a str is no request; give Request(prompt=...)",
         "ValueError batch_size=2.0 is no number of images; allowed is an integer of 1 or more",
+        "ValueError org/canny is given where a list of files is taken; give ['org/canny']",
+        "ValueError a.safetensors is given where a list of files is taken; give ['a.safetensors']",
     ]
+
+
+def test_a_dtype_may_be_numpys():
+    code = "import numpy, sdjax; print(sdjax.Spec(dtype=numpy.dtype('float16')).fingerprint)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == Spec(dtype="float16").fingerprint
 
 
 def test_results_can_be_compared_and_kept_in_sets(pipe):
