@@ -21,10 +21,10 @@ def add_request_options(
         if field.name not in leave_out:
             shown = "" if field.default in (None, MISSING) else f" (default: {field.default})"
             option = f"--{field.name.replace('_', '-')}"
-            group.add_argument(option, default=argparse.SUPPRESS, help=f"{meanings[field.name]}{shown}")
+            group.add_argument(option, default=argparse.SUPPRESS, help=f"{meanings.get(field.name, '')}{shown}")
 
 
 def _meanings() -> dict[str, str]:
-    """What each field of Request means, from its docstring, as argparse wants it."""
+    """What each field of Request means, from its docstring, as argparse wants it; python -OO leaves none."""
     entries = re.findall(r"^    (\w+(?:, \w+)*): (.+(?:\n {8}.+)*)", inspect.getdoc(Request) or "", re.MULTILINE)
     return {name: " ".join(text.split()).replace("%", "%%") for names, text in entries for name in names.split(", ")}

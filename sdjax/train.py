@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns 0 at the end of training, 130 if it was stopped before, 1 if it broke off, 2 if it could not start.
     """
-    parser = argparse.ArgumentParser(prog="python -m sdjax.train", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m sdjax.train", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--config", required=True, type=Path, help="a TOML file; configs/ holds examples")
     parser.add_argument("--output", help="the run's folder, in place of the configuration's")
     parser.add_argument("--init", help="the checkpoint to start from, in place of the configuration's")

@@ -121,6 +121,13 @@ def test_every_option_says_what_it_is():
         assert action.help, action.dest
 
 
+@pytest.mark.parametrize("command", ["sample", "train"])
+def test_without_docstrings_commands_have_their_options(command):
+    helped = [sys.executable, "-OO", "-m", f"sdjax.{command}", "--help"]
+    ran = subprocess.run(helped, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_an_output_that_is_a_file_is_said_before_anything_is_made(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(StableDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("the weights are read"))
     (tmp_path / "out").touch()
