@@ -73,7 +73,10 @@ def check(request: Request, count: int) -> None:
     if images and count == 0:
         raise RequestError("control_image is for ControlNets, and none is loaded; give controlnets (--controlnet PATH)")
     if images and len(images) != count:
-        raise RequestError(f"control_image lists {len(images)} images for {count} ControlNets; give one for each")
+        raise RequestError(
+            f"control_image lists {len(images)} images for {count} ControlNets; give one for each, several as "
+            '["a.png", "b.png"]'
+        )
     for name in OF_CONTROLS:
         given = getattr(request, name)
         if images and len(numbers(given) or ()) not in (1, count):

@@ -84,9 +84,9 @@ class Request:
         outpaint: grow the canvas of `image`: margins in pixels (`left=128,top=64`) or a size (`768x512`) around its
             middle. The image's own pixels stay exactly.
         strength: how far from `image` to go, above 0 and up to 1.
-        control_image: where ControlNets are loaded, a picture for each, in their order; fitted to width and height, and
-            cut as the image is by padding_mask_crop. Without `image`, width and height the first one's size is made.
-            Once in a Request it is text, a line for each.
+        control_image: where ControlNets are loaded, a picture for each, in their order, several as a list, also in text
+            (`["a.png", "b.png"]`); fitted to width and height, and cut as the image is by padding_mask_crop. Without
+            `image`, width and height the first one's size is made. Once in a Request it is text, a line for each.
         control_image_sha256: as image_sha256, with commas between several.
         controlnet_conditioning_scale: how much each ControlNet counts, a number for all or one for each (`1,0.5`), 0
             to 100.

@@ -279,6 +279,8 @@ def test_what_a_request_and_a_checkpoint_say(tiny, nets, tmp_path):
         plain.resolve(ONE)
     with pytest.raises(RequestError, match="lists 2 images for 1 ControlNets"):
         spec.resolve(dataclasses.replace(PLAIN, control_image=[FIRST, SECOND]))
+    with pytest.raises(RequestError, match=r'lists 1 images for 2 .*, several as \["a.png", "b.png"\]'):
+        Spec(tiny, controlnets=paths).resolve(ONE)
     with pytest.raises(RequestError, match="give one number"):
         spec.resolve(dataclasses.replace(ONE, control_guidance_end="0.5,1"))
     with pytest.raises(RequestError, match="control_guidance_start='2'"):
