@@ -1,6 +1,7 @@
 """`python -m sdjax.sample PROMPT...`: images on this machine, with a progress bar, PNG metadata and a contact sheet."""
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import os
@@ -79,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RequestError("--sweep names a field twice; give all its values in one")
         requests = []
         for prompt, *values in itertools.product(options.prompts, *sweeps.values()):
-            row = {"prompt": prompt, **given, **dict(zip(sweeps, values, strict=True))}
-            first, _ = Request.from_row(row)
-            requests += [Request.from_row({**row, "seed": first.seed + i})[0] for i in range(options.num_images)]
+            first = Request(**{"prompt": prompt, **given, **dict(zip(sweeps, values, strict=True))})
+            requests += [dataclasses.replace(first, seed=first.seed + i) for i in range(options.num_images)]
         return _make(requests, options)
     except KeyboardInterrupt:
         print("interrupted; the files that are there are whole", file=sys.stderr, flush=True)

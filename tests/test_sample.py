@@ -72,6 +72,8 @@ def test_every_request_field_is_an_option():
         (["--quality", "0"], "--quality=0 is out of range; allowed is 1 to 100"),
         (["--batch-size", "auto"], "does not say how much memory it has"),
         (["--sweep", "strenght=0.4,0.6"], "--sweep strenght=0.4,0.6 is not understood"),
+        (["--image", ""], "image='' is no path or URL"),
+        (["--seed", ""], "seed='' is not a whole number"),
         (["--sweep", "eta"], "--sweep eta is not understood; give a request's field and values"),
         (["--sweep", "eta=0,2"], "eta=2.0 is out of range"),
         (["--sweep", "eta=0", "--sweep", "eta=1"], "--sweep names a field twice"),
@@ -114,6 +116,15 @@ def test_a_sweep_over_sizes_shares_batches_and_the_sheet_keeps_its_order(tiny, t
     assert len(list(tmp_path.glob("[0-9a-f]*.png"))) == len(captions) == 12  # seed 2 comes twice of each
     assert launched[-6:] == [2] * 6
     assert captions[:4] == [f"seed {seed}, width 32: red" for seed in (1, 2, 3)] + ["seed 1, width 48: red"]
+
+
+def test_a_prompt_may_be_empty_beside_a_picture(tiny, tmp_path, capsys):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    arguments = ["", "--model", str(tiny), "--output", str(tmp_path / "out"), "--num-inference-steps", "2"]
+    assert sample.main([*arguments, "--image", str(tmp_path / "red.png")]) == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert sample.main(arguments) == 2
+    assert "prompt is empty" in capsys.readouterr().err
 
 
 def test_every_option_says_what_it_is():
