@@ -158,8 +158,10 @@ class StableDiffusion:
 
         Raises:
             FileExistsError: `folder` is there already.
-            ValueError: textual inversions were added, which that layout keeps in files of their own.
+            ValueError: `folder` is a URL; or textual inversions were added, for which that layout has no place.
         """
+        if "://" in os.fspath(folder):
+            raise ValueError(f"{folder} is a URL; give a folder on this machine")
         if self.spec.has_added_tokens:
             raise ValueError("a model with textual inversions cannot be saved; load it without them")
         source = self.spec.checkpoint

@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("prompts", nargs="*", metavar="PROMPT", help="the text of a picture")
     add_model_options(result)
     result.add_argument("--describe", action="store_true", help="say what the model is, and make nothing")
-    result.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
+    result.add_argument("--output", type=_folder, default=Path("out"), metavar="DIR", help="default: %(default)s")
     result.add_argument("--num-images", type=int, default=1, help="images a prompt, on seeds that count up from --seed")
     result.add_argument(
         "--sweep",
@@ -89,6 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
+
+
+def _folder(text: str) -> Path:
+    """The value of --output."""
+    if "://" in text:  # of which Path would make a folder here
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a folder on this machine")
+    return Path(text)
 
 
 def _batch_size(text: str) -> int | str:

@@ -239,6 +239,13 @@ def test_results_can_be_compared_and_kept_in_sets(pipe):
     assert len({one, other}) == 2
 
 
+def test_a_model_is_not_saved_to_a_url(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/model is a URL; give a folder on this machine"):
+        pipe.save_pretrained("gs://bucket/model")
+    assert not any(tmp_path.iterdir())
+
+
 def test_type_checkers_are_told_that_there_are_types():
     root = Path(sdjax.__file__).parents[1]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]

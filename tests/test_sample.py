@@ -146,6 +146,13 @@ def test_an_output_that_is_a_file_is_said_before_anything_is_made(tiny, tmp_path
     assert "File exists" in capsys.readouterr().err
 
 
+def test_an_output_that_is_a_url_is_refused(capsys):
+    """As a path it would be a folder named gs:."""
+    with pytest.raises(SystemExit):
+        sample.main(["red", "--output", "gs://bucket/out"])
+    assert "gs://bucket/out is a URL; give a folder on this machine" in capsys.readouterr().err
+
+
 def test_the_same_command_makes_the_same_files(made, tiny, tmp_path):
     arguments = ["--model", str(tiny), "--output", str(tmp_path), "--seed", "8", "--sampler", "euler"]
     assert sample.main(["a red circle", "--negative-prompt", "cat", *arguments, *SMALL]) == 0
