@@ -35,6 +35,8 @@ def parameters(request: Request, model: str) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model": model,
     }
+    if request.guidance_scales is not None:  # a list again, in whose place guidance_scale is not looked at
+        del facts["CFG scale"]
     if request.image is not None:
         facts["Denoising strength"] = f"{request.strength:g}"
     if request.hires_scale > 1:
