@@ -31,7 +31,8 @@ from sdjax.values import RequestError
 
 def load_spec(model: str | None, **options: Any) -> Any:
     """`sdjax.spec.Spec` of a checkpoint, the bundled one where none is named."""
-    from sdjax.spec import BUNDLED, Spec
+    from sdjax.parts import BUNDLED
+    from sdjax.spec import Spec
 
     return Spec(model or BUNDLED, **options)
 

@@ -41,7 +41,8 @@ def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, *
         compilation_cache: folder or bucket in which all workers keep compiled programs; None: the user's cache folder.
     """
     from sdjax import compile_cache
-    from sdjax.generate import BUNDLED, StableDiffusion
+    from sdjax.generate import StableDiffusion
+    from sdjax.parts import BUNDLED
 
     compile_cache.use(compilation_cache)
     return StableDiffusion.from_pretrained(model or BUNDLED, **options)

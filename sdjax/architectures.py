@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.family import TOKENIZERS
-from sdjax.spec import BUNDLED
+from sdjax.parts import BUNDLED
 
 _CLIP_L = {
     "hidden_act": "quick_gelu",

@@ -29,8 +29,9 @@ from sdjax.denoise import Batch, Denoiser, Ticks
 from sdjax.family import TOKENIZERS
 from sdjax.networks import build, load
 from sdjax.parallel import Device, Devices
+from sdjax.parts import BUNDLED, REFINER
 from sdjax.request import Request
-from sdjax.spec import BUNDLED, REFINER, Program, Spec
+from sdjax.spec import Program, Spec
 from sdjax.values import RequestError
 from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file

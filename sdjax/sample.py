@@ -116,7 +116,8 @@ def _sweep(text: str) -> tuple[str, list[str]]:
 
 def _describe(options: argparse.Namespace) -> int:
     from sdjax.describe import describe
-    from sdjax.spec import BUNDLED, Spec
+    from sdjax.parts import BUNDLED
+    from sdjax.spec import Spec
 
     print(describe(Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))))
     return 0
@@ -159,7 +160,8 @@ def _load(requests: Sequence[Request], options: argparse.Namespace) -> tuple["St
     """The model, and the requests with every field filled in, each once; the folder to write to is there after it."""
     from sdjax import compile_cache
     from sdjax.generate import StableDiffusion
-    from sdjax.spec import BUNDLED, Spec
+    from sdjax.parts import BUNDLED
+    from sdjax.spec import Spec
 
     compile_cache.use()
     spec = Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "sdjax/inputs.py": {"sdjax.retrying", "sdjax.values"},
     "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request", "sdjax.values"},
     "sdjax/parallel.py": set(),
-    "sdjax/architectures.py": {"sdjax.family", "sdjax.spec"},
+    "sdjax/architectures.py": {"sdjax.family", "sdjax.parts"},
     "sdjax/files.py": set(),
     "sdjax/retrying.py": set(),
     "sdjax/compile_cache.py": {"sdjax.files"},
@@ -36,9 +36,12 @@ MAY_IMPORT = {
         "sdjax.weights",
     },
     "sdjax/tables.py": {"sdjax.request", "sdjax.sampling", "sdjax.values"},
+    "sdjax/parts.py": {
+        *("sdjax.controls", "sdjax.family", "sdjax.sampling", "sdjax.text", "sdjax.values", "sdjax.weights"),
+    },
     "sdjax/spec.py": {
-        *("sdjax.canvas", "sdjax.controls", "sdjax.family", "sdjax.prompts", "sdjax.request"),
-        *("sdjax.sampling", "sdjax.tables", "sdjax.text", "sdjax.values", "sdjax.weights"),
+        *("sdjax.canvas", "sdjax.controls", "sdjax.parts", "sdjax.prompts", "sdjax.request", "sdjax.sampling"),
+        *("sdjax.tables", "sdjax.text", "sdjax.values"),
     },
     "sdjax/postprocess.py": {"sdjax.values"},
     "sdjax/batch.py": {"sdjax.canvas", "sdjax.request", "sdjax.sampling", "sdjax.values"},
@@ -50,7 +53,8 @@ MAY_IMPORT = {
     },
     "sdjax/generate.py": {
         *("sdjax.batch", "sdjax.canvas", "sdjax.denoise", "sdjax.family", "sdjax.networks", "sdjax.parallel"),
-        *("sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec", "sdjax.values", "sdjax.weights"),
+        *("sdjax.parts", "sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec", "sdjax.values"),
+        "sdjax.weights",
     },
     "sdjax/planning": {
         *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.programs"),
@@ -63,7 +67,8 @@ MAY_IMPORT = {
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec"},
     "sdjax/training": {
         *("sdjax.config", "sdjax.files", "sdjax.generate", "sdjax.images", "sdjax.inputs", "sdjax.models"),
-        *("sdjax.parallel", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text", "sdjax.training"),
+        *("sdjax.parallel", "sdjax.parts", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text"),
+        "sdjax.training",
         *("sdjax.values", "sdjax.weights"),
     },
     "sdjax/training/config.py": set(),
@@ -74,8 +79,8 @@ MAY_IMPORT = {
     "sdjax/request_options.py": {"sdjax.request"},
     "sdjax/sample.py": {
         *("sdjax.compile_cache", "sdjax.describe", "sdjax.files", "sdjax.generate", "sdjax.images"),
-        *("sdjax.model_options", "sdjax.planning", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
-        "sdjax.values",
+        *("sdjax.model_options", "sdjax.parts", "sdjax.planning", "sdjax.request", "sdjax.request_options"),
+        *("sdjax.spec", "sdjax.values"),
     },
     "sdjax/train.py": {"sdjax.training"},
     "sdjax/plan.py": {

@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipelines import generate_images
 from sdjax import Request, RequestError, StableDiffusion, controls
+from sdjax.parts import BUNDLED
 from sdjax.sampling import Schedule, make_table
-from sdjax.spec import BUNDLED, Spec
+from sdjax.spec import Spec
 from sdjax.values import OF_CONTROLS, lines, numbers
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints, torch_models

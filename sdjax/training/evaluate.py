@@ -17,8 +17,8 @@ from tqdm import tqdm
 from sdjax import images
 from sdjax.files import write_whole
 from sdjax.generate import StableDiffusion
+from sdjax.parts import BUNDLED
 from sdjax.request import Request
-from sdjax.spec import BUNDLED
 from sdjax.training import checker, scenes
 
 _SHOWN = 8

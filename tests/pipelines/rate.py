@@ -12,8 +12,8 @@ import time
 from pipelines import generate_images
 from pipelines.storage import Store
 from sdjax.generate import StableDiffusion
+from sdjax.parts import BUNDLED
 from sdjax.request import Request
-from sdjax.spec import BUNDLED
 
 
 @functools.cache

@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from sdjax.generate import StableDiffusion
+from sdjax.parts import BUNDLED
 from sdjax.request import Request
 from sdjax.sampling import SAMPLERS
-from sdjax.spec import BUNDLED
 from sdjax.training import checker, config, evaluate
 
 FOLDER = Path(BUNDLED)
