@@ -1,6 +1,7 @@
 """The command lines of the jobs: their own options beside every Beam option, and the checks that need no model."""
 
 import argparse
+import math
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -34,7 +35,7 @@ class JobOptions(argparse.Namespace):
     description = ""
     needed: tuple[str, ...] = ("output",)
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"dtype": DTYPES}
-    least: ClassVar[dict[str, int]] = {"unit_size": 1, "batch_size": 1}
+    least: ClassVar[dict[str, int]] = {"unit_size": 1, "batch_size": 1, "price_per_hour": 0}
 
     beam: PipelineOptions
     output: str
@@ -78,7 +79,7 @@ class JobOptions(argparse.Namespace):
                 raise OptionError(f"--{option}={getattr(self, name)!r} is unknown; allowed are {', '.join(values)}")
         for name, low in self.least.items():
             value = getattr(self, name)
-            if value is not None and value < low:
+            if value is not None and not low <= value < math.inf:
                 raise OptionError(f"--{name.replace('_', '-')}={value} is out of range; allowed is {low} or more")
 
 

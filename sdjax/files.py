@@ -27,6 +27,13 @@ def user_cache(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "sdjax" / name
 
 
+def folder_here(path: str | os.PathLike[str]) -> Path:
+    """A folder on this machine. Raises ValueError for a URL, of which `Path` would make one named `gs:`."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path} is a URL; give a folder on this machine")
+    return Path(path)
+
+
 def below(fs: Any, root: str, within: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
     """Every file below a folder of an fsspec filesystem, and what that says of it, in the order of their paths.
 

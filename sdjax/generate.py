@@ -27,6 +27,7 @@ from sdjax.batch import HostNoise, Pictures
 from sdjax.canvas import Canvas
 from sdjax.denoise import Batch, Denoiser, Ticks
 from sdjax.family import TOKENIZERS
+from sdjax.files import folder_here
 from sdjax.networks import build, load
 from sdjax.parallel import Device, Devices
 from sdjax.parts import BUNDLED, REFINER
@@ -161,15 +162,13 @@ class StableDiffusion:
             FileExistsError: `folder` is there already.
             ValueError: `folder` is a URL; or textual inversions were added, for which that layout has no place.
         """
-        if "://" in os.fspath(folder):
-            raise ValueError(f"{folder} is a URL; give a folder on this machine")
         if self.spec.has_added_tokens:
             raise ValueError("a model with textual inversions cannot be saved; load it without them")
         source = self.spec.checkpoint
         own = {name: self._networks[name] for name in (*self.spec.family.text_encoders, "unet", "vae")}
         first = jax.tree.map(lambda array: array[0], own)
         checkpoint.save(
-            folder,
+            folder_here(folder),
             index=self.spec.index,
             configs={name: self.spec.config_json(name) for name in first},
             weights={name: checkpoint.tensors_of(network) for name, network in first.items()},

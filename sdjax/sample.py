@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.files import write_whole
+from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
 from sdjax.request_options import add_request_options
@@ -35,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("prompts", nargs="*", metavar="PROMPT", help="the text of a picture")
     add_model_options(result)
     result.add_argument("--describe", action="store_true", help="say what the model is, and make nothing")
-    result.add_argument("--output", type=_folder, default=Path("out"), metavar="DIR", help="default: %(default)s")
+    result.add_argument("--output", default="out", metavar="DIR", help="default: %(default)s")
     result.add_argument("--num-images", type=int, default=1, help="images a prompt, on seeds that count up from --seed")
     result.add_argument(
         "--sweep",
@@ -66,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.describe:
             return _describe(options)
+        options.output = folder_here(options.output)
         if not options.prompts:
             raise RequestError("no PROMPT is given; --help lists the options")
         if options.num_images < 1:
@@ -89,13 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
-
-
-def _folder(text: str) -> Path:
-    """The value of --output."""
-    if "://" in text:  # of which Path would make a folder here
-        raise argparse.ArgumentTypeError(f"{text} is a URL; give a folder on this machine")
-    return Path(text)
 
 
 def _batch_size(text: str) -> int | str:

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+from sdjax.files import folder_here
 from sdjax.training import config as training_config
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", help="the run's folder, in place of the configuration's")
     parser.add_argument("--init", help="the checkpoint to start from, in place of the configuration's")
     parser.add_argument("--steps", type=int, help="the number of steps, in place of the configuration's")
-    parser.add_argument("--export", type=Path, help="train nothing: write the last checkpoint's model into this folder")
+    parser.add_argument("--export", help="train nothing: write the last checkpoint's model into this folder")
     parser.add_argument("--export-dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
     try:
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         # JAX, seconds to import, after what a typing error can spoil.
         from sdjax.training.loop import Run, check_replaceable
 
-        model = arguments.export or Path(config.output) / "model"
+        output = folder_here(config.output)
+        model = output / "model" if arguments.export is None else folder_here(arguments.export)
         check_replaceable(model)  # before the steps that lead to it
         run = Run(config)
         if arguments.export is not None:

@@ -52,9 +52,9 @@ MAY_IMPORT = {
         *("sdjax.spec", "sdjax.text"),
     },
     "sdjax/generate.py": {
-        *("sdjax.batch", "sdjax.canvas", "sdjax.denoise", "sdjax.family", "sdjax.networks", "sdjax.parallel"),
-        *("sdjax.parts", "sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec", "sdjax.values"),
-        "sdjax.weights",
+        *("sdjax.batch", "sdjax.canvas", "sdjax.denoise", "sdjax.family", "sdjax.files", "sdjax.networks"),
+        *("sdjax.parallel", "sdjax.parts", "sdjax.postprocess", "sdjax.programs", "sdjax.request", "sdjax.spec"),
+        *("sdjax.values", "sdjax.weights"),
     },
     "sdjax/planning": {
         *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.programs"),
@@ -82,7 +82,7 @@ MAY_IMPORT = {
         *("sdjax.model_options", "sdjax.parts", "sdjax.planning", "sdjax.request", "sdjax.request_options"),
         *("sdjax.spec", "sdjax.values"),
     },
-    "sdjax/train.py": {"sdjax.training"},
+    "sdjax/train.py": {"sdjax.files", "sdjax.training"},
     "sdjax/plan.py": {
         *("sdjax.architectures", "sdjax.planning", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
         "sdjax.values",

@@ -63,7 +63,7 @@ def _count(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(
-        prog="python -m sdjax.training.evaluate", description=(__doc__ or "").splitlines()[0]
+        prog="python -m sdjax.training.evaluate", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
         "--model", default=BUNDLED, help="a checkpoint in the diffusers layout; default: the bundled one"

@@ -102,7 +102,7 @@ def test_only_new_prompts_are_made_and_what_a_killed_run_left_goes(made, tmp_pat
     (output / ".notes").write_text("mine")
     prompts = write_csv(tmp_path / "more.csv", table(ROWS + 20))
     assert standin.run("--prompts", prompts, "--output", output, "--unit-size", 32) == 0
-    assert "deleted 4 files that a killed run left" in capsys.readouterr().err
+    assert "deleted 4 files that no manifest commits" in capsys.readouterr().err
     assert (output / ".notes").read_text() == "mine"
     assert_same(images(output), direct(table(ROWS + 20)))
     assert account(output)[1] < 60
@@ -254,6 +254,7 @@ def test_many_files_and_templates_in_one_job(tmp_path):
         (("--output", "o", "--image-format", "gif"), "--image-format='gif' is unknown; allowed are"),
         (("--output", "o", "--dtype", "int8"), "--dtype='int8' is unknown"),
         (("--output", "o", "--unit-size", "0"), "--unit-size=0 is out of range"),
+        (("--output", "o", "--price-per-hour", "nan"), "--price-per-hour=nan is out of range"),
         (("--output", "o", "--batch-size", "many"), "--batch-size: invalid int value: 'many'"),
         (("--output", "o", "--promt", "x"), "--promt is no option"),
         (("--output", "o", "--seed", "-1"), "seed=-1 is out of range"),

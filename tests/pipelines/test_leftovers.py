@@ -50,7 +50,7 @@ def test_files_of_other_names_stay_wherever_they_lie(output, format, capsys):
         run(output, "--format", format, *options)
         (output / "summary.json").write_text('{"finished": false}')  # as a killed run leaves it
     assert own(output) == OWN
-    assert "that a killed run left" not in capsys.readouterr().err
+    assert "that no manifest commits" not in capsys.readouterr().err
     assert verify.verify(str(output)).faults == []
 
 
@@ -64,6 +64,20 @@ def test_what_a_killed_run_left_goes(output, capsys):
     run(output)
     assert f"deleted {len(left)} files" in capsys.readouterr().err
     assert [name for name in left if (output / name).exists()] == []
+    assert own(output) == OWN
+
+
+def test_a_shard_whose_manifest_was_deleted_goes(output, capsys):
+    """As verify advises of a damaged one; with further prompts its rows come into a unit of another name."""
+    run(output)
+    manifest = next(name for name in files(output) if name.startswith("manifest/") and name not in OWN)
+    shard = shard_name(layout.unit_of(manifest))
+    (output / manifest).unlink()
+    (output.parent / "p.txt").write_text("one\ntwo\nthree\n")
+    run(output)
+    assert "deleted 1 files that no manifest commits" in capsys.readouterr().err
+    assert not (output / shard).exists()
+    assert verify.verify(str(output)).orphans == []
     assert own(output) == OWN
 
 
@@ -130,7 +144,7 @@ def test_a_killed_overwrite_is_swept_by_the_next_run(output, monkeypatch, capsys
         assert standin.run(*arguments) == 130
     assert (output / shard).exists()
     run(output)
-    assert "deleted 1 files that a killed run left" in capsys.readouterr().err
+    assert "deleted 1 files that no manifest commits" in capsys.readouterr().err
     assert not (output / shard).exists()
 
 

@@ -59,3 +59,11 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys, target, message):
     assert sorted(path.name for path in (tmp_path / "used").iterdir()) == ["picture.png"]
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--export"])
+def test_a_url_is_no_folder(tmp_path, capsys, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--config", str(write(tmp_path, "vae", cache="false")), option, "gs://bucket/run"]) == 2
+    assert "gs://bucket/run is a URL; give a folder on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "gs:").exists()
