@@ -171,7 +171,7 @@ def test_a_rerun_makes_only_what_is_missing(encoded, tiny, tmp_path, capsys):
     (tmp_path / "set" / "new.png").write_bytes(png(PICTURES["000"][:10]))
     (tmp_path / "set" / "new.txt").write_text("a cat")
     assert run(tiny, *arguments) == 0
-    assert "deleted 1 files that a killed run left" in capsys.readouterr().err
+    assert "deleted 1 files that no manifest commits" in capsys.readouterr().err
     assert account(tmp_path / "out") == (11, count + 1, 0, 0, 10 - count)
     assert verify.verify(str(tmp_path / "out")).faults == []
 
