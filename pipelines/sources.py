@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import lru_cache
 from glob import has_magic
 from itertools import repeat
@@ -297,10 +296,9 @@ def _template(source: Source) -> Template:
     with _open(source.file) as stream:
         text = stream.read().decode("utf-8-sig")
     try:
-        template = _parsed(text)
+        return _parsed(text, source.seed)
     except TemplateError as error:
         raise SourceError(f"{source.file}: {error}") from None
-    return replace(template, request={"seed": source.seed, **template.request})
 
 
 _parsed = lru_cache(maxsize=16)(Template.parse)

@@ -45,8 +45,10 @@ class Template:
     images_per_prompt: int
 
     @classmethod
-    def parse(cls, text: str) -> "Template":
+    def parse(cls, text: str, seed: int = 0) -> "Template":
         """Read the TOML text.
+
+        seed: where one that names none begins to count.
 
         Raises:
             TemplateError: not TOML, an unknown key, no prompts, a list that is empty, missing or of no use, a value of
@@ -79,8 +81,7 @@ class Template:
         images = spec.get("images_per_prompt", 1)
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
             raise TemplateError(f"images_per_prompt={images!r} must be a whole number of 1 or more")
-        if "seed" in request:
-            request["seed"] = _seed(request["seed"])
+        request["seed"] = _seed(request.get("seed", seed))
         lists = {k: tuple(map(_seed, v) if k.lower() == "seed" else v) for k, v in lists.items()}
         template = cls(tuple(prompts), lists, request, images)
         for prompt in prompts:

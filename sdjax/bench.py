@@ -20,6 +20,7 @@ import jax
 from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
+from sdjax.files import check_file
 from sdjax.request import Request
 from sdjax.request_options import add_request_options
 from sdjax.spec import Spec
@@ -155,11 +156,8 @@ def _check(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
     if options.repeats < 1:
         raise ValueError(f"--repeats={options.repeats} measures nothing; allowed is 1 or more")
     for option in ("json", "plot"):
-        file = getattr(options, option)
-        if file and not file.parent.is_dir():
-            raise ValueError(f"--{option}: there is no folder {file.parent}")
-        if file and file.is_dir():
-            raise ValueError(f"--{option}: {file} is a folder; give a file")
+        if file := getattr(options, option):
+            check_file(f"--{option}", file)
     if other := options.compare and sorted(given.keys() - _COMPARED):
         raise ValueError(f"--compare diffusers does not go with {', '.join(other)}, which diffusers would not be given")
     needed = (["torch", "diffusers"] if options.compare else []) + (["matplotlib"] if options.plot else [])

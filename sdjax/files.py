@@ -34,6 +34,14 @@ def folder_here(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def check_file(option: str, path: Path) -> None:
+    """Raise ValueError, naming the option, where no file can be written."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder; give a file")
+
+
 def below(fs: Any, root: str, within: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
     """Every file below a folder of an fsspec filesystem, and what that says of it, in the order of their paths.
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from sdjax import architectures
+from sdjax.files import check_file
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import PlanError
 from sdjax.planning.estimate import Plan
@@ -153,10 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlanError(f"a {device.name}'s time is not estimated: --topology and --price are for TPUs")
         if options.batch_size is not None and options.batch_size < 1:
             raise PlanError(f"--batch-size={options.batch_size} makes nothing; allowed is 1 or more")
-        if options.json and not options.json.parent.is_dir():
-            raise PlanError(f"--json: there is no folder {options.json.parent}")
-        if options.json and options.json.is_dir():
-            raise PlanError(f"--json: {options.json} is a folder; give a file")
+        if options.json:
+            check_file("--json", options.json)
         if options.price is not None and not 0 <= options.price < math.inf:
             raise PlanError(f"--price={options.price} is no price; allowed is 0 or more")
         chips = chips_of(options.topology or "2x2")

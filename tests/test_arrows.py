@@ -84,12 +84,12 @@ MAY_IMPORT = {
     },
     "sdjax/train.py": {"sdjax.files", "sdjax.training"},
     "sdjax/plan.py": {
-        *("sdjax.architectures", "sdjax.planning", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
-        "sdjax.values",
+        *("sdjax.architectures", "sdjax.files", "sdjax.planning", "sdjax.request", "sdjax.request_options"),
+        *("sdjax.spec", "sdjax.values"),
     },
     "sdjax/bench.py": {
-        *("sdjax.architectures", "sdjax.benchmark", "sdjax.request", "sdjax.request_options", "sdjax.spec"),
-        "sdjax.values",
+        *("sdjax.architectures", "sdjax.benchmark", "sdjax.files", "sdjax.request", "sdjax.request_options"),
+        *("sdjax.spec", "sdjax.values"),
     },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
