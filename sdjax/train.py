@@ -2,7 +2,7 @@
 
 A run writes into its output folder: checkpoints/ (from which the same command goes on), run.json (what it is made from:
 another is refused), metrics.csv, tensorboard/, sheets/ (pictures of how far it is) and, at its end, model/ (the
-averaged weights in the diffusers layout).
+averaged weights in the diffusers layout) or lora/.
 Ctrl-C writes a checkpoint and stops.
 """
 
@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         from sdjax.training.loop import Run, check_replaceable
 
         output = folder_here(config.output)
-        model = output / "model" if arguments.export is None else folder_here(arguments.export)
-        check_replaceable(model)  # before the steps that lead to it
+        usual = output / ("lora" if config.lora.rank else "model")
+        model = usual if arguments.export is None else folder_here(arguments.export)
+        check_replaceable(model, config)  # before the steps that lead to it
         run = Run(config)
         if arguments.export is not None:
             run.export(model, arguments.export_dtype)
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     stop = threading.Event()
-    usual = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         if not run.train(stop):
             print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     finally:
-        for name, handler in usual.items():
+        for name, handler in before.items():
             signal.signal(name, handler)
     return 0
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from sdjax.networks import build
 from sdjax.spec import Spec
 from sdjax.weights import checkpoint
+from sdjax.weights.safetensors import write_tensors
 
 
 def add_random(folder: Path, dtype: str) -> None:
@@ -27,4 +27,4 @@ def add_random(folder: Path, dtype: str) -> None:
             drawn[path] = leaf.replace(value.astype(leaf.dtype))
         nnx.update(network, nnx.from_flat_state(drawn))
         stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        save_file(checkpoint.tensors_of(network), folder / name / f"{stem}.safetensors", metadata={"format": "pt"})
+        write_tensors(folder / name / f"{stem}.safetensors", checkpoint.tensors_of(network))

@@ -60,6 +60,13 @@ class Diffusion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """What is trained in place of the networks themselves, where the rank is not 0."""
+
+    rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """The VAE's objective: absolute and squared error, and the weights of that of its edges and of KL."""
 
@@ -95,6 +102,7 @@ class Train:
     model: Model = Model()
     optimizer: Optimizer = Optimizer()
     diffusion: Diffusion = Diffusion()
+    lora: Lora = Lora()
     reconstruction: Reconstruction = Reconstruction()
     log_every: int = 50
     checkpoint_every: int = 1000
@@ -113,7 +121,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     (
         "be at least 0",
         lambda value: value >= 0,
-        ("optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.clip_norm"),
+        ("optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.clip_norm", "lora.rank"),
     ),
     (
         "be at least 0 and finite",
@@ -128,7 +136,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
 ]
 _OTHERS = {  # what only the other task's runs look at
     "vae": (
-        *("remat", "sheet_prompts", "data.cache_latents", "diffusion."),
+        *("remat", "sheet_prompts", "data.cache_latents", "diffusion.", "lora."),
         *("model.unet", "model.text_encoder", "model.scheduler", "model.tokenizer"),
     ),
     "unet": ("reconstruction.",),
@@ -211,6 +219,9 @@ def check(config: Train) -> None:
         if fresh:
             raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")
     values, others = flat(config), _OTHERS[config.task]
+    if config.lora.rank:
+        for name in (name for name in values if name.startswith("model.") and values[name] is not None):
+            raise TrainConfigError(f"{name} does not go with lora.rank: a LoRA belongs to the model in init")
     for what, allowed, names in _RANGES:
         for name in names:
             if values[name] is not None and not allowed(values[name]):

@@ -15,7 +15,7 @@ from jaxtyping import Float16
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
 from sdjax.sampling.schedule import Schedule
-from sdjax.training import identity, latents, objective
+from sdjax.training import identity, latents, lora, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Loader, Source, open_source
@@ -61,8 +61,14 @@ class Run:
         encoded = {"vae"} if config.data.cache_latents else set()  # before the first step
         if isinstance(self.source, EncodedSet):
             encoded = {"vae", "text_encoder"}
-        self.frozen: dict[str, Params] = {name: params[name] for name in params if name not in trained | encoded}
-        fresh = initial({name: params[name] for name in sorted(trained)}, config.optimizer, config.steps)
+        begun, stays = {name: params[name] for name in sorted(trained)}, params.keys() - encoded
+        if config.lora.rank:
+            rng = np.random.default_rng(config.seed)
+            begun = {name: lora.start(own, config.lora.rank, rng) for name, own in begun.items()}
+        else:
+            stays -= trained
+        self.frozen: dict[str, Params] = {name: params[name] for name in sorted(stays)}
+        fresh = initial(begun, config.optimizer, config.steps)
         self._made = identity.of_run(config, self.source, self.networks.init)
         if self.checkpoints.begun:
             identity.check(self.folder, self._made)
@@ -97,7 +103,12 @@ class Run:
             seed=config.seed,
             devices=self.devices,
         )
-        state, frozen = self._replicated(self.state), self._replicated(self.frozen)
+        # Copied: what a step gives up must not be shared with the host's arrays.
+        state = jax.tree.map(lambda leaf: self.devices.replicate(np.array(leaf)), self.state)
+        frozen = {
+            name: {key: self.devices.replicate(leaf.astype(self.networks.dtypes[name])) for key, leaf in own.items()}
+            for name, own in self.frozen.items()
+        }
         start = int(self.state.step)
         progress = Progress(self.folder, start, config.steps, config.batch_size)
         finished = True
@@ -135,23 +146,26 @@ class Run:
         return finished
 
     def export(self, folder: Path, dtype: str | None = None) -> None:
-        """Write the averaged model as a checkpoint in the diffusers layout, in place of one that is there.
+        """Write the averaged model as a checkpoint in the diffusers layout, or the LoRA, in place of one that is there.
 
         It is there whole or not at all. A model card, README.md, is kept.
 
         Raises:
-            TrainConfigError: nothing is trained yet, or `folder` holds what is no model.
+            TrainConfigError: nothing is trained yet, or `folder` holds something else.
         """
         if not int(self.state.step):
             raise TrainConfigError(f"{self.folder / 'checkpoints'} holds no checkpoint")
-        check_replaceable(folder)
+        check_replaceable(folder, self.config)
         if self.config.task == "vae" and not self.config.reconstruction.decoder_only:
             self.networks.configs["vae"]["scaling_factor"] = latents.scaling_factor(self)
         folder = folder.resolve()  # of a link, what it leads to
         mark = uuid.uuid4().hex[:8]
         new, old = (folder.with_name(f".{folder.name}.{mark}.{age}") for age in ("new", "old"))
         try:
-            self.networks.export(new, self.state.ema, dtype)
+            if self.config.lora.rank:
+                lora.save(new, self.state.ema, dtype)
+            else:
+                self.networks.export(new, self.state.ema, dtype)
             if (folder / "README.md").exists():
                 shutil.copyfile(folder / "README.md", new / "README.md")
             if folder.exists():
@@ -211,14 +225,11 @@ class Run:
         if int(self.state.step):
             self.checkpoints.save(self.state)
 
-    def _replicated(self, tree: Any) -> Any:
-        # Copied: what a step gives up must not be shared with the host's arrays.
-        return jax.tree.map(lambda leaf: self.devices.replicate(np.array(leaf)), tree)
 
-
-def check_replaceable(folder: Path) -> None:
-    """Raise TrainConfigError where an export into `folder` would take away something other than a model."""
-    if folder.is_dir() and ((folder / "model_index.json").exists() or not any(folder.iterdir())):
+def check_replaceable(folder: Path, config: Train) -> None:
+    """Raise TrainConfigError where an export into `folder` would take away something other than what it writes."""
+    what, mark = ("LoRA", lora.FILE) if config.lora.rank else ("model", "model_index.json")
+    if folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir())):
         return
     if folder.exists():
-        raise TrainConfigError(f"{folder} holds something other than a model; name another folder")
+        raise TrainConfigError(f"{folder} holds something other than a {what}; name another folder")

@@ -55,6 +55,7 @@ class Networks:
     Attributes:
         configs: each network's config.json.
         modules: each network without parameters.
+        dtypes: what each network computes in.
         params: each network's parameters, on the host.
         texts: the tokenizer's and the scheduler's files, by their path.
         init: the fingerprint of what was read from a checkpoint.
@@ -62,6 +63,7 @@ class Networks:
 
     configs: dict[str, dict[str, Any]]
     modules: dict[str, nnx.Module]
+    dtypes: dict[str, np.dtype]
     params: dict[str, Params]
     texts: dict[str, str]
     init: str | None = None
@@ -123,7 +125,7 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
     """
     names = ("vae",) if config.task == "vae" else ("vae", "text_encoder", "unet")
     start = checkpoint.Checkpoint(config.init) if config.init is not None else None
-    networks = Networks({}, {}, {}, {})
+    networks = Networks({}, {}, {}, {}, {})
     if isinstance(source, EncodedSet) and start is not None and start.fingerprint(NETWORKS) != source.fingerprint:
         raise TrainConfigError(
             f"{config.data.latents} was not encoded by the vae, text_encoder and tokenizer of {config.init}; "
@@ -150,7 +152,7 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
         # A frozen VAE computes in float32 whatever the rest does: in half precision SDXL's overflows.
         dtype = jnp.dtype("float32" if name == "vae" and config.task == "unet" else config.dtype)
         build = partial(module, kind.from_dict(settings), dtype=dtype, param_dtype=jnp.float32, **options)
-        networks.configs[name], networks.modules[name] = settings, build(rngs=None)
+        networks.configs[name], networks.modules[name], networks.dtypes[name] = settings, build(rngs=None), dtype
         if fresh or start is None:
             key = jax.random.fold_in(jax.random.key(config.seed), number)
             networks.params[name] = jax.device_get(_started(name, flat(build(rngs=nnx.Rngs(key)))))

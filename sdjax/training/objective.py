@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from sdjax.models import tiling
 from sdjax.sampling.schedule import Schedule
 from sdjax.training.config import Diffusion, Reconstruction
+from sdjax.training.lora import joined
 from sdjax.training.networks import Params, bind
 
 Losses = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
@@ -84,7 +85,7 @@ def denoising(
     predicted = schedule.prediction_type
 
     def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
-        networks = {name: bind(modules[name], params) for name, params in (frozen | trained).items()}
+        networks = {name: bind(modules[name], params) for name, params in joined(frozen, trained).items()}
         key_latent, key_time, key_noise, key_offset = jax.random.split(key, 4)
         place = batch["place"]
         if "moments" in batch:

@@ -20,6 +20,7 @@ from sdjax.models import tiling
 from sdjax.request import Request
 from sdjax.spec import Spec
 from sdjax.training.config import TrainConfigError
+from sdjax.training.lora import joined
 from sdjax.training.networks import Networks, Params, bind
 from sdjax.training.objective import to_unit
 from sdjax.values import RequestError
@@ -77,7 +78,7 @@ class Sheet:
 
     def _samples(self, spec: Spec) -> Image.Image:
         run, devices = self._run, self._run.devices
-        for name, params in {**run.networks.params, **run.state.ema}.items():
+        for name, params in joined(run.networks.params, run.state.ema).items():
             copies = jax.tree.map(lambda leaf: devices.replicate(np.asarray(leaf)), params)
             self._networks[name] = bind(run.networks.modules[name], copies)
         if self._pipe is None:  # once: what it compiles serves every sheet, as it holds this very dictionary

@@ -22,11 +22,10 @@ import fsspec
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from sdjax.files import below
 from sdjax.weights import hub, names, torch_zip
-from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors
+from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors, write_tensors
 
 Module = TypeVar("Module", bound=nnx.Module)
 Place = Callable[[np.ndarray], jax.Array | np.ndarray]
@@ -358,7 +357,7 @@ def save(
             (temporary / name).write_text(text, encoding="utf-8")
         for name, tensors in weights.items():
             stem = _STEMS[".safetensors"][name.startswith("text_encoder")]
-            save_file(dict(tensors), temporary / name / f"{stem}.safetensors", metadata={"format": "pt"})
+            write_tensors(temporary / name / f"{stem}.safetensors", tensors)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Reading safetensors files tensor by tensor from any file object, so that no second copy of a checkpoint is held.
+"""Reading safetensors files tensor by tensor from any file object, so that no second copy is held; and writing them.
 
 The format: https://huggingface.co/docs/safetensors. The library maps a file into memory, which keeps every page that
 was read, and it knows no bucket; here a tensor is one seek and one read.
@@ -8,10 +8,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_KEY = 1000  # characters of a tensor's key; Stable Diffusion's have up to a hundred
@@ -116,3 +118,9 @@ def read_tensors(file: IO[bytes], entries: Mapping[str, Entry]) -> Iterator[tupl
         axes = entry.axes or range(len(entry.shape))
         lies = np.frombuffer(data, entry.dtype).reshape([entry.shape[axis] for axis in axes])
         yield key, lies.transpose(np.argsort(axes))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a file as PyTorch's users expect it, which whoever may read its folder may read."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the library's own is 0o600

@@ -17,7 +17,7 @@ from sdjax.config import VAEConfig
 from sdjax.models import tiling
 from sdjax.models.vae import AutoencoderKL
 from sdjax.sampling.schedule import Schedule
-from sdjax.training import config, latents, objective, sheet
+from sdjax.training import config, latents, loop, objective, sheet
 from sdjax.training.loop import Run
 from sdjax.training.networks import flat
 from tests.training.runs import ONE, write
@@ -133,3 +133,24 @@ def test_a_sheet_lets_go_of_its_networks(tmp_path, monkeypatch):
         made.write(step)
         assert (tmp_path / "run" / "sheets" / f"{step:06d}.png").exists()
         assert held() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_networks_that_are_not_trained_are_held_as_they_compute(tmp_path, monkeypatch, dtype):
+    """But for the VAE, which in half precision may overflow."""
+    held = {}
+
+    def make_step(*_, **__):
+        def step(state, frozen, batch):
+            held.update({name: {leaf.dtype.name for leaf in own.values()} for name, own in frozen.items()})
+            raise InterruptedError
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", make_step)
+    path = write(tmp_path, cache="false")
+    path.write_text(path.read_text().replace("train_text_encoder = true", "train_text_encoder = false"))
+    run = Run(dataclasses.replace(config.load(path), dtype=dtype), ONE)
+    with pytest.raises(InterruptedError):
+        run.train()
+    assert held == {"text_encoder": {dtype}, "vae": {"float32"}}

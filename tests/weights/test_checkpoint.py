@@ -252,6 +252,7 @@ def test_old_vae_and_text_keys_load(copy, loaded):
 def test_diffusers_loads_what_save_pretrained_writes(loaded, tiny, tmp_path):
     loaded.save_pretrained(tmp_path / "saved")
     assert same(StableDiffusion.from_pretrained(tmp_path / "saved", **ONE), loaded)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*.*")} == {0o644}  # for all to read
     before = diffusers.StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
     after = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
     for pipeline in (before, after):

@@ -1,0 +1,207 @@
+"""LoRAs: what is trained, that it is the formula's, and that the file is what everybody's readers take it for."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from sdjax import train
+from sdjax.config import CLIPTextConfig, UNetConfig
+from sdjax.generate import StableDiffusion
+from sdjax.models.clip import CLIPTextModel
+from sdjax.models.unet import UNet2DCondition
+from sdjax.parallel import Devices
+from sdjax.training import config, lora
+from sdjax.training.config import TrainConfigError
+from sdjax.training.loop import Run
+from sdjax.training.networks import flat
+from sdjax.weights.safetensors import CheckpointError
+from tests.training.runs import ONE, write
+
+RANK = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint of tiny networks, none of whose weights is zero."""
+    folder = tmp_path_factory.mktemp("model")
+    run = Run(config.load(write(folder)), ONE)
+    rng = np.random.default_rng(0)
+    drawn = {
+        network: {name: leaf + rng.normal(0, 0.1, leaf.shape).astype(np.float32) for name, leaf in params.items()}
+        for network, params in run.state.ema.items()
+    }
+    run.state = run.state._replace(step=np.int32(1), ema=drawn)
+    run.export(folder / "model")
+    return folder / "model"
+
+
+def settings(folder, model, **changes):
+    whole = dataclasses.replace(config.load(write(folder)), init=str(model), model=config.Model())
+    return dataclasses.replace(whole, lora=config.Lora(rank=RANK), **changes)
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    """A run that is done, in which UNet and text encoder have factors."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = Run(settings(folder, model), ONE)
+    assert run.train()
+    run.export(folder / "lora")
+    return run, folder / "lora"
+
+
+def test_a_run_begins_as_the_model_that_it_starts_from(model, tmp_path):
+    run = Run(settings(tmp_path, model), ONE)
+    for network, params in lora.joined(run.frozen, run.state.params).items():
+        for name, leaf in params.items():
+            np.testing.assert_array_equal(leaf, run.networks.params[network][name], err_msg=name)
+    first = {name for name in run.state.params["unet"] if name.endswith("lora_A.weight")}
+    assert all(np.all(run.state.params["unet"][name]) for name in first)
+
+
+def test_what_stays_is_that_of_the_model_and_factors_move(model, trained):
+    run, _ = trained
+    networks = StableDiffusion.from_pretrained(model, devices=jax.devices()[:1])._networks
+    for name in ("unet", "text_encoder"):
+        for key, leaf in flat(networks[name]).items():
+            np.testing.assert_array_equal(run.frozen[name][key], leaf[0], err_msg=key)
+        assert all(np.any(factor) for factor in run.state.params[name].values())
+    assert run.state.params.keys() == {"unet", "text_encoder"}
+
+
+def test_attentions_projections_have_factors():
+    """Of Stable Diffusion's networks in small: each of to_q, to_k, to_v and to_out.0, of q_proj to out_proj."""
+    unet = UNet2DCondition(UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=8), rngs=nnx.Rngs(0))
+    sizes = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=3)
+    text = CLIPTextModel(sizes, rngs=nnx.Rngs(0))
+    made = {"unet": lora.start(flat(unet), 2, np.random.default_rng(0))}
+    made["text_encoder"] = lora.start(flat(text), 2, np.random.default_rng(0))
+    assert {network: len(factors) // 2 for network, factors in made.items()} == {"unet": 16 * 2 * 4, "text_encoder": 12}
+    assert all(not name.startswith(("conv", "time_embedding")) for name in made["unet"])
+    name = "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k."
+    a, b = (made["unet"][f"{name}lora_{factor}.weight"] for factor in "AB")
+    assert (a.shape, b.shape) == ((2, 8), (32, 2))
+    assert 0.3 < np.std(np.concatenate([leaf.ravel() for key, leaf in made["unet"].items() if "_A" in key])) < 0.7
+
+
+def test_joined_is_the_papers_formula():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.to_q = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+            self.other = nnx.Linear(5, 4, rngs=nnx.Rngs(1))
+
+    rng = np.random.default_rng(0)
+    base = {f"m.{name}": leaf for name, leaf in flat(Two()).items()}
+    factors = {name: rng.standard_normal(leaf.shape) for name, leaf in lora.start(base, 2, rng).items()}
+    made = lora.joined({"a": base, "b": base}, {"a": factors, "c": base})
+    x = rng.standard_normal((3, 5))
+    expected = x @ base["m.to_q.kernel"] + x @ factors["m.to_q.lora_A.weight"].T @ factors["m.to_q.lora_B.weight"].T
+    np.testing.assert_allclose(x @ made["a"]["m.to_q.kernel"], expected, rtol=1e-5)
+    assert made["a"] | {"m.to_q.kernel": base["m.to_q.kernel"]} == base
+    assert made["b"] is base
+    assert made["c"] is base
+
+
+def test_a_base_in_half_precision_keeps_the_whole_of_a_change():
+    base = {"m.to_q.kernel": jnp.full((1, 1), 1024, jnp.bfloat16)}
+    factors = {"m.to_q.lora_A.weight": jnp.full((1, 1), 0.5), "m.to_q.lora_B.weight": jnp.ones((1, 1))}
+    assert float(lora.joined({"unet": base}, {"unet": factors})["unet"]["m.to_q.kernel"][0, 0]) == 1024.5
+
+
+def test_the_file_is_read_as_what_was_trained(model, trained):
+    run, folder = trained
+    pipe = StableDiffusion.from_pretrained(model, loras=[folder], devices=jax.devices()[:1])
+    networks = lora.joined(run.networks.params, run.state.ema)
+    for name in ("unet", "text_encoder"):
+        for key, leaf in flat(pipe._networks[name]).items():
+            np.testing.assert_allclose(leaf[0], networks[name][key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_the_file_is_named_as_diffusers_names_it(trained):
+    _, folder = trained
+    [file] = folder.iterdir()
+    assert file.name == "pytorch_lora_weights.safetensors"
+    assert file.stat().st_mode & 0o777 == 0o644
+    tensors = load_file(file)
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight" in tensors
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight" in tensors
+    with safe_open(file, "np") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_devices_and_parts_of_a_batch_change_nothing(model, trained, tmp_path):
+    whole = settings(tmp_path, model)
+    whole = dataclasses.replace(whole, optimizer=dataclasses.replace(whole.optimizer, accumulate=2))
+    run = Run(whole, Devices(jax.devices()[:2]))
+    assert run.train()
+    for name, leaf in trained[0].state.params["unet"].items():
+        np.testing.assert_allclose(run.state.params["unet"][name], leaf, atol=2e-4, err_msg=name)
+
+
+def test_a_run_goes_on_and_a_run_of_another_rank_is_refused(model, trained, tmp_path):
+    whole = settings(tmp_path, model)
+    half = Run(dataclasses.replace(whole, steps=4), ONE)
+    assert half.train()
+    again = Run(whole, ONE)
+    assert again.train()
+    for name, leaf in trained[0].state.params["unet"].items():
+        np.testing.assert_allclose(again.state.params["unet"][name], leaf, atol=1e-6, err_msg=name)
+    for rank, message in ((RANK + 1, "lora.rank 3, not 4"), (0, "lora.rank 3, not 0")):
+        with pytest.raises(TrainConfigError, match=message):
+            Run(dataclasses.replace(whole, lora=config.Lora(rank=rank)), ONE)
+
+
+def test_an_export_replaces_a_lora_and_nothing_else(model, trained, tmp_path):
+    run, _ = trained
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    with pytest.raises(TrainConfigError, match="something other than a LoRA"):
+        run.export(tmp_path / "model")
+    for dtype in ("float32", "float16", "bfloat16"):
+        run.export(tmp_path / "lora", dtype)
+    with safe_open(tmp_path / "lora" / lora.FILE, "np") as opened:
+        assert {opened.get_slice(name).get_dtype() for name in opened.keys()} == {"BF16"}  # noqa: SIM118
+    assert not list(tmp_path.glob(".lora*"))
+
+
+def test_the_command_writes_a_lora(model, tmp_path):
+    path = write(tmp_path, prompts=["a red circle"])
+    text = path.read_text().replace("batch_size = 4", "batch_size = 8")
+    kept = text[: text.index("[model.vae]")] + text[text.index("[optimizer]") : text.index("[model.unet]")]
+    path.write_text(f'init = "{model}"\n{kept}\n[lora]\nrank = 2\n')
+    assert train.main(["--config", str(path), "--steps", "2", "--export-dtype", "float16"]) == 0
+    tensors = load_file(tmp_path / "run" / "lora" / lora.FILE)
+    assert {leaf.dtype for leaf in tensors.values()} == {np.dtype("float16")}
+    assert not any(name.startswith("text_encoder") for name in tensors)
+    assert not (tmp_path / "run" / "model").exists()
+    assert (tmp_path / "run" / "sheets" / "000002.png").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["lora.rank"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"unet": {"sample_size": 8}}}, "model.unet does not go with lora.rank"),
+        ({"model": {"tokenizer": {"merges": 1, "max_length": 9}}}, "model.tokenizer does not go with lora.rank"),
+        ({"task": "vae"}, "lora.rank does nothing where task is 'vae'"),
+        ({"lora": {"rank": -1}}, "lora.rank is -1; it must be at least 0"),
+        ({"lora": {"rank": 0.5}}, "lora.rank is 0.5; it must be of type int"),
+    ],
+)
+def test_what_goes_with_no_lora_is_named(change, message):
+    least = {"task": "unet", "output": "x", "steps": 10, "batch_size": 2, "data": {"folder": "y"}, "lora": {"rank": 4}}
+    with pytest.raises(TrainConfigError, match=message):
+        config.check(config.build(config.Train, least | change))
+
+
+def test_a_lora_needs_a_model(tmp_path):
+    whole = dataclasses.replace(config.load(write(tmp_path)), model=config.Model(), lora=config.Lora(rank=2))
+    with pytest.raises((TrainConfigError, CheckpointError), match="init"):
+        Run(whole, ONE)
