@@ -29,12 +29,21 @@ from sdjax.values import RequestError
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
 
 
+class Frame(NamedTuple):
+    """A picture's height and width before it was scaled and cut, and where in the scaled one the cut begins."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
 @runtime_checkable
 class Source(Protocol):
     """A captioned image data set.
 
     One whose examples the configuration does not settle also has `files()`: for each, values that tell it from any
-    other, and last when it was written.
+    other, and last when it was written. One that cuts pictures has `framed(index)`: an image and its frame.
     """
 
     def __len__(self) -> int: ...
@@ -85,9 +94,12 @@ class Folder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+    def framed(self, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
         path, _ = self._files[index]
         return decode(self._read(path), self._size, path)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        return self.framed(index)[0]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         path, caption = self._files[index]
@@ -147,9 +159,12 @@ class Shards:
     def __len__(self) -> int:
         return len(self._examples)
 
-    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+    def framed(self, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
         span = self._examples[index][0]
         return decode(self._read(span), self._size, f"an image of {span.shard}")
+
+    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        return self.framed(index)[0]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         span = self._examples[index][1]
@@ -217,7 +232,16 @@ def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
         yield name, caption.strip()
 
 
-def decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size 3"]:
+def framed(source: Source, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
+    """Return an image of a source and its frame, which of a source that cuts none is the image."""
+    if (own := getattr(source, "framed", None)) is not None:
+        return own(index)
+    image = source.image(index)
+    height, width, _ = image.shape
+    return image, Frame(height, width, 0, 0)
+
+
+def decode(content: bytes, size: int, what: str) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
     """Decode an image, over white where it is transparent, and cut the largest centred square to size x size.
 
     Raises:
@@ -227,7 +251,9 @@ def decode(content: bytes, size: int, what: str) -> UInt8[np.ndarray, "size size
         picture = inputs.decode(content, what)
     except RequestError as error:
         raise DataError(str(error)) from None
-    return square(picture, size)
+    # The frame as diffusers' trainers have it, which scale the shorter side to `size` and cut then.
+    top, left = (round((int(side * size / min(picture.size)) - size) / 2) for side in (picture.height, picture.width))
+    return square(picture, size), Frame(picture.height, picture.width, top, left)
 
 
 def square(picture: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -249,11 +275,13 @@ def indices(step: int, batch_size: int, length: int, seed: int) -> Int[np.ndarra
 class Batch(NamedTuple):
     """The examples of one step; `captions` may be empty strings where the caption was dropped.
 
-    Of a data set that is encoded already there are `moments` and `context`, of which some may be the empty caption's.
+    `frames` are those of the pixels. Of a data set that is encoded already there are `moments` and `context`, of which
+    some may be the empty caption's.
     """
 
     indices: Int[np.ndarray, " batch"]
     pixels: UInt8[np.ndarray, "batch size size 3"] | None = None
+    frames: Int[np.ndarray, "batch 4"] | None = None
     captions: list[str] | None = None
     moments: Float16[np.ndarray, "batch h w moments"] | None = None
     context: Float16[np.ndarray, "batch length hidden"] | None = None
@@ -299,8 +327,11 @@ class Loader:
         if self._captions:
             spoken = [source.caption(int(index), rng) for index, rng in zip(chosen, rngs, strict=True)]
             captions = ["" if drop else caption for caption, drop in zip(spoken, dropped, strict=True)]
-        pixels = np.stack([source.image(int(index)) for index in chosen]) if self._images else None
-        return Batch(chosen, pixels, captions)
+        pixels = frames = None
+        if self._images:
+            made, found = zip(*(framed(source, int(index)) for index in chosen), strict=True)
+            pixels, frames = np.stack(made), np.array(found)
+        return Batch(chosen, pixels, frames, captions)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `start` to before `stop`, a few made ahead."""

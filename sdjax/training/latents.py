@@ -6,18 +6,19 @@ import hashlib
 import json
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float16, UInt8
+from jaxtyping import Array, Float, Float16, Int, UInt8
 from tqdm import tqdm
 
 from sdjax.files import write_whole
 from sdjax.models import tiling
 from sdjax.training import identity
+from sdjax.training.data import framed
 from sdjax.training.networks import Params, bind
 from sdjax.training.objective import to_unit
 
@@ -43,29 +44,39 @@ def _encoder(run: Run):
     return lambda pixels: np.asarray(compiled(params, pixels), np.float32)
 
 
-def cached(run: Run, stop: threading.Event | None = None) -> Float16[np.ndarray, "examples h w moments"] | None:
-    """Return the latent's mean and logvar of every example, or None if `stop` was set before they were made.
+class Cache(NamedTuple):
+    """Of every example of a data set the latent's mean and logvar, and the picture's frame."""
 
-    They are kept in the run's folder, and made anew where the pictures, their size or the VAE are others.
+    moments: Float16[np.ndarray, "examples h w moments"]
+    frames: Int[np.ndarray, "examples 4"]
+
+
+def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
+    """Return what a data set's pictures are trained on as, or None if `stop` was set before it was made.
+
+    It is kept in the run's folder, and made anew where the pictures, their size or the VAE are others.
     """
     path, unfinished = run.folder / "latents.npy", run.folder / "latents.part.npy"
-    note, digest = run.folder / "latents.sha256", _digest(run)
-    if not (path.exists() and note.exists() and note.read_text(encoding="utf-8") == digest):
+    note, digest, beside = run.folder / "latents.sha256", _digest(run), run.folder / "frames.npy"
+    there = path.exists() and beside.exists() and note.exists()
+    if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
         encode, count = _encoder(run), len(run.pictures)
-        store = None
+        store, frames = None, np.zeros((count, 4), np.int32)
         for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
             if stop is not None and stop.is_set():
                 return None
             chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
-            part = encode(np.stack([run.pictures.image(int(index)) for index in chosen])).astype(np.float16)
+            pixels, found = zip(*(framed(run.pictures, int(index)) for index in chosen), strict=True)
+            part, frames[chosen] = encode(np.stack(pixels)).astype(np.float16), found
             if store is None:
                 store = np.lib.format.open_memmap(unfinished, "w+", np.float16, (count, *part.shape[1:]))
             store[start : start + _BATCH] = part[: count - start]
         del store
         unfinished.replace(path)
+        np.save(beside, frames)
         write_whole(note, digest.encode())
-    return np.load(path, mmap_mode="r")
+    return Cache(np.load(path, mmap_mode="r"), np.load(beside))
 
 
 def _digest(run: Run) -> str:

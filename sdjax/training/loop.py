@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float16
 
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
@@ -56,7 +55,7 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         trained = {"vae"} if config.task == "vae" else {"unet"}
         if config.diffusion.train_text_encoder and config.task == "unet":
-            trained.add("text_encoder")
+            trained |= set(self.networks.text_encoders)
         params = self.networks.params
         encoded = {"vae"} if config.data.cache_latents else set()  # before the first step
         if isinstance(self.source, EncodedSet):
@@ -175,11 +174,11 @@ class Run:
             shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _batches(self, start: int, cache: Float16[np.ndarray, "examples h w moments"] | None) -> Iterator[Any]:
+    def _batches(self, start: int, cache: latents.Cache | None) -> Iterator[Any]:
         """The batches of the steps after `start`, on the devices; with `cache`, latents in place of pictures."""
         config = self.config
         words = config.task == "unet" and not isinstance(self.source, EncodedSet)
-        tokenizer = self.networks.tokenizer() if words else None
+        tokenizers, xl = self.networks.tokenizers() if words else [], self.networks.xl
         loader = Loader(
             self.source,
             config.batch_size,
@@ -194,10 +193,15 @@ class Run:
             given = {"pixels": batch.pixels, "moments": batch.moments, "context": batch.context}
             arrays = {name: array for name, array in given.items() if array is not None}
             arrays["place"] = place
-            if tokenizer is not None and batch.captions is not None:
-                arrays["ids"] = tokenizer(batch.captions)[0]
+            if batch.captions is not None:
+                arrays["ids"] = np.stack([tokenizer(batch.captions)[0] for tokenizer in tokenizers], axis=1)
             if cache is not None:
-                arrays["moments"] = cache[batch.indices]
+                arrays["moments"] = cache.moments[batch.indices]
+            if xl is not None and batch.captions is not None:
+                frames = batch.frames if cache is None else cache.frames[batch.indices]
+                told = [[*frame, config.data.size, config.data.size] for frame in np.asarray(frames)]
+                arrays["time_ids"] = np.array(told, np.float32)
+                arrays["is_zero"] = np.array([xl.zeroes_empty and not caption for caption in batch.captions])
             yield parts(arrays, config.optimizer.accumulate, self.devices)
 
     def _objective(self) -> objective.Objective:
@@ -210,6 +214,8 @@ class Run:
             config.diffusion,
             scaling_factor=VAEConfig.from_dict(self.networks.configs["vae"]).scaling_factor,
             batch_size=config.batch_size,
+            text_encoders=self.networks.text_encoders,
+            is_xl=self.networks.xl is not None,
         )
 
     def _fetch(self, state: State) -> None:

@@ -7,7 +7,7 @@ for optax, orbax and averaging. They are the host's, so that devices hold what a
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sdjax import family
 from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
-from sdjax.models.clip import CLIPTextModel
+from sdjax.family import TOKENIZERS, Family
+from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet2DCondition
 from sdjax.models.vae import AutoencoderKL
 from sdjax.sampling import Schedule
@@ -36,6 +38,7 @@ _KINDS = {
     "unet": (UNetConfig, UNet2DCondition),
     "vae": (VAEConfig, AutoencoderKL),
     "text_encoder": (CLIPTextConfig, CLIPTextModel),
+    "text_encoder_2": (CLIPTextConfig, CLIPTextModelWithProjection),
 }
 _CAPTIONS = 4000  # that a new tokenizer is trained on
 _FIRST_LOGVAR = -6.0
@@ -44,7 +47,9 @@ _CLASSES = {  # what model_index.json calls each component
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
 }
 
 
@@ -57,7 +62,8 @@ class Networks:
         modules: each network without parameters.
         dtypes: what each network computes in.
         params: each network's parameters, on the host.
-        texts: the tokenizer's and the scheduler's files, by their path.
+        texts: the tokenizers' and the scheduler's files, by their path.
+        xl: of Stable Diffusion XL, which is read from a checkpoint; None is another.
         init: the fingerprint of what was read from a checkpoint.
     """
 
@@ -66,20 +72,29 @@ class Networks:
     dtypes: dict[str, np.dtype]
     params: dict[str, Params]
     texts: dict[str, str]
+    xl: Family | None = None
     init: str | None = None
 
     @property
     def scheduler(self) -> dict[str, Any]:
         return json.loads(self.texts["scheduler/scheduler_config.json"])
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, for captions as for prompts."""
-        config = CLIPTextConfig.from_dict(self.configs["text_encoder"])
-        with tempfile.TemporaryDirectory() as folder:
-            for path, text in self.texts.items():
-                if path.startswith("tokenizer/"):
-                    Path(folder, Path(path).name).write_text(text, encoding="utf-8")
-            return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings)
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """What reads captions, in the order of their states."""
+        return tuple(name for name in TOKENIZERS if name in self.modules)
+
+    def tokenizers(self) -> list[Tokenizer]:
+        """Each text encoder's tokenizer, for captions as for prompts."""
+        found = []
+        for name in self.text_encoders:
+            config = CLIPTextConfig.from_dict(self.configs[name])
+            with tempfile.TemporaryDirectory() as folder:
+                for path, text in self.texts.items():
+                    if path.startswith(f"{TOKENIZERS[name]}/"):
+                        Path(folder, Path(path).name).write_text(text, encoding="utf-8")
+                found.append(Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings))
+        return found
 
     def export(self, folder: Path, params: Mapping[str, Params] | None, dtype: str | None = None) -> None:
         """Write a checkpoint in the diffusers layout with `params` in place of those of the networks they name.
@@ -95,9 +110,13 @@ class Networks:
         classes = {name: list(_CLASSES[name]) for name in self.modules}
         if "unet" in classes:
             classes["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
-            classes["tokenizer"] = list(_CLASSES["tokenizer"])
-        index = {"_class_name": "StableDiffusionPipeline", **classes}
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+            classes |= {TOKENIZERS[name]: list(_CLASSES[TOKENIZERS[name]]) for name in self.text_encoders}
+        index = {"_class_name": "StableDiffusionPipeline", **classes, "feature_extractor": [None, None]}
+        if self.xl is None:
+            index |= {"safety_checker": [None, None], "requires_safety_checker": False}
+        else:
+            index |= {"_class_name": "StableDiffusionXLPipeline", "image_encoder": [None, None]}
+            index |= {"force_zeros_for_empty_prompt": self.xl.zeroes_empty}
         checkpoint.save(folder, index=index, configs=self.configs, weights=weights, texts=self.texts)
 
 
@@ -122,23 +141,28 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
 
     Raises:
         TrainConfigError: a component is neither described nor in `init`, or does not fit the others.
+        CheckpointError: `init` cannot be read, or is of a family that cannot be trained.
     """
-    names = ("vae",) if config.task == "vae" else ("vae", "text_encoder", "unet")
     start = checkpoint.Checkpoint(config.init) if config.init is not None else None
-    networks = Networks({}, {}, {}, {}, {})
+    networks = Networks({}, {}, {}, {}, {}, xl=_xl(config, start))
+    encoders = ("text_encoder",) if networks.xl is None else networks.xl.text_encoders
+    names = ("vae",) if config.task == "vae" else ("vae", *encoders, "unet")
+    if networks.xl is not None and isinstance(source, EncodedSet):
+        raise TrainConfigError("data.latents does not go with Stable Diffusion XL, which is told pictures' sizes too")
     if isinstance(source, EncodedSet) and start is not None and start.fingerprint(NETWORKS) != source.fingerprint:
         raise TrainConfigError(
             f"{config.data.latents} was not encoded by the vae, text_encoder and tokenizer of {config.init}; "
             "encode the images with that model, or start from the one that encoded them"
         )
     if start is not None:
-        needed = (*names, "tokenizer", "scheduler") if config.task == "unet" else names
-        networks.init = start.fingerprint(name for name in needed if getattr(config.model, name) is None)
+        tokenizers = [TOKENIZERS[name] for name in encoders]
+        needed = (*names, *tokenizers, "scheduler") if config.task == "unet" else names
+        networks.init = start.fingerprint(name for name in needed if getattr(config.model, name, None) is None)
     if config.task == "unet":
-        networks.texts = _texts(config, source, start)
+        networks.texts = _texts(config, source, start, encoders)
     for number, name in enumerate(names):
         kind, module = _KINDS[name]
-        settings = getattr(config.model, name)
+        settings: Any = getattr(config.model, name, None)
         fresh = settings is not None
         if fresh and name == "text_encoder":
             settings = _fitted(settings, networks.texts)
@@ -168,6 +192,21 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
     return networks
 
 
+def _xl(config: Train, start: checkpoint.Checkpoint | None) -> Family | None:
+    """Which Stable Diffusion XL a run's UNet is read from, if it is one."""
+    if config.task == "vae" or start is None or config.model.unet is not None:
+        return None
+    if start.json("unet", "config.json").get("addition_embed_type") is None:
+        return None
+    found, _ = family.read(start)
+    if not found.is_xl or found.refines:
+        raise checkpoint.CheckpointError(f"{config.init} is no base of Stable Diffusion XL, which alone can be trained")
+    for name in ("text_encoder", "tokenizer"):
+        if getattr(config.model, name) is not None:
+            raise TrainConfigError(f"model.{name} does not go with the UNet of {config.init}, Stable Diffusion XL's")
+    return found
+
+
 def _started(name: str, params: Params) -> Params:
     """New parameters changed so that training from scratch is quick.
 
@@ -189,8 +228,10 @@ def _started(name: str, params: Params) -> Params:
     return params | {bias: params[bias].at[channels:].set(_FIRST_LOGVAR)}
 
 
-def _texts(config: Train, source: Source | EncodedSet, start: checkpoint.Checkpoint | None) -> dict[str, str]:
-    """The tokenizer's and the scheduler's files."""
+def _texts(
+    config: Train, source: Source | EncodedSet, start: checkpoint.Checkpoint | None, encoders: Sequence[str]
+) -> dict[str, str]:
+    """The tokenizers' and the scheduler's files."""
     texts = {}
     if config.model.tokenizer is not None:
         if config.model.tokenizer.keys() != {"merges", "max_length"}:
@@ -202,7 +243,7 @@ def _texts(config: Train, source: Source | EncodedSet, start: checkpoint.Checkpo
             train_tokenizer(captions, **config.model.tokenizer, folder=folder)
             texts = {f"tokenizer/{path.name}": path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
     elif start is not None:
-        texts = start.texts("tokenizer")
+        texts = {path: text for name in encoders for path, text in start.texts(TOKENIZERS[name]).items()}
     scheduler = config.model.scheduler
     if scheduler is None and start is not None:
         scheduler = start.json("scheduler", "scheduler_config.json")
@@ -225,14 +266,15 @@ def _fitted(settings: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any
 def _check(networks: Networks) -> None:
     unet = UNetConfig.from_dict(networks.configs["unet"])
     vae = VAEConfig.from_dict(networks.configs["vae"])
-    text = CLIPTextConfig.from_dict(networks.configs["text_encoder"])
     if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
         raise TrainConfigError(
             f"model.unet must have in_channels and out_channels {vae.latent_channels}, as the vae's latents"
         )
+    if networks.xl is not None:  # which was found to fit when it was read
+        return
     if unet.addition_embed_type is not None:
-        raise TrainConfigError("model.unet has addition_embed_type; SDXL's networks can't be trained here")
-    widths = unet.cross_attention_dim
+        raise TrainConfigError("model.unet has addition_embed_type; Stable Diffusion XL is trained from init alone")
+    text, widths = CLIPTextConfig.from_dict(networks.configs["text_encoder"]), unet.cross_attention_dim
     if any(width != text.hidden_size for width in (widths if isinstance(widths, tuple) else (widths,))):
         raise TrainConfigError(
             f"model.unet.cross_attention_dim must be {text.hidden_size}, the text encoder's hidden_size"

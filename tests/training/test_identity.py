@@ -179,7 +179,7 @@ def standin(tmp_path, monkeypatch):
 
 def test_latents_are_kept_in_the_examples_order(standin):
     for _ in range(2):
-        np.testing.assert_array_equal(latents.cached(standin.make())[:, 0, 0, 0], np.arange(70))
+        np.testing.assert_array_equal(latents.cached(standin.make()).moments[:, 0, 0, 0], np.arange(70))
         assert len(standin.calls) == 2
 
 
@@ -188,7 +188,7 @@ def test_latents_stop_when_told(standin):
     stop.set()
     assert latents.cached(standin.make(), stop) is None
     assert not standin.calls
-    assert len(latents.cached(standin.make(), threading.Event())) == 70
+    assert len(latents.cached(standin.make(), threading.Event()).moments) == 70
 
 
 @pytest.mark.parametrize("change", ["picture", "count", "size", "vae"])
@@ -199,7 +199,7 @@ def test_latents_of_something_else_are_made_anew(standin, change):
     if change == "count":
         _pictures(standin.folder, zebra=99)
     again = standin.make(size=16 if change == "size" else 8, weight=1.0 if change == "vae" else 0.0)
-    made = latents.cached(again)[:, 0, 0, 0]
+    made = latents.cached(again).moments[:, 0, 0, 0]
     assert len(standin.calls) == 4
     expected = np.append(np.arange(70), [99] * (change == "count"))
     expected[5] = 250 if change == "picture" else 5

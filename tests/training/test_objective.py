@@ -49,7 +49,7 @@ def _losses(answer, options=PLAIN, prediction="epsilon", batch=None, key=KEY, **
 
 def _batch(places):
     places = np.array(places)
-    ids = np.tile(places[:, None], (1, 5)).astype(np.int32)
+    ids = np.tile(places[:, None, None], (1, 1, 5)).astype(np.int32)
     return {"place": places.astype(np.int32), "moments": MOMENTS[places], "ids": ids}
 
 

@@ -1,0 +1,194 @@
+"""Stable Diffusion XL is trained on what diffusers' trainer gives its UNet, and what is exported draws the same."""
+
+import dataclasses
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdjax.generate import StableDiffusion
+from sdjax.models.unet import UNet2DCondition
+from sdjax.request import Request
+from sdjax.sampling.schedule import Schedule
+from sdjax.spec import Spec
+from sdjax.training import config, latents, lora, objective
+from sdjax.training.config import TrainConfigError
+from sdjax.training.data import Folder, framed
+from sdjax.training.loop import Run
+from sdjax.training.networks import flat
+from sdjax.weights.safetensors import CheckpointError
+from tests import checkpoints
+from tests.training.runs import ONE
+
+CAPTIONS = ["a red circle", "", "cat " * 9, "a blue star on a white background"]
+SIZES = [(40, 24), (24, 24), (32, 48), (25, 64)]  # widths and heights
+SIDE = 16
+UNSEEN = UNet2DCondition.__call__
+REFINER = diffusers.StableDiffusionXLImg2ImgPipeline
+
+
+@pytest.fixture(scope="module")
+def xl(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xl") / "model"
+    checkpoints.saved(folder, checkpoints.pipeline_xl)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i, (size, caption) in enumerate(zip(SIZES, CAPTIONS, strict=True)):
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+def settings(folder, xl, pictures, **changes):
+    options = {"diffusion": config.Diffusion(caption_dropout=0.0), "checkpoint_every": 2, "log_every": 1, **changes}
+    data = config.Data(folder=str(pictures), size=SIDE)
+    shared = {"task": "unet", "output": str(folder / "run"), "init": str(xl), "steps": 2, "batch_size": 4}
+    return config.Train(**{"data": data, **shared, **options})
+
+
+@pytest.fixture(scope="module")
+def run(xl, pictures, tmp_path_factory):
+    return Run(settings(tmp_path_factory.mktemp("run"), xl, pictures), ONE)
+
+
+def given(run):
+    """What the first step is given, and which of the pictures those are."""
+    [batch] = next(run._batches(0, None))["place"]  # of one device
+    arrays = jax.tree.map(lambda leaf: np.asarray(leaf)[0, 0], next(run._batches(0, None)))
+    assert batch.shape == (1, 4)
+    return arrays
+
+
+def test_a_batch_has_each_pictures_sizes(run):
+    arrays = given(run)
+    wanted = {  # original height and width, the corner of the cut: the shorter side is 16 when it is made
+        "a red circle": (24, 40, 0, 5),
+        "": (24, 24, 0, 0),
+        ("cat " * 9).strip(): (48, 32, 4, 0),
+        "a blue star on a white background": (64, 25, 12, 0),
+    }
+    source = run.pictures
+    order = [source.caption(i, np.random.default_rng(0)) for i in range(4)]
+    chosen = sorted(tuple(row) for row in arrays["time_ids"].astype(int))
+    assert chosen == sorted((*wanted[caption], SIDE, SIDE) for caption in order)
+    assert arrays["ids"].shape == (4, 2, run.networks.tokenizers()[0](["x"])[0].shape[1])
+    assert sorted(arrays["is_zero"]) == [False, False, False, True]
+
+
+def test_corners_are_those_of_diffusers_trainer(pictures):
+    """Which resizes the shorter side by torchvision, as int(size * long / short), and cuts the centre."""
+    source = Folder(str(pictures), SIDE)
+    for i, (width, height) in enumerate(SIZES):
+        _, frame = framed(source, i)
+        short = min(width, height)
+        resized = int(SIDE * height / short), int(SIDE * width / short)
+        assert frame == (height, width, *(max(0, round((side - SIDE) / 2.0)) for side in resized))
+
+
+def test_the_loss_is_that_of_diffusers_trainer(run, xl):
+    """The same latents, noise and timesteps through diffusers' networks, put together as its trainer of SDXL does."""
+    arrays = given(run)
+    batch = {name: jnp.asarray(leaf) for name, leaf in arrays.items()}
+    seen = {}
+
+    def recorded(unet, x, t, context, added):
+        seen.update(x=x, t=t, output=UNSEEN(unet, x, t, context, added))
+        return seen["output"]
+
+    schedule = Schedule.from_config(run.networks.scheduler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DCondition, "__call__", recorded)
+        losses, _ = run._objective()({}, jax.tree.map(jnp.asarray, run.networks.params), batch, jax.random.key(3))
+
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(xl)
+    by_frame = {(*size[::-1],): caption for size, caption in zip(SIZES, CAPTIONS, strict=True)}
+    captions = [by_frame[tuple(row[:2].astype(int))] for row in arrays["time_ids"]]
+    states, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    for i, caption in enumerate(captions):
+        if not caption:  # zeros, as for an empty negative prompt
+            states[i], pooled[i] = 0, 0
+    x = torch.tensor(np.asarray(seen["x"])).permute(0, 3, 1, 2)
+    told = {"text_embeds": pooled, "time_ids": torch.tensor(arrays["time_ids"])}
+    with torch.no_grad():
+        output = pipeline.unet(x, torch.tensor(np.asarray(seen["t"])), states, added_cond_kwargs=told).sample
+        pixels = torch.tensor(arrays["pixels"]).permute(0, 3, 1, 2) / 127.5 - 1
+        posterior = pipeline.vae.encode(pixels).latent_dist
+    np.testing.assert_allclose(seen["output"], output.permute(0, 2, 3, 1), atol=1e-4)
+    # What is left of the noisy latent when the noise that the UNet should have said is taken off is the latent.
+    alpha = np.sqrt(schedule.alphas_cumprod)[np.asarray(seen["t"]).astype(int)][:, None, None, None]
+    key_latent, _, key_noise, _ = jax.random.split(jax.random.key(3), 4)
+    noise, drawn = (
+        np.asarray(objective._normal(key, batch["place"], seen["x"].shape[1:])) for key in (key_noise, key_latent)
+    )
+    mean, deviation = (part.permute(0, 2, 3, 1).numpy() for part in (posterior.mean, posterior.std))
+    latent = (mean + deviation * drawn) * 0.13025
+    np.testing.assert_allclose(seen["x"], alpha * latent + np.sqrt(1 - alpha**2) * noise, atol=1e-4)
+    expected = np.square(output.permute(0, 2, 3, 1).numpy() - noise).mean((1, 2, 3))
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("rank", "cache"), [(0, False), (2, True)])
+def test_a_run_leaves_what_draws(xl, pictures, tmp_path, rank, cache):
+    whole = settings(
+        tmp_path,
+        xl,
+        pictures,
+        lora=config.Lora(rank=rank),
+        data=config.Data(folder=str(pictures), size=SIDE, cache_latents=cache),
+        diffusion=config.Diffusion(train_text_encoder=True),
+        sheet_prompts=("a red circle",),
+        sheet_every=2,
+    )
+    run = Run(whole, ONE)
+    assert run.train()
+    assert (tmp_path / "run" / "sheets" / "000002.png").exists()
+    assert run.state.params.keys() == {"unet", "text_encoder", "text_encoder_2"}
+    run.export(tmp_path / "made")
+    if rank:
+        pipe = StableDiffusion.from_pretrained(xl, loras=[tmp_path / "made"], devices=jax.devices()[:1])
+    else:
+        pipe = StableDiffusion.from_pretrained(tmp_path / "made", devices=jax.devices()[:1])
+        theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "made")
+        assert theirs.config.force_zeros_for_empty_prompt
+        assert Spec(tmp_path / "made").family == Spec(xl).family
+    networks = lora.joined(run.networks.params, run.state.ema)
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        for key, leaf in flat(pipe._networks[name]).items():
+            np.testing.assert_allclose(leaf[0], networks[name][key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert pipe.generate([Request(prompt="a red circle", num_inference_steps=2)])[0].pixels.std() > 0
+
+
+def test_latents_made_beforehand_keep_their_frames(xl, pictures, tmp_path):
+    whole = settings(tmp_path, xl, pictures)
+    cached = Run(dataclasses.replace(whole, data=dataclasses.replace(whole.data, cache_latents=True)), ONE)
+    cached.folder.mkdir()
+    for _ in range(2):  # made, and read
+        found = next(cached._batches(0, latents.cached(cached)))
+        expected = next(Run(whole, ONE)._batches(0, None))
+        for name in ("time_ids", "is_zero", "ids"):
+            np.testing.assert_array_equal(found[name], expected[name])
+    (cached.folder / "frames.npy").unlink()
+    assert len(latents.cached(cached).frames) == 4
+
+
+def test_what_is_not_the_base_is_refused(tmp_path, xl, pictures):
+    refiner = tmp_path / "refiner"
+    checkpoints.saved(refiner, checkpoints.pipeline_xl, kind=REFINER, requires_aesthetics_score=True)
+    with pytest.raises(CheckpointError, match="refiner is no base of Stable Diffusion XL"):
+        Run(settings(tmp_path, refiner, pictures), ONE)
+    inpainting = tmp_path / "inpainting"
+    checkpoints.saved(inpainting, checkpoints.pipeline_xl, unet={"in_channels": 9})
+    with pytest.raises(TrainConfigError, match="in_channels and out_channels 4"):
+        Run(settings(tmp_path, inpainting, pictures), ONE)
+    tokenizer = config.Model(tokenizer={"merges": 10, "max_length": 20})
+    with pytest.raises(TrainConfigError, match=r"model.tokenizer does not go with the UNet of .*, Stable Diffusion XL"):
+        Run(settings(tmp_path, xl, pictures, model=tokenizer), ONE)
