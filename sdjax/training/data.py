@@ -77,19 +77,27 @@ class Scenes:
 
 
 class Folder:
-    """Images below a folder or fsspec URL, captioned by metadata.jsonl (`file_name`, `text`) or by .txt files."""
+    """Images below a folder or fsspec URL, captioned by metadata.jsonl (`file_name`, `text`) or by .txt files.
 
-    def __init__(self, url: str, size: int) -> None:
+    captions: whether each image must have one, which is looked for before any is read.
+    """
+
+    def __init__(self, url: str, size: int, *, captions: bool = False) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
         self._size, self._url, self._root = size, url, root
-        table = posixpath.join(root, "metadata.jsonl")
+        table, there = posixpath.join(root, "metadata.jsonl"), below(self._fs, root)
         if self._fs.isfile(table):
             rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl")
             self._files = [(posixpath.join(root, name), caption) for name, caption in rows]
+            needed = [path for path, _ in self._files]
         else:
-            self._files = [(path, None) for path in below(self._fs, root) if path.lower().endswith(IMAGES)]
+            self._files = [(path, None) for path in there if path.lower().endswith(IMAGES)]
+            needed = [_beside(path) for path, _ in self._files] if captions else []
         if not self._files:
             raise DataError(f"{url} holds no image ({', '.join(IMAGES)})")
+        for path in needed:  # metadata.jsonl may lead out of the folder
+            if posixpath.normpath(path) not in there and not self._fs.exists(path):
+                raise self._missing(path)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -117,7 +125,10 @@ class Folder:
         try:
             return self._fs.cat_file(path)
         except FileNotFoundError:
-            raise DataError(f"{path} is not there; {self._url} needs it as an image or a caption") from None
+            raise self._missing(path) from None
+
+    def _missing(self, path: str) -> DataError:
+        return DataError(f"{path} is not there; {self._url} needs it as an image or a caption")
 
 
 class _Span(NamedTuple):
@@ -192,14 +203,14 @@ def _written(entry: dict[str, Any]) -> str | None:
     return next((str(entry[key]) for key in _VERSIONS if entry.get(key)), None)
 
 
-def open_source(data: Data) -> Source | EncodedSet:
-    """Return the source that the configuration names.
+def open_source(data: Data, *, captions: bool = False) -> Source | EncodedSet:
+    """Return the source that the configuration names; with `captions`, one whose images all have them.
 
     Raises:
-        DataError: it is not there, or holds nothing that can be trained on.
+        DataError: it is not there, lacks a file that it needs, or holds nothing that can be trained on.
     """
     if data.folder is not None:
-        return Folder(data.folder, data.size)
+        return Folder(data.folder, data.size, captions=captions)
     if data.shards is not None:
         return Shards(data.shards, data.size)
     if data.latents is not None:

@@ -50,7 +50,7 @@ class Run:
         there = next(path for path in (whole, *whole.parents) if path.exists())
         if not there.is_dir():
             raise TrainConfigError(f"output is {self.folder}, and {there} is no folder")
-        self.source = open_source(config.data)
+        self.source = open_source(config.data, captions=config.task == "unet")
         self.networks: Networks = prepare(config, self.source)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
         trained = {"vae"} if config.task == "vae" else {"unet"}

@@ -198,6 +198,28 @@ def test_what_cannot_be_read_is_named(tmp_path):
         open_source(Data(folder=str(tmp_path), size=8))
 
 
+def test_a_caption_that_is_not_there_is_named_before_any_is_read_where_captions_are(tmp_path):
+    _folder(str(tmp_path))
+    data = Data(folder=str(tmp_path), size=24)
+    assert len(open_source(data, captions=True)) == len(PICTURES)
+    (tmp_path / "003.txt").unlink()
+    with pytest.raises(DataError, match=r"003\.txt is not there; .* needs it as an image or a caption"):
+        open_source(data, captions=True)
+    assert len(open_source(data)) == len(PICTURES)
+
+
+def test_a_picture_of_metadata_that_is_not_there_is_named_before_any_is_read(tmp_path):
+    for name in ("elsewhere", "set"):
+        (tmp_path / name).mkdir()
+    _folder(str(tmp_path / "elsewhere"))
+    row = '{{"file_name": "../elsewhere/{}.png", "text": "a"}}\n'
+    (tmp_path / "set" / "metadata.jsonl").write_text(row.format("000"))
+    assert len(open_source(Data(folder=str(tmp_path / "set"), size=24))) == 1
+    (tmp_path / "set" / "metadata.jsonl").write_text(row.format("000") + row.format("999"))
+    with pytest.raises(DataError, match=r"999\.png is not there; .* needs it as an image or a caption"):
+        open_source(Data(folder=str(tmp_path / "set"), size=24))
+
+
 def test_a_tar_with_images_alone_has_no_examples(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         member = tarfile.TarInfo("a.png")

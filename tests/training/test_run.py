@@ -25,7 +25,7 @@ from sdjax.parallel import Devices
 from sdjax.request import Request
 from sdjax.training import config, loop, networks
 from sdjax.training.config import TrainConfigError
-from sdjax.training.data import indices, open_source
+from sdjax.training.data import DataError, indices, open_source
 from sdjax.training.loop import Run
 from sdjax.training.step import State
 from tests.training.runs import ONE, begin, weights, write
@@ -202,6 +202,17 @@ def test_what_one_bad_picture_stops_goes_on_where_it_is_mended(tmp_path, capsys,
         assert "Traceback" not in error
         assert _checkpoints(tmp_path / "run") == [2]
         assert [int(row["step"]) for row in _losses(tmp_path / "run")] == [1, 2]
+
+
+def test_a_unets_pictures_need_captions_and_a_vaes_do_not(tmp_path):
+    (tmp_path / "set").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "set" / "a.png")
+    for task in ("unet", "vae"):
+        path = write(tmp_path, task, cache="false")
+        path.write_text(re.sub("generator = .*\noptions = .*", f'folder = "{tmp_path / "set"}"', path.read_text()))
+    with pytest.raises(DataError, match=r"a\.txt is not there"):
+        Run(config.load(tmp_path / "unet.toml"), ONE)
+    assert len(Run(config.load(tmp_path / "vae.toml"), ONE).pictures) == 1
 
 
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path, capsys, counted):
