@@ -20,7 +20,7 @@ from pipelines.records import RowError
 from sdjax import inputs
 from sdjax.retrying import ATTEMPTS, is_transient, retry
 from sdjax.training.encoded import DataError
-from sdjax.training.samples import IMAGES, Member, members, sample_key, split_caption, text_of
+from sdjax.training.samples import IMAGES, Member, json_object, members, sample_key, split_caption, text_of
 from sdjax.values import one_line
 
 _BLOCK = 2**23  # bytes that a file is read by
@@ -116,8 +116,11 @@ def _of_members(file: str, key: str, image: tuple[int, bytes] | None, contents: 
         raise contents
     facts: Any = {}
     if ".json" in contents:
+        text = text_of(contents[".json"], f"{key}.json")
         try:
-            facts = json.loads(text_of(contents[".json"], f"{key}.json"))
+            facts = json.loads(text, object_pairs_hook=json_object)
+        except DataError as error:
+            raise RowError(f"{key}.json: {error}") from None
         except (ValueError, RecursionError):
             raise RowError(f"{key}.json is not JSON") from None
         if not isinstance(facts, dict):

@@ -23,7 +23,7 @@ from sdjax.files import below
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.encoded import DataError, EncodedSet
-from sdjax.training.samples import CAPTIONS, IMAGES, members, sample_key, split_caption, text_of
+from sdjax.training.samples import CAPTIONS, IMAGES, json_object, members, sample_key, split_caption, text_of
 from sdjax.values import RequestError
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
@@ -232,11 +232,13 @@ def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
         if not text.strip():
             continue
         try:
-            caption, others = split_caption(json.loads(text))
+            caption, others = split_caption(json.loads(text, object_pairs_hook=json_object))
             name = others["file_name"]
             if not isinstance(name, str) or not isinstance(caption, str):
                 raise TypeError
             (name + caption).encode()  # half of a surrogate pair is no text
+        except DataError as error:
+            raise DataError(f"{what} line {number}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             columns = ", ".join(CAPTIONS)
             raise DataError(f"{what} line {number} needs file_name and one of {columns}, as strings") from None

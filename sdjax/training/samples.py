@@ -57,8 +57,16 @@ def sample_key(name: str) -> tuple[str, str]:
 def split_caption(row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A row's caption, from the first column that may hold one, and the other columns."""
     names = {name.strip().lower(): name for name in reversed(row)}
-    column = next((names[name] for name in CAPTIONS if name in names), "")
-    return row.get(column), {name: value for name, value in row.items() if name != column}
+    column = next((names[name] for name in CAPTIONS if name in names), None)
+    return None if column is None else row[column], {name: value for name, value in row.items() if name != column}
+
+
+def json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object as `json.loads` finds it. Raises DataError: of two values under one name it would lose the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise DataError("two keys of an object have the same name")
+    return found
 
 
 def text_of(data: bytes, what: str) -> str:

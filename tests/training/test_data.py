@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 
 import fsspec
@@ -88,6 +89,7 @@ def test_a_line_of_metadata_ends_at_its_newline_alone(tmp_path):
     "line",
     [
         b'{"file_name": "000.png"}',
+        b'{"file_name": "000.png", "": "a"}',
         b'{"file_name": "000.png", "text": null, "caption": "a"}',
         b'{"file_name": "000.png", "text": 3}',
         b'{"file_name": "000.png", "text": "half \\ud83d"}',
@@ -104,6 +106,24 @@ def test_a_line_of_metadata_that_is_no_captioned_file_is_named(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "000.png", "text": "a"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=r"metadata\.jsonl line 3 needs file_name and one of .*, as strings"):
         open_source(Data(folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"file_name": "a.png", "text": "a", "text": "b"}', '{"file_name": "a.png", "text": "a", "x": {"y": 1, "y": 2}}'],
+)
+def test_of_two_values_under_one_name_none_is_lost(tmp_path, line):
+    (tmp_path / "metadata.jsonl").write_text(line)
+    (tmp_path / "a.png").write_bytes(_png(PICTURES["000"]))
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 1: two keys of an object have the same name"):
+        open_source(Data(folder=str(tmp_path)))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+        tar.add(tmp_path / "metadata.jsonl", "a.json")
+    for path, named in (("metadata.jsonl", "two"), ("a.tar", r"a\.json: two")):
+        [piece] = image_sets.cut(f"{tmp_path}/{path}")
+        [(_, error)] = image_sets.read(piece)
+        assert re.match(f"{named} keys of an object have the same name", str(error))
 
 
 def test_text_that_is_not_utf8_is_named_and_a_byte_order_mark_is_no_text(tmp_path):
