@@ -44,6 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.export is not None:
             run.export(model, arguments.export_dtype)
             return 0
+        if int(run.state.step) > config.steps:
+            raise ValueError(
+                f"{output} has taken {int(run.state.step)} steps, and steps is {config.steps}; "
+                "--export writes the model that it has come to"
+            )
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted before the first step", file=sys.stderr)
         return 130

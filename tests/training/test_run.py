@@ -247,6 +247,20 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_exported(tmp_path, ca
         assert not (tmp_path / "run" / "model").exists()
 
 
+def test_a_run_beyond_the_steps_that_are_asked_is_said_to_be(tmp_path, capsys, counted):
+    path = _change(write(tmp_path, "vae", cache="false"), batch_size=8, steps=5)
+    assert train.main(["--config", str(path)]) == 0
+    written = sorted((tmp_path / "run").rglob("*"))
+    capsys.readouterr()
+    assert train.main(["--config", str(path), "--steps", "3"]) == 2
+    assert capsys.readouterr().err.endswith(
+        f"{tmp_path / 'run'} has taken 5 steps, and steps is 3; --export writes the model that it has come to\n"
+    )
+    assert sorted((tmp_path / "run").rglob("*")) == written
+    assert train.main(["--config", str(path), "--steps", "3", "--export", str(tmp_path / "model")]) == 0
+    assert train.main(["--config", str(path)]) == 0
+
+
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
     path = _change(write(tmp_path, "vae", cache="false"), checkpoint_every=1, steps=5)
     run = Run(dataclasses.replace(config.load(path), keep_checkpoints=3), ONE)
