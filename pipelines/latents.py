@@ -3,6 +3,10 @@
     shards/<unit>.safetensors   moments     float16 [examples, h, w, 2 c]: the latent's mean, then its log-variance
                                 text        float16 [examples, length, hidden]: the captions' states
                                 unconditional  float16 [length, hidden]: the empty caption's
+                                of Stable Diffusion XL also
+                                pooled      float16 [examples, pooled]: the captions' vectors
+                                frame       int32 [examples, 4]: the pictures' `sdjax.training.data.Frame`
+                                unconditional_pooled  float16 [pooled]: the empty caption's
     manifest/<unit>.parquet     a row an example, `index` its place in the shard's tensors
 
 `sdjax.training.encoded` reads them.
@@ -26,8 +30,8 @@ from pipelines.sinks import Encoded, Provenance, commit
 from pipelines.sources import Place, RowError
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
-from sdjax.training.data import square
-from sdjax.training.encoded import NETWORKS
+from sdjax.training.data import frame, square
+from sdjax.training.encoded import SHARED, TENSORS, encoding_parts
 
 SUFFIX = "safetensors"
 MANIFEST = pa.schema(
@@ -40,11 +44,11 @@ MANIFEST = pa.schema(
         pa.field("shard", pa.string()),  # its path in the output
         pa.field("index", pa.int64()),  # in the shard's tensors
         pa.field("bytes", pa.int64()),
-        pa.field("sha256", pa.string()),  # of the bytes of moments, text and unconditional
+        pa.field("sha256", pa.string()),  # of the bytes of its tensors and the empty caption's
         pa.field("flags", pa.list_(pa.string())),  # nan: not finite, and not to be trained on
         pa.field("seconds", pa.float64()),  # the unit's time on the device, shared out evenly
         pa.field("model", pa.string()),
-        pa.field("model_fingerprint", pa.string()),  # of the VAE, the text encoder and the tokenizer
+        pa.field("model_fingerprint", pa.string()),  # of the VAE, the text encoders and the tokenizers
         pa.field("dtype", pa.string()),  # in which the networks computed
         pa.field("versions", pa.string()),
         pa.field("device", pa.string()),
@@ -60,19 +64,19 @@ class LatentError(ValueError):
 
 
 class Arrays(NamedTuple):
-    """What is stored of an example."""
+    """What is stored of an example, and of the empty caption, by the tensors' names."""
 
-    moments: np.ndarray
-    text: np.ndarray
-    unconditional: np.ndarray
+    own: dict[str, np.ndarray]
+    shared: dict[str, np.ndarray]
 
     @property
     def bytes(self) -> int:
-        return self.moments.nbytes + self.text.nbytes
+        return sum(array.nbytes for array in self.own.values())
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(b"".join(array.tobytes() for array in self)).hexdigest()
+        found = self.own | self.shared
+        return hashlib.sha256(b"".join(found[name].tobytes() for name in TENSORS + SHARED if name in found)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class LatentSpec:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the files of the networks that encode, in hex."""
-        return self.spec.checkpoint.fingerprint(NETWORKS)
+        return self.spec.checkpoint.fingerprint(encoding_parts(self.spec.family.text_encoders))
 
     def resolve(self, picture: Picture) -> Picture:
         """The picture as it is. Raises RequestError where it cannot be read any more."""
@@ -145,14 +149,21 @@ class LatentPipe:
     def stream(self, pictures: Iterable[Picture]) -> Iterator[Result]:
         """Each picture encoded, in order. Raises RequestError where one cannot be read any more."""
         here, there = tee(pictures)
-        encoded = self._encoder.stream(image_sets.load(there, self._example))
-        for picture, (moments, text, finite) in zip(here, encoded, strict=True):
-            yield Result(picture, Arrays(moments, text, self._encoder.unconditional), () if finite else ("nan",))
+        framed, examples = tee(image_sets.load(there, self._example))
+        encoded = self._encoder.stream(example for example, _ in examples)
+        for picture, (_, cut), found in zip(here, framed, encoded, strict=True):
+            text, pooled = self._encoder.unconditional
+            own, shared = {"moments": found.moments, "text": found.text}, {"unconditional": text}
+            if found.pooled is not None:
+                own |= {"pooled": found.pooled, "frame": np.array(cut, np.int32)}
+                shared |= {"unconditional_pooled": pooled}
+            yield Result(picture, Arrays(own, shared), () if found.finite else ("nan",))
 
     def _example(self, picture: Picture, data: bytes) -> Any:
         from sdjax.encode import Example
 
-        return Example(square(picture.decode(data), self.spec.size), picture.caption)
+        image, size = picture.decode(data), self.spec.size
+        return Example(square(image, size), picture.caption), frame(image, size)
 
 
 def load_encoder(
@@ -181,8 +192,8 @@ class Latents:
 
     def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
         shard, arrays = shard_name(unit.name, SUFFIX), [item.data for item in encoded]
-        tensors = {name: np.stack([getattr(item, name) for item in arrays]) for name in ("moments", "text")}
-        files = {shard: save({**tensors, "unconditional": arrays[0].unconditional})}
+        tensors = {name: np.stack([item.own[name] for item in arrays]) for name in arrays[0].own}
+        files = {shard: save(tensors | arrays[0].shared)}
         rows = [
             {
                 **made_by.columns,

@@ -19,6 +19,7 @@ from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import REMEDY, Store
 from pipelines.units import unit_name
+from sdjax.training.encoded import SHARED, is_whole
 
 _SHOWN = 20
 
@@ -144,16 +145,17 @@ def _image(row: dict[str, Any], data: bytes) -> list[str]:
 def _latents(place: str, data: bytes, rows: list[dict[str, Any]]) -> list[str]:
     try:
         tensors = load(data)
-        unconditional = tensors["unconditional"]
-        examples = list(zip(tensors["moments"], tensors["text"], strict=True))
+        if not is_whole(tensors):
+            raise ValueError(f"it holds {', '.join(sorted(tensors))}")
+        shared = {name: tensors.pop(name) for name in SHARED if name in tensors}
+        examples = [dict(zip(tensors, each, strict=True)) for each in zip(*tensors.values(), strict=True)]
     except Exception as error:
         return [f"{place} is no whole shard of latents: {error}"]
     if sorted(row["index"] for row in rows) != list(range(len(examples))):
         return [f"{place} holds {len(examples)} examples, and its manifest names others"]
     faults = []
     for row in rows:
-        moments, text = examples[row["index"]]
-        example = latents.Arrays(moments, text, unconditional)
+        example = latents.Arrays(examples[row["index"]], shared)
         if (example.bytes, example.sha256) != (row["bytes"], row["sha256"]):
             faults.append(f"{place} does not hold the example {row['id']} that its manifest describes")
     return faults

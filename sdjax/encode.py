@@ -1,6 +1,6 @@
 """Pictures and captions to what a diffusion model is trained on, on all devices of this host.
 
-The VAE's latents and the text encoder's states, as `sdjax.train` would compute them at each step.
+The VAE's latents and what the text encoders say, as `sdjax.train` would compute them at each step.
 """
 
 from collections import deque
@@ -15,14 +15,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float16, Int, UInt8
 
-from sdjax.models import tiling
+from sdjax.models import clip, tiling
 from sdjax.models.clip import CLIPTextModel
 from sdjax.models.vae import AutoencoderKL
 from sdjax.networks import load
 from sdjax.parallel import Device, Devices
 from sdjax.spec import Spec
 
-NETWORKS = ("text_encoder", "vae")
 _IN_FLIGHT = 2  # batches that the devices have been given and the host has not fetched
 
 
@@ -34,10 +33,17 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """moments: the latent's mean, then its log-variance; not scaled. text: the caption's states. finite: both are."""
+    """What a picture and its caption become.
+
+    moments: the latent's mean, then its log-variance; not scaled.
+    text: the caption's states.
+    pooled: of Stable Diffusion XL its vector too.
+    finite: all of them are.
+    """
 
     moments: Float16[np.ndarray, "h w moments"]
     text: Float16[np.ndarray, "length hidden"]
+    pooled: Float16[np.ndarray, " pooled"] | None
     finite: bool
 
 
@@ -51,15 +57,16 @@ def encode_pixels(
 
 
 def encode_captions(
-    text_encoder: CLIPTextModel, ids: Int[Array, "batch length"]
-) -> tuple[Float16[Array, "batch length hidden"], Bool[Array, " batch"]]:
-    """The text encoder's last states, and which are finite in half precision."""
-    states = text_encoder(ids).last_hidden_state.astype(jnp.float16)
-    return states, jnp.isfinite(states).all(axis=(1, 2))
+    encoders: tuple[CLIPTextModel, ...], ids: Int[Array, "batch encoders length"], *, is_xl: bool
+) -> tuple[Float16[Array, "batch length hidden"], Float16[Array, "batch pooled"], Bool[Array, " batch"]]:
+    """What the UNet is told of captions, and for which that is finite in half precision."""
+    states, pooled = (told.astype(jnp.float16) for told in clip.read(encoders, ids, is_xl=is_xl))
+    finite = jnp.isfinite(states).all(axis=(1, 2))
+    return states, pooled, finite & jnp.isfinite(pooled).all(axis=1) if is_xl else finite
 
 
 class Encoder:
-    """A checkpoint's VAE and text encoder; the UNet is not loaded.
+    """A checkpoint's VAE and text encoders; the UNet is not loaded.
 
     Attributes:
         spec: the checkpoint's promises.
@@ -71,13 +78,13 @@ class Encoder:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
         self._encode_pixels = devices.pmap(partial(encode_pixels, tiled=spec.vae_tiling))
-        self._encode_captions = devices.pmap(encode_captions)
+        self._encode_captions = devices.pmap(partial(encode_captions, is_xl=spec.family.is_xl))
 
     @classmethod
     def from_pretrained(
         cls, spec: Spec, *, batch_size: int | None = None, devices: Sequence[Device] | None = None
     ) -> "Encoder":
-        """Load the two networks onto the devices.
+        """Load the networks onto the devices.
 
         Args:
             spec: of the checkpoint; its dtype is what they compute in.
@@ -89,12 +96,16 @@ class Encoder:
         """
         spec.family.check_trainable(spec.name)
         on = Devices(devices)
-        return cls(spec, load(spec, on, NETWORKS), batch_size or (1 if on.platform == "cpu" else 8), on)
+        networks = load(spec, on, (*spec.family.text_encoders, "vae"))
+        return cls(spec, networks, batch_size or (1 if on.platform == "cpu" else 8), on)
 
     @cached_property
-    def unconditional(self) -> Float16[np.ndarray, "length hidden"]:
-        """The states of an empty caption, for captions that training drops."""
-        return self.devices.join(self._captions([""] * self._size)[0])[0]
+    def unconditional(
+        self,
+    ) -> tuple[Float16[np.ndarray, "length hidden"], Float16[np.ndarray, " pooled"] | None]:
+        """The states and the vector of an empty caption, for captions that training drops."""
+        text, pooled, _ = (self.devices.join(array)[0] for array in self._captions([""] * self._size))
+        return text, pooled if self.spec.family.is_xl else None
 
     def stream(self, examples: Iterable[Example]) -> Iterator[Encoded]:
         """Each example encoded, in order, while the devices work on the next batch."""
@@ -116,11 +127,13 @@ class Encoder:
         pixels = self.devices.split(np.stack([row.pixels for row in rows]))
         return *self._encode_pixels(self._networks["vae"], pixels), *self._captions([row.caption for row in rows])
 
-    def _captions(self, captions: list[str]) -> tuple[jax.Array, jax.Array]:
-        ids, _ = self.spec.tokenizers[0](captions)
-        return self._encode_captions(self._networks["text_encoder"], self.devices.split(ids))
+    def _captions(self, captions: list[str]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        ids = np.stack([tokenizer(captions)[0] for tokenizer in self.spec.tokenizers], axis=1)
+        encoders = tuple(self._networks[name] for name in self.spec.family.text_encoders)
+        return self._encode_captions(encoders, self.devices.split(ids))
 
     def _land(self, count: int, arrays: tuple[jax.Array, ...]) -> Iterator[Encoded]:
-        moments, good, text, readable = map(self.devices.join, arrays)
+        moments, good, text, pooled, readable = map(self.devices.join, arrays)
         for i in range(count):
-            yield Encoded(moments[i], text[i], bool(good[i] and readable[i]))
+            vector = pooled[i] if self.spec.family.is_xl else None
+            yield Encoded(moments[i], text[i], vector, bool(good[i] and readable[i]))

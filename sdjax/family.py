@@ -73,8 +73,8 @@ class Family:
 
     def check_trainable(self, name: str) -> None:
         """Raise CheckpointError where `sdjax.train` cannot train such a checkpoint, of that name."""
-        if self.is_xl:
-            raise CheckpointError(f"{name} is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained")
+        if self.refines:
+            raise CheckpointError(f"{name} is Stable Diffusion XL's refiner; its base can be trained")
         if not self.draws_latents:
             raise CheckpointError(
                 f"the VAE of {name} is an AutoencoderTiny; latents of an AutoencoderKL are trained on"

@@ -66,10 +66,9 @@ MAY_IMPORT = {
     },
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec"},
     "sdjax/training": {
-        *("sdjax.config", "sdjax.files", "sdjax.generate", "sdjax.images", "sdjax.inputs", "sdjax.models"),
-        *("sdjax.parallel", "sdjax.parts", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.text"),
-        "sdjax.training",
-        *("sdjax.values", "sdjax.weights"),
+        *("sdjax.config", "sdjax.family", "sdjax.files", "sdjax.generate", "sdjax.images", "sdjax.inputs"),
+        *("sdjax.models", "sdjax.parallel", "sdjax.parts", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
+        *("sdjax.text", "sdjax.training", "sdjax.values", "sdjax.weights"),
     },
     "sdjax/training/config.py": set(),
     "sdjax/training/scenes.py": set(),

@@ -13,7 +13,6 @@ from PIL import Image
 
 from sdjax import Request, RequestError, StableDiffusion
 from sdjax.batch import time_ids
-from sdjax.encode import Encoder
 from sdjax.spec import Spec
 from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints
@@ -237,11 +236,6 @@ def test_sizes_are_those_that_are_sampled_unless_others_are_told():
 def test_what_another_family_has_not_is_refused(tiny, changes, message):
     with pytest.raises(RequestError, match=message):
         Spec(tiny).resolve(dataclasses.replace(TEXT, **changes))
-
-
-def test_it_is_not_encoded_to_be_trained_on(xl):
-    with pytest.raises(CheckpointError, match="model is Stable Diffusion XL; Stable Diffusion 1 and 2 can be trained"):
-        Encoder.from_pretrained(Spec(xl))
 
 
 def test_parts_that_are_no_pair_are_refused(xl, tmp_path):

@@ -4,6 +4,7 @@ transformers 5 saves CLIPTextModel without the `text_model.` prefix and CLIPText
 settle that.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -162,3 +163,15 @@ class CLIPTextModelWithProjection(CLIPTextModel):
     def __call__(self, ids: Int[Array, "batch tokens"], keep: Bool[Array, "batch tokens"] | None = None) -> TextOutput:
         output = super().__call__(ids, keep)
         return output._replace(pooled=self.text_projection(output.pooled))
+
+
+def read(
+    encoders: Sequence[Callable[[Array], TextOutput]], ids: Int[Array, "batch encoders tokens"], *, is_xl: bool
+) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch pooled"]]:
+    """What a UNet is told of plain texts: the encoders' last states side by side, and the last one's pooled vectors.
+
+    Stable Diffusion XL's are the states of the last layer but one, without the final norm.
+    """
+    outputs = [encoder(ids[:, i]) for i, encoder in enumerate(encoders)]
+    states = [output.hidden_states[-2] if is_xl else output.last_hidden_state for output in outputs]
+    return jnp.concatenate(states, axis=-1), outputs[-1].pooled

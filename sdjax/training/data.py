@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import fsspec
 import numpy as np
-from jaxtyping import Float16, Int, UInt8
+from jaxtyping import Bool, Float16, Int, UInt8
 from PIL import Image, ImageOps
 
 from sdjax import inputs
@@ -264,14 +264,18 @@ def decode(content: bytes, size: int, what: str) -> tuple[UInt8[np.ndarray, "siz
         picture = inputs.decode(content, what)
     except RequestError as error:
         raise DataError(str(error)) from None
-    # The frame as diffusers' trainers have it, which scale the shorter side to `size` and cut then.
-    top, left = (round((int(side * size / min(picture.size)) - size) / 2) for side in (picture.height, picture.width))
-    return square(picture, size), Frame(picture.height, picture.width, top, left)
+    return square(picture, size), frame(picture, size)
 
 
 def square(picture: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """The largest centred square of a picture, at size x size."""
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
+
+
+def frame(picture: Image.Image, size: int) -> Frame:
+    """That of the square: as diffusers' trainers have it, which scale the shorter side to `size` and cut then."""
+    top, left = (round((int(side * size / min(picture.size)) - size) / 2) for side in (picture.height, picture.width))
+    return Frame(picture.height, picture.width, top, left)
 
 
 @lru_cache(maxsize=2)
@@ -286,18 +290,21 @@ def indices(step: int, batch_size: int, length: int, seed: int) -> Int[np.ndarra
 
 
 class Batch(NamedTuple):
-    """The examples of one step; `captions` may be empty strings where the caption was dropped.
+    """The examples of one step, of which captions were dropped: empty ones stand in their place.
 
-    `frames` are those of the pixels. Of a data set that is encoded already there are `moments` and `context`, of which
-    some may be the empty caption's.
+    empty: which captions are.
+    frames: of the pixels.
+    moments, context, pooled: of a data set that is encoded already; of Stable Diffusion XL's there are pooled vectors.
     """
 
     indices: Int[np.ndarray, " batch"]
+    empty: Bool[np.ndarray, " batch"] | None = None
     pixels: UInt8[np.ndarray, "batch size size 3"] | None = None
     frames: Int[np.ndarray, "batch 4"] | None = None
     captions: list[str] | None = None
     moments: Float16[np.ndarray, "batch h w moments"] | None = None
     context: Float16[np.ndarray, "batch length hidden"] | None = None
+    pooled: Float16[np.ndarray, "batch pooled"] | None = None
 
 
 class Loader:
@@ -335,16 +342,25 @@ class Loader:
         dropped = [rng.random() < self._dropout for rng in rngs]
         if isinstance(source, EncodedSet):
             texts = [source.unconditional if drop else source.text(i) for i, drop in zip(chosen, dropped, strict=True)]
-            return Batch(chosen, moments=np.stack([source.moments(i) for i in chosen]), context=np.stack(texts))
-        captions = None
+            pooled = [text.pooled for text in texts if text.pooled is not None]
+            return Batch(
+                chosen,
+                empty=np.array([drop or source.is_empty(i) for i, drop in zip(chosen, dropped, strict=True)]),
+                frames=np.stack([source.frame(i) for i in chosen]) if source.is_xl else None,
+                moments=np.stack([source.moments(i) for i in chosen]),
+                context=np.stack([text.states for text in texts]),
+                pooled=np.stack(pooled) if pooled else None,
+            )
+        captions = empty = None
         if self._captions:
             spoken = [source.caption(int(index), rng) for index, rng in zip(chosen, rngs, strict=True)]
             captions = ["" if drop else caption for caption, drop in zip(spoken, dropped, strict=True)]
+            empty = np.array([not caption for caption in captions])
         pixels = frames = None
         if self._images:
             made, found = zip(*(framed(source, int(index)) for index in chosen), strict=True)
             pixels, frames = np.stack(made), np.array(found)
-        return Batch(chosen, pixels, frames, captions)
+        return Batch(chosen, empty, pixels, frames, captions)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `start` to before `stop`, a few made ahead."""

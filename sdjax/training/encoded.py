@@ -3,31 +3,51 @@
 import posixpath
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float16
+from jaxtyping import Float16, Int32
 
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header
 
-NETWORKS = ("text_encoder", "tokenizer", "vae")  # the components whose fingerprint says what encoded a data set
-_COLUMNS = ["shard", "index", "flags", "model_fingerprint", "size", "dtype"]
+_COLUMNS = ["shard", "index", "caption", "flags", "model_fingerprint", "size", "dtype"]
 _ONE = {"model_fingerprint": "models", "size": "sizes", "dtype": "dtypes"}  # columns that have one value in a data set
 _MANIFEST = re.compile(r"[0-9a-f]{32}\.parquet")  # other files are somebody's own
-_TENSORS = {"moments", "text", "unconditional"}
+TENSORS = ("moments", "text", "pooled", "frame")
+"""What a shard has of each example; the last two of Stable Diffusion XL's alone."""
+SHARED = ("unconditional", "unconditional_pooled")
+"""What a shard has of the empty caption."""
 
 
 class DataError(ValueError):
     """A data set that cannot be used; the message is one line naming the file."""
 
 
+def is_whole(tensors: Iterable[str]) -> bool:
+    """Whether a shard has all tensors and no others."""
+    return set(tensors) in ({*TENSORS[:2], SHARED[0]}, {*TENSORS, *SHARED})
+
+
+def encoding_parts(text_encoders: Sequence[str]) -> tuple[str, ...]:
+    """The components whose fingerprint says what encoded a data set."""
+    return (*text_encoders, *(name.replace("text_encoder", "tokenizer") for name in text_encoders), "vae")
+
+
 class _Place(NamedTuple):
     shard: str
     index: int  # in the shard's tensors
+    is_empty: bool  # its caption
+
+
+class Text(NamedTuple):
+    """A caption as a UNet is told of it."""
+
+    states: Float16[np.ndarray, "length hidden"]
+    pooled: Float16[np.ndarray, " pooled"] | None = None
 
 
 class EncodedSet:
@@ -36,7 +56,10 @@ class EncodedSet:
     An example is read by its place in its shard, so any of them is at hand at once.
 
     Attributes:
-        fingerprint: of the `NETWORKS` that encoded it.
+        fingerprint: of the `encoding_parts` that made it.
+        size: pixels of a side of the pictures.
+        is_xl: whether it has what Stable Diffusion XL is told beside states.
+        unconditional: the empty caption's states, and if `is_xl` its pooled vector.
 
     Raises:
         DataError: no manifest is there, or they are of different models, sizes or dtypes.
@@ -55,7 +78,8 @@ class EncodedSet:
                     for column, found in kinds.items():
                         found.add(row[column])
                     if not row["flags"]:
-                        self._examples.append(_Place(f"{root.rstrip('/')}/{row['shard']}", row["index"]))
+                        shard, is_empty = f"{root.rstrip('/')}/{row['shard']}", not row["caption"]
+                        self._examples.append(_Place(shard, row["index"], is_empty))
             except Exception:  # damage makes pyarrow raise all sorts
                 raise DataError(f"{path} is no whole manifest of encoded images") from None
         if not self._examples:
@@ -63,8 +87,10 @@ class EncodedSet:
         for column, found in kinds.items():
             if len(found) > 1:
                 raise DataError(f"{url} holds encodings of {len(found)} {_ONE[column]}; name a folder of one")
-        [self.fingerprint] = kinds["model_fingerprint"]
-        self.unconditional: Float16[np.ndarray, "length hidden"] = self._tensor(self._examples[0], "unconditional")
+        [self.fingerprint], [self.size] = kinds["model_fingerprint"], kinds["size"]
+        first = self._examples[0]
+        self.is_xl = "pooled" in self._header(first.shard)
+        self.unconditional = Text(*(self._tensor(first, name) for name in SHARED[: 1 + self.is_xl]))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -73,9 +99,17 @@ class EncodedSet:
         """The latent's mean, then its log-variance; not scaled."""
         return self._tensor(self._examples[index], "moments")
 
-    def text(self, index: int) -> Float16[np.ndarray, "length hidden"]:
-        """The caption's states."""
-        return self._tensor(self._examples[index], "text")
+    def text(self, index: int) -> Text:
+        """The caption's states, and if `is_xl` its pooled vector."""
+        return Text(*(self._tensor(self._examples[index], name) for name in ("text", "pooled")[: 1 + self.is_xl]))
+
+    def is_empty(self, index: int) -> bool:
+        """Whether the caption is."""
+        return self._examples[index].is_empty
+
+    def frame(self, index: int) -> Int32[np.ndarray, "4"]:
+        """The picture's `sdjax.training.data.Frame`, if `is_xl`."""
+        return self._tensor(self._examples[index], "frame")
 
     def files(self) -> Iterator[tuple[str | int | None, ...]]:
         """What encoded them, and each example's place."""
@@ -86,7 +120,7 @@ class EncodedSet:
     def _tensor(self, place: _Place, name: str) -> np.ndarray:
         entry = self._header(place.shard)[name]
         shape, start, end = entry.shape, entry.start, entry.end
-        if name != "unconditional":
+        if name not in SHARED:
             each, shape = (end - start) // shape[0], shape[1:]
             start, end = start + place.index * each, start + (place.index + 1) * each
         return np.frombuffer(self._fs.cat_file(place.shard, start, end), entry.dtype).reshape(shape)
@@ -101,7 +135,7 @@ class EncodedSet:
                     raise DataError(f"{shard} is not there, and a manifest of {self._url} names it") from None
                 except CheckpointError as error:
                     raise DataError(str(error)) from None
-                if header.keys() != _TENSORS:
+                if not is_whole(header):
                     raise DataError(f"{shard} is no shard of encoded images: it holds {', '.join(sorted(header))}")
                 self._headers[shard] = header
             return self._headers[shard]

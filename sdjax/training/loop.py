@@ -59,7 +59,7 @@ class Run:
         params = self.networks.params
         encoded = {"vae"} if config.data.cache_latents else set()  # before the first step
         if isinstance(self.source, EncodedSet):
-            encoded = {"vae", "text_encoder"}
+            encoded = {"vae", *self.networks.text_encoders}
         begun, stays = {name: params[name] for name in sorted(trained)}, params.keys() - encoded
         if config.lora.rank:
             rng = np.random.default_rng(config.seed)
@@ -179,6 +179,7 @@ class Run:
         config = self.config
         words = config.task == "unet" and not isinstance(self.source, EncodedSet)
         tokenizers, xl = self.networks.tokenizers() if words else [], self.networks.xl
+        side = self.source.size if isinstance(self.source, EncodedSet) else config.data.size
         loader = Loader(
             self.source,
             config.batch_size,
@@ -190,18 +191,18 @@ class Run:
         )
         place = np.arange(config.batch_size, dtype=np.int32)
         for batch in loader.batches(start, config.steps):
-            given = {"pixels": batch.pixels, "moments": batch.moments, "context": batch.context}
+            given = {name: getattr(batch, name) for name in ("pixels", "moments", "context", "pooled")}
             arrays = {name: array for name, array in given.items() if array is not None}
             arrays["place"] = place
             if batch.captions is not None:
                 arrays["ids"] = np.stack([tokenizer(batch.captions)[0] for tokenizer in tokenizers], axis=1)
             if cache is not None:
                 arrays["moments"] = cache.moments[batch.indices]
-            if xl is not None and batch.captions is not None:
-                frames = batch.frames if cache is None else cache.frames[batch.indices]
-                told = [[*frame, config.data.size, config.data.size] for frame in np.asarray(frames)]
-                arrays["time_ids"] = np.array(told, np.float32)
-                arrays["is_zero"] = np.array([xl.zeroes_empty and not caption for caption in batch.captions])
+            if xl is not None and batch.empty is not None:
+                frames = np.asarray(batch.frames if cache is None else cache.frames[batch.indices])
+                target = np.full((config.batch_size, 2), side)
+                arrays["time_ids"] = np.concatenate([frames, target], axis=1).astype(np.float32)
+                arrays["is_zero"] = batch.empty & xl.zeroes_empty
             yield parts(arrays, config.optimizer.accumulate, self.devices)
 
     def _objective(self) -> objective.Objective:

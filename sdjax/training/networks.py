@@ -28,7 +28,7 @@ from sdjax.sampling import Schedule
 from sdjax.text import Tokenizer
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Source
-from sdjax.training.encoded import NETWORKS, EncodedSet
+from sdjax.training.encoded import EncodedSet, encoding_parts
 from sdjax.training.tokenizer import train_tokenizer
 from sdjax.weights import checkpoint
 
@@ -147,11 +147,10 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
     networks = Networks({}, {}, {}, {}, {}, xl=_xl(config, start))
     encoders = ("text_encoder",) if networks.xl is None else networks.xl.text_encoders
     names = ("vae",) if config.task == "vae" else ("vae", *encoders, "unet")
-    if networks.xl is not None and isinstance(source, EncodedSet):
-        raise TrainConfigError("data.latents does not go with Stable Diffusion XL, which is told pictures' sizes too")
-    if isinstance(source, EncodedSet) and start is not None and start.fingerprint(NETWORKS) != source.fingerprint:
+    encoding = encoding_parts(encoders)
+    if isinstance(source, EncodedSet) and start is not None and start.fingerprint(encoding) != source.fingerprint:
         raise TrainConfigError(
-            f"{config.data.latents} was not encoded by the vae, text_encoder and tokenizer of {config.init}; "
+            f"{config.data.latents} was not encoded by the {', '.join(encoding)} of {config.init}; "
             "encode the images with that model, or start from the one that encoded them"
         )
     if start is not None:
@@ -199,8 +198,7 @@ def _xl(config: Train, start: checkpoint.Checkpoint | None) -> Family | None:
     if start.json("unet", "config.json").get("addition_embed_type") is None:
         return None
     found, _ = family.read(start)
-    if not found.is_xl or found.refines:
-        raise checkpoint.CheckpointError(f"{config.init} is no base of Stable Diffusion XL, which alone can be trained")
+    found.check_trainable(str(config.init))
     for name in ("text_encoder", "tokenizer"):
         if getattr(config.model, name) is not None:
             raise TrainConfigError(f"model.{name} does not go with the UNet of {config.init}, Stable Diffusion XL's")

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from sdjax.models import tiling
+from sdjax.models import clip, tiling
 from sdjax.sampling.schedule import Schedule
 from sdjax.training.config import Diffusion, Reconstruction
 from sdjax.training.lora import joined
@@ -75,9 +75,10 @@ def denoising(
     is_xl: bool = False,
 ) -> Objective:
     """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, encoders, length] or
-    `context`, the text encoder's states [batch, length, hidden].
+    `context`, the text encoders' states [batch, length, hidden].
 
-    Stable Diffusion XL's is told `time_ids` [batch, 6] too, and zeros of the captions where `is_zero` [batch].
+    Stable Diffusion XL's is also told `time_ids` [batch, 6], `pooled` [batch, pooled] beside a `context`, and zeros of
+    captions where `is_zero` [batch].
 
     The mean squared error of the schedule's epsilon, v (Salimans & Ho 2022) or sample, with min-SNR weights (Hang et
     al. 2023) where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random
@@ -87,18 +88,6 @@ def denoising(
     alphas = jnp.asarray(np.sqrt(schedule.alphas_cumprod), jnp.float32)
     sigmas = jnp.asarray(np.sqrt(1 - schedule.alphas_cumprod), jnp.float32)
     predicted = schedule.prediction_type
-
-    def read(encoders: Sequence[Any], batch: Mapping[str, Any]) -> list[Any]:
-        """What the UNet is told of captions."""
-        read = [encoder(batch["ids"][:, i]) for i, encoder in enumerate(encoders)]
-        if not is_xl:
-            return [read[0].last_hidden_state]
-        context = jnp.concatenate([each.hidden_states[-2] for each in read], axis=-1)
-        context, pooled = (
-            jnp.where(jnp.expand_dims(batch["is_zero"], tuple(range(1, x.ndim))), 0, x)
-            for x in (context, read[-1].pooled)
-        )
-        return [context, {"text_embeds": pooled, "time_ids": batch["time_ids"]}]
 
     def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
         networks = {name: bind(modules[name], params) for name, params in joined(frozen, trained).items()}
@@ -119,10 +108,16 @@ def denoising(
             noise += options.offset_noise * _normal(key_offset, place, (1, 1, x.shape[-1]))
         target = {"epsilon": noise, "v_prediction": alpha * noise - sigma * x, "sample": x}[predicted]
 
-        conditions = (
-            [batch["context"]] if "context" in batch else read([networks[name] for name in text_encoders], batch)
-        )
-        output = networks["unet"](alpha * x + sigma * noise, t.astype(jnp.float32), *conditions)
+        if "context" in batch:
+            context, pooled = batch["context"], batch.get("pooled")
+        else:
+            context, pooled = clip.read([networks[name] for name in text_encoders], batch["ids"], is_xl=is_xl)
+        added = None
+        if is_xl and pooled is not None:
+            zero = batch["is_zero"][:, None]
+            context = jnp.where(zero[..., None], 0, context)
+            added = {"text_embeds": jnp.where(zero, 0, pooled), "time_ids": batch["time_ids"]}
+        output = networks["unet"](alpha * x + sigma * noise, t.astype(jnp.float32), context, added)
         error = _mean((output.astype(jnp.float32) - target) ** 2)
         weight = jnp.ones_like(error)
         if options.min_snr_gamma is not None:

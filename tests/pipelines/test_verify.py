@@ -172,13 +172,14 @@ def encoded(tmp_path_factory):
     """A shard of latents as encode_latents writes it; no network has seen a picture for it."""
     store = Store(str(tmp_path_factory.mktemp("verify") / "latents"))
     draw = np.random.default_rng(0).standard_normal
-    unconditional = draw((3, 2)).astype(np.float16)
-    arrays = [latents.Arrays(draw((2, 2, 4)), draw((3, 2)), unconditional) for _ in range(2)]
-    arrays = [latents.Arrays(*(array.astype(np.float16) for array in example)) for example in arrays]
+    shared = {"unconditional": draw((3, 2)).astype(np.float16)}
+    shapes = {"moments": (2, 2, 4), "text": (3, 2)}
+    own = [{name: draw(shape).astype(np.float16) for name, shape in shapes.items()} for _ in range(2)]
+    arrays = [latents.Arrays(example, shared) for example in own]
     ids = [f"{i:032x}" for i in range(2)]
     shard = shard_name(unit_name(ids), latents.SUFFIX)
-    tensors = {name: np.stack([getattr(example, name) for example in arrays]) for name in ("moments", "text")}
-    store.write(shard, save({**tensors, "unconditional": unconditional}))
+    tensors = {name: np.stack([example[name] for example in own]) for name in shapes}
+    store.write(shard, save(tensors | shared))
     rows = [
         {
             "id": id,

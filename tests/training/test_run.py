@@ -271,7 +271,9 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
 def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_path, monkeypatch):
     loaded = config.load(write(tmp_path, cache="false"))
     loaded = dataclasses.replace(loaded, diffusion=dataclasses.replace(loaded.diffusion, caption_dropout=0.375))
-    made = SimpleNamespace(configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizer=str)
+    made = SimpleNamespace(
+        configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizers=list, text_encoders=(), xl=None
+    )
     run = SimpleNamespace(config=loaded, devices=ONE, networks=made, source=None)
     told = {}
     monkeypatch.setattr(loop.objective, "denoising", lambda *_, **options: told.update(options))

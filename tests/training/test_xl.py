@@ -10,16 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from pipelines import encode_latents, verify
 from sdjax.generate import StableDiffusion
+from sdjax.models import clip
 from sdjax.models.unet import UNet2DCondition
-from sdjax.request import Request
 from sdjax.sampling.schedule import Schedule
 from sdjax.spec import Spec
 from sdjax.training import config, latents, lora, objective
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import Folder, framed
 from sdjax.training.loop import Run
-from sdjax.training.networks import flat
+from sdjax.training.networks import bind, flat
 from sdjax.weights.safetensors import CheckpointError
 from tests import checkpoints
 from tests.training.runs import ONE
@@ -136,14 +137,20 @@ def test_the_loss_is_that_of_diffusers_trainer(run, xl):
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("rank", "cache"), [(0, False), (2, True)])
-def test_a_run_leaves_what_draws(xl, pictures, tmp_path, rank, cache):
+def same(networks, expected):
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        for key, leaf in flat(networks[name]).items():
+            np.testing.assert_allclose(leaf[0], expected[name][key], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_a_run_leaves_what_draws(xl, pictures, tmp_path):
+    """A LoRA of the UNet and both text encoders, whose sheet is drawn on the way."""
     whole = settings(
         tmp_path,
         xl,
         pictures,
-        lora=config.Lora(rank=rank),
-        data=config.Data(folder=str(pictures), size=SIDE, cache_latents=cache),
+        lora=config.Lora(rank=2),
+        data=config.Data(folder=str(pictures), size=SIDE, cache_latents=True),
         diffusion=config.Diffusion(train_text_encoder=True),
         sheet_prompts=("a red circle",),
         sheet_every=2,
@@ -151,20 +158,28 @@ def test_a_run_leaves_what_draws(xl, pictures, tmp_path, rank, cache):
     run = Run(whole, ONE)
     assert run.train()
     assert (tmp_path / "run" / "sheets" / "000002.png").exists()
-    assert run.state.params.keys() == {"unet", "text_encoder", "text_encoder_2"}
-    run.export(tmp_path / "made")
-    if rank:
-        pipe = StableDiffusion.from_pretrained(xl, loras=[tmp_path / "made"], devices=jax.devices()[:1])
-    else:
-        pipe = StableDiffusion.from_pretrained(tmp_path / "made", devices=jax.devices()[:1])
-        theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "made")
-        assert theirs.config.force_zeros_for_empty_prompt
-        assert Spec(tmp_path / "made").family == Spec(xl).family
-    networks = lora.joined(run.networks.params, run.state.ema)
-    for name in ("unet", "text_encoder", "text_encoder_2"):
-        for key, leaf in flat(pipe._networks[name]).items():
-            np.testing.assert_allclose(leaf[0], networks[name][key], rtol=1e-5, atol=1e-6, err_msg=key)
-    assert pipe.generate([Request(prompt="a red circle", num_inference_steps=2)])[0].pixels.std() > 0
+    moved = {name: {key for key, leaf in own.items() if np.any(leaf)} for name, own in run.state.params.items()}
+    last = "text_model.encoder.layers.2."  # of three, whose states the UNet is not told
+    assert moved["unet"] == run.state.params["unet"].keys()
+    assert moved["text_encoder_2"] == run.state.params["text_encoder_2"].keys()
+    assert {key for key in run.state.params["text_encoder"] if not key.startswith(last)} <= moved["text_encoder"]
+    run.export(tmp_path / "lora")
+    pipe = StableDiffusion.from_pretrained(xl, loras=[tmp_path / "lora"], devices=jax.devices()[:1])
+    same(pipe._networks, lora.joined(run.networks.params, run.state.ema))
+
+
+def test_the_whole_model_is_one_that_diffusers_reads(xl, pictures, tmp_path):
+    run = Run(settings(tmp_path, xl, pictures, diffusion=config.Diffusion(train_text_encoder=True)), ONE)
+    average = {network: {key: leaf + 0.01 for key, leaf in own.items()} for network, own in run.state.params.items()}
+    run.state = run.state._replace(step=np.int32(1), ema=average)
+    run.export(tmp_path / "model")
+    pipe = StableDiffusion.from_pretrained(tmp_path / "model", devices=jax.devices()[:1])
+    same(pipe._networks, average)
+    assert pipe.spec.family == Spec(xl).family
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "model")
+    assert theirs.config.force_zeros_for_empty_prompt
+    weight = theirs.text_encoder_2.text_projection.weight.detach().numpy()
+    np.testing.assert_allclose(weight.T, average["text_encoder_2"]["text_projection.kernel"], atol=1e-6)
 
 
 def test_latents_made_beforehand_keep_their_frames(xl, pictures, tmp_path):
@@ -183,7 +198,7 @@ def test_latents_made_beforehand_keep_their_frames(xl, pictures, tmp_path):
 def test_what_is_not_the_base_is_refused(tmp_path, xl, pictures):
     refiner = tmp_path / "refiner"
     checkpoints.saved(refiner, checkpoints.pipeline_xl, kind=REFINER, requires_aesthetics_score=True)
-    with pytest.raises(CheckpointError, match="refiner is no base of Stable Diffusion XL"):
+    with pytest.raises(CheckpointError, match="refiner is Stable Diffusion XL's refiner; its base can be"):
         Run(settings(tmp_path, refiner, pictures), ONE)
     inpainting = tmp_path / "inpainting"
     checkpoints.saved(inpainting, checkpoints.pipeline_xl, unet={"in_channels": 9})
@@ -192,3 +207,44 @@ def test_what_is_not_the_base_is_refused(tmp_path, xl, pictures):
     tokenizer = config.Model(tokenizer={"merges": 10, "max_length": 20})
     with pytest.raises(TrainConfigError, match=r"model.tokenizer does not go with the UNet of .*, Stable Diffusion XL"):
         Run(settings(tmp_path, xl, pictures, model=tokenizer), ONE)
+
+
+@pytest.fixture(scope="module")
+def encoded(xl, pictures, tmp_path_factory):
+    """The pictures as encode_latents writes them."""
+    output = tmp_path_factory.mktemp("encoded") / "latents"
+    arguments = ["--images", str(pictures), "--model", str(xl), "--size", str(SIDE), "--output", str(output)]
+    assert encode_latents.main(arguments) == 0
+    assert verify.main([str(output)]) == 0
+    return output
+
+
+def test_what_is_encoded_beforehand_is_what_pictures_would_be_trained_on(xl, pictures, encoded, tmp_path, run):
+    """Latents, states, pooled vectors and sizes by `encode_latents`, as the pictures' own step computes them."""
+    whole = settings(tmp_path, xl, pictures, data=config.Data(latents=str(encoded)))
+    ahead = Run(whole, ONE)
+    assert ahead.frozen.keys() == set()
+    given_ahead = jax.tree.map(lambda leaf: np.asarray(leaf)[0, 0], next(ahead._batches(0, None)))
+    arrays = given(run)
+    modules, params = run.networks.modules, jax.tree.map(jnp.asarray, run.networks.params)
+    networks = {name: bind(module, params[name]) for name, module in modules.items()}
+    encoders = [networks[name] for name in run.networks.text_encoders]
+    states, pooled = clip.read(encoders, jnp.asarray(arrays["ids"]), is_xl=True)
+    moments = jnp.concatenate(networks["vae"].encode(objective.to_unit(jnp.asarray(arrays["pixels"]))), axis=-1)
+    place = {tuple(row): i for i, row in enumerate(arrays["time_ids"])}  # all four have different sizes
+    order = [place[tuple(row)] for row in given_ahead["time_ids"]]
+    wanted = {"context": states, "pooled": pooled, "moments": moments, "is_zero": arrays["is_zero"]}
+    for name, expected in wanted.items():
+        found = np.asarray(expected)[order]
+        np.testing.assert_allclose(given_ahead[name], found, atol=4e-3, rtol=2e-3, err_msg=name)
+
+
+def test_a_run_on_latents_goes_to_its_end(xl, pictures, encoded, tmp_path):
+    data, dropped = config.Data(latents=str(encoded)), config.Diffusion(caption_dropout=0.5)
+    run = Run(settings(tmp_path, xl, pictures, data=data, diffusion=dropped, lora=config.Lora(rank=2)), ONE)
+    assert run.train()
+    assert all(np.any(factor) for factor in run.state.params["unet"].values())
+    other, parts = tmp_path / "other", "text_encoder, text_encoder_2, tokenizer, tokenizer_2, vae"
+    checkpoints.saved(other, checkpoints.pipeline_xl, seed=5)
+    with pytest.raises(TrainConfigError, match=f"not encoded by the {parts} of"):
+        Run(settings(tmp_path, other, pictures, data=data), ONE)
