@@ -20,6 +20,7 @@ from flax import nnx
 
 from sdjax import family
 from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
+from sdjax.config.base import MAX_COUNT
 from sdjax.family import TOKENIZERS, Family
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet2DCondition
@@ -86,15 +87,11 @@ class Networks:
 
     def tokenizers(self) -> list[Tokenizer]:
         """Each text encoder's tokenizer, for captions as for prompts."""
-        found = []
-        for name in self.text_encoders:
-            config = CLIPTextConfig.from_dict(self.configs[name])
-            with tempfile.TemporaryDirectory() as folder:
-                for path, text in self.texts.items():
-                    if path.startswith(f"{TOKENIZERS[name]}/"):
-                        Path(folder, Path(path).name).write_text(text, encoding="utf-8")
-                found.append(Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings))
-        return found
+        configs = {name: CLIPTextConfig.from_dict(self.configs[name]) for name in self.text_encoders}
+        return [
+            _tokenizer(self.texts, TOKENIZERS[name], config.vocab_size, config.max_position_embeddings)
+            for name, config in configs.items()
+        ]
 
     def export(self, folder: Path, params: Mapping[str, Params] | None, dtype: str | None = None) -> None:
         """Write a checkpoint in the diffusers layout with `params` in place of those of the networks they name.
@@ -232,8 +229,9 @@ def _texts(
     """The tokenizers' and the scheduler's files."""
     texts = {}
     if config.model.tokenizer is not None:
-        if config.model.tokenizer.keys() != {"merges", "max_length"}:
-            raise TrainConfigError("model.tokenizer takes merges and max_length, and nothing else")
+        names = config.model.tokenizer.keys()
+        if names != {"merges", "max_length"} or not 0 <= config.model.tokenizer["merges"] <= MAX_COUNT:
+            raise TrainConfigError(f"model.tokenizer takes merges, 0 to {MAX_COUNT:,}, max_length and nothing else")
         assert not isinstance(source, EncodedSet)  # its text encoder is made already
         rng = np.random.default_rng(config.seed)
         captions = (source.caption(index, rng) for index in range(min(_CAPTIONS, len(source))))
@@ -249,16 +247,27 @@ def _texts(
         missing = "scheduler" if scheduler is None else "tokenizer"
         raise TrainConfigError(f"model.{missing} is missing: describe it, or name a checkpoint in init")
     Schedule.from_config(scheduler)  # refused before latents are made for it
+    if scheduler.get("_class_name") is None:  # which an export names
+        raise TrainConfigError('the scheduler has no _class_name; "DDIMScheduler" is one')
     return texts | {"scheduler/scheduler_config.json": json.dumps(scheduler, indent=2) + "\n"}
+
+
+def _tokenizer(texts: Mapping[str, str], component: str, vocab_size: int, length: int) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        for path, text in texts.items():
+            if path.startswith(f"{component}/"):
+                Path(folder, Path(path).name).write_text(text, encoding="utf-8")
+        return Tokenizer(folder, vocab_size=vocab_size, length=length)
 
 
 def _fitted(settings: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
     """A new text encoder's vocabulary is its tokenizer's."""
-    vocabulary = json.loads(texts["tokenizer/vocab.json"])
-    length = json.loads(texts["tokenizer/tokenizer_config.json"])["model_max_length"]
-    marks = {"bos_token_id": vocabulary["<|startoftext|>"], "eos_token_id": vocabulary["<|endoftext|>"]}
+    length = json.loads(texts.get("tokenizer/tokenizer_config.json", "{}")).get("model_max_length")
+    tokenizer = _tokenizer(texts, "tokenizer", MAX_COUNT, 2)
+    [[start, end]] = tokenizer([""])[0].tolist()
     kind = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
-    return settings | {"vocab_size": len(vocabulary), "max_position_embeddings": length, **marks, **kind}
+    fitted = {"vocab_size": tokenizer.first_added, "max_position_embeddings": length}
+    return settings | fitted | {"bos_token_id": start, "eos_token_id": end} | kind
 
 
 def _check(networks: Networks) -> None:

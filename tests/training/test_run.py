@@ -18,6 +18,7 @@ import optax
 import pytest
 from flax import nnx
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from sdjax import train
 from sdjax.generate import StableDiffusion
@@ -28,6 +29,7 @@ from sdjax.training.config import TrainConfigError
 from sdjax.training.data import DataError, indices, open_source
 from sdjax.training.loop import Run
 from sdjax.training.step import State
+from sdjax.training.tokenizer import train_tokenizer
 from tests.training.runs import ONE, begin, weights, write
 
 
@@ -362,6 +364,19 @@ def test_networks_are_made_as_the_configuration_says(tmp_path, monkeypatch):
     }
 
 
+def test_a_new_text_encoder_fits_a_tokenizer_in_either_form(tmp_path):
+    size = train_tokenizer(["a red circle"] * 9, 20, 12, tmp_path / "files")
+    CLIPTokenizer.from_pretrained(tmp_path / "files").save_pretrained(tmp_path / "one")
+    assert not (tmp_path / "one" / "vocab.json").exists()
+    fitted = [
+        networks._fitted({}, {f"tokenizer/{path.name}": path.read_text() for path in folder.iterdir()})
+        for folder in (tmp_path / "files", tmp_path / "one")
+    ]
+    assert fitted[0] == fitted[1]
+    assert (fitted[0]["vocab_size"], fitted[0]["max_position_embeddings"]) == (size, 12)
+    assert (fitted[0]["bos_token_id"], fitted[0]["eos_token_id"]) == (size - 2, size - 1)
+
+
 def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
     frozen = _gradients(tmp_path, text=False)
     assert set(gradients) == {"unet", "text_encoder"}
@@ -380,6 +395,8 @@ def test_the_text_encoder_is_trained_only_if_asked(gradients, tmp_path):
         ("s/cross_attention_dim = 8/cross_attention_dim = 9/", "model.unet.cross_attention_dim must be 8"),
         ("s/sample_size = 8/in_channels = 5/", "model.unet must have in_channels and out_channels 4"),
         ("s/merges = 100/mergez = 100/", "model.tokenizer"),
+        ("s/merges = 100/merges = -600/", "model.tokenizer takes merges, 0 to 1,000,000, max_length"),
+        ('s/_class_name = "DDIMScheduler"//', 'the scheduler has no _class_name; "DDIMScheduler" is one'),
         ("s/[model.scheduler]/[model.other]/", "model.other is no option"),
         ("s/norm_num_groups = 4/norm_num_groups = 3/", "norm_num_groups=3"),
         ("s/scaled_linear/cubic/", "beta_schedule='cubic'"),
