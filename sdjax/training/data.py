@@ -172,7 +172,7 @@ class Shards:
 
     def framed(self, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
         span = self._examples[index][0]
-        return decode(self._read(span), self._size, f"an image of {span.shard}")
+        return decode(self._read(span), self._size, f"the image at byte {span.start} of {span.shard}")
 
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         return self.framed(index)[0]
@@ -221,9 +221,12 @@ def open_source(data: Data, *, captions: bool = False) -> Source | EncodedSet:
     except (ImportError, AttributeError, ValueError):
         raise DataError(f'data.generator {data.generator!r} cannot be imported; write "module:Class"') from None
     try:
-        return kind(size=data.size, **data.options)
+        made = kind(size=data.size, **data.options)
     except TypeError as error:
         raise DataError(f"data.options do not fit {data.generator}: {error}") from None
+    if not len(made):
+        raise DataError(f"data.generator {data.generator} has no examples")
+    return made
 
 
 def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:

@@ -218,6 +218,23 @@ def test_what_cannot_be_read_is_named(tmp_path):
         open_source(Data(folder=str(tmp_path), size=8))
 
 
+def test_a_tars_image_that_cannot_be_read_is_named_by_its_place(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.txt", "a.png"):
+            tar.add(tmp_path / name, name)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        place = tar.getmember("a.png").offset_data
+    with pytest.raises(DataError, match=rf"the image at byte {place} of .*a\.tar is no picture"):
+        open_source(Data(shards=f"{tmp_path}/a.tar", size=8)).image(0)
+
+
+def test_a_generator_without_examples_is_refused():
+    with pytest.raises(DataError, match=r"data\.generator sdjax\.training\.data:Scenes has no examples"):
+        open_source(Data(generator="sdjax.training.data:Scenes", options={"count": 0}))
+
+
 def test_a_caption_that_is_not_there_is_named_before_any_is_read_where_captions_are(tmp_path):
     _folder(str(tmp_path))
     data = Data(folder=str(tmp_path), size=24)
