@@ -119,7 +119,7 @@ class Run:
                 stopped = stop is not None and stop.is_set()
                 saving = number % config.checkpoint_every == 0 or finished or stopped
                 showing = number % config.sheet_every == 0 or finished
-                logging = number % config.log_every == 0 or saving
+                logging = number % config.log_every == 0 or saving or showing
                 if logging:
                     progress.write()
                 if saving or showing:

@@ -22,8 +22,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         self._path = folder / "metrics.csv"
         self._events = EventFileWriter(str(folder / "tensorboard"))
-        if step:
-            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))  # takes back the events of later steps
         # A run killed before its first row may have left an empty file.
         if self._path.exists() and self._path.stat().st_size:
             with self._path.open(newline="", encoding="utf-8") as file:

@@ -30,7 +30,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_any_number_of_tim
     for _ in range(2):
         Metrics(tmp_path, 0)
     _write(Metrics(tmp_path, 0), 1)
-    assert _steps(tmp_path) == [1]
+    assert _steps(tmp_path) == _shown(tmp_path) == [1]
 
 
 def test_a_header_that_a_kill_cut_short_is_written_again(tmp_path):

@@ -24,7 +24,7 @@ from sdjax import train
 from sdjax.generate import StableDiffusion
 from sdjax.parallel import Devices
 from sdjax.request import Request
-from sdjax.training import config, loop, networks
+from sdjax.training import config, loop, networks, progress
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import DataError, indices, open_source
 from sdjax.training.loop import Run
@@ -261,6 +261,26 @@ def test_a_run_beyond_the_steps_that_are_asked_is_said_to_be(tmp_path, capsys, c
     assert sorted((tmp_path / "run").rglob("*")) == written
     assert train.main(["--config", str(path), "--steps", "3", "--export", str(tmp_path / "model")]) == 0
     assert train.main(["--config", str(path)]) == 0
+
+
+def test_the_time_of_a_sheet_is_no_steps(tmp_path, monkeypatch, counted):
+    clock, speeds, counting = [0.0], [], loop.make_step
+
+    def taking(seconds, call=lambda *_: None):
+        def timed(*arguments):
+            clock[0] += seconds
+            return call(*arguments)
+
+        return timed
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(loop, "make_step", lambda *_, **__: taking(1, counting()))
+    monkeypatch.setattr(loop, "Sheet", lambda _: SimpleNamespace(write=taking(99)))
+    monkeypatch.setattr(progress.Metrics, "write", lambda _, rows, speed: speeds.append(speed))
+    path = _change(write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=9)
+    _change(path, steps=5, log_every=5, sheet_every=3)
+    assert train.main(["--config", str(path)]) == 0
+    assert speeds == [8, 8]
 
 
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
