@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.files import write_whole
+from sdjax.files import check_file, write_whole
 from sdjax.generate import StableDiffusion
 from sdjax.parts import BUNDLED
 from sdjax.request import Request
@@ -76,8 +76,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=25, help="images that a device makes at once")
     parser.add_argument("--picture", help=f"also write the first {_SHOWN} pictures, a row for each guidance, as a PNG")
     arguments = parser.parse_args(argv)
-    if arguments.picture is not None and not Path(arguments.picture).absolute().parent.is_dir():
-        parser.error(f"--picture {arguments.picture}: there is no such folder")
+    if arguments.picture is not None:
+        try:
+            check_file("--picture", Path(arguments.picture))
+        except ValueError as error:
+            parser.error(str(error))
     try:
         pipe = StableDiffusion.from_pretrained(arguments.model, batch_size=arguments.batch_size)
         asked = held_out(arguments.captions, arguments.seed)

@@ -55,8 +55,12 @@ def test_a_table_and_a_picture_are_written(monkeypatch, capsys, tmp_path):
         assert picture.width == 3 * (128 + 8) + 8
 
 
-@pytest.mark.parametrize("arguments", [["--captions", "0"], ["--captions", "x"], ["--picture", "{}/none/a.png"]])
-def test_what_cannot_be_measured_or_kept_is_refused_first(arguments, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "arguments",
+    [["--captions", "0"], ["--captions", "x"], ["--picture", "{}/none/a.png"], ["--picture", "{}"]],
+)
+def test_what_cannot_be_measured_or_kept_is_refused_first(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.StableDiffusion, "from_pretrained", None)
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([argument.format(tmp_path) for argument in arguments])
     assert stopped.value.code == 2
