@@ -159,7 +159,9 @@ def load(path: str | Path, **overrides: Any) -> Train:
         raise TrainConfigError(f"{path} is not TOML: {error}") from None
     config = build(Train, table | {key: value for key, value in overrides.items() if value is not None})
     check(config)
-    return dataclasses.replace(config, output=os.path.expanduser(config.output))  # ~, as fsspec reads the data's
+    # ~, as fsspec reads the data's
+    init = None if config.init is None else os.path.expanduser(config.init)
+    return dataclasses.replace(config, output=os.path.expanduser(config.output), init=init)
 
 
 def build(kind: Any, value: Any, name: str = "") -> Any:

@@ -45,10 +45,11 @@ def test_defaults_and_overrides(tmp_path):
     assert config.load(path, output="z", init=None).init is None
 
 
-def test_the_output_may_lie_in_the_home_folder_as_the_data_may(tmp_path, monkeypatch):
+def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = 'task = "vae"\noutput = "~/run"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "~/pictures"\n'
-    assert _load(tmp_path, text).output == str(tmp_path / "run")
+    text = 'task = "vae"\noutput = "~/run"\ninit = "~/sd"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "~/pictures"\n'
+    loaded = _load(tmp_path, text)
+    assert (loaded.output, loaded.init) == (str(tmp_path / "run"), str(tmp_path / "sd"))
 
 
 @pytest.mark.parametrize(
