@@ -65,6 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says that memory is
+            raise
+        less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
+        print(f"{parser.prog}: the devices have too little memory; {less}", file=sys.stderr)
+        return 1
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)

@@ -217,6 +217,22 @@ def test_a_unets_pictures_need_captions_and_a_vaes_do_not(tmp_path):
     assert len(Run(config.load(tmp_path / "vae.toml"), ONE).pictures) == 1
 
 
+@pytest.mark.parametrize(("fault", "status"), [("RESOURCE_EXHAUSTED: Out of memory\nin all", 1), ("INTERNAL: x", None)])
+def test_a_step_that_no_device_has_memory_for_is_one_line(tmp_path, capsys, monkeypatch, counted, fault, status):
+    def step(*_):
+        raise jax.errors.JaxRuntimeError(fault)
+
+    monkeypatch.setattr(loop, "make_step", lambda *_, **__: step)
+    path = _change(write(tmp_path, "vae", cache="false"), batch_size=8)
+    if status is None:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            train.main(["--config", str(path)])
+    else:
+        assert train.main(["--config", str(path)]) == status
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("python -m sdjax.train: the devices have too little memory; a larger optimizer.acc")
+
+
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path, capsys, counted):
     counted[4] = np.nan
     path = _change(write(tmp_path, "vae", cache="false"), batch_size=8, checkpoint_every=2)
