@@ -95,7 +95,7 @@ class Train:
     steps: int
     batch_size: int  # of all devices and accumulated parts together
     data: Data
-    init: str | None = None  # a checkpoint in the diffusers layout
+    init: str | None = None  # a checkpoint: a folder, hub id, fsspec URL or single file
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer are float32
     remat: bool = False  # gradient checkpointing of the UNet: each block is computed again in the backward pass

@@ -32,6 +32,7 @@ from sdjax.training.data import Source
 from sdjax.training.encoded import EncodedSet, encoding_parts
 from sdjax.training.tokenizer import train_tokenizer
 from sdjax.weights import checkpoint
+from sdjax.weights.single_file import open_checkpoint
 
 Params = dict[str, Any]  # arrays of numpy or JAX
 
@@ -140,7 +141,7 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
         TrainConfigError: a component is neither described nor in `init`, or does not fit the others.
         CheckpointError: `init` cannot be read, or is of a family that cannot be trained.
     """
-    start = checkpoint.Checkpoint(config.init) if config.init is not None else None
+    start = open_checkpoint(config.init) if config.init is not None else None
     networks = Networks({}, {}, {}, {}, {}, xl=_xl(config, start))
     encoders = ("text_encoder",) if networks.xl is None else networks.xl.text_encoders
     names = ("vae",) if config.task == "vae" else ("vae", *encoders, "unet")

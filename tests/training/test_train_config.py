@@ -32,9 +32,10 @@ def test_the_bundled_models_configurations(name):
     assert len(made) == (1 if name == "bundled-vae" else 2)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("bundled-*.toml")), ids=lambda path: path.stem)
-def test_every_configuration_of_the_bundled_model_is_taken(path):
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[bl]*.toml")), ids=lambda path: path.stem)
+def test_every_configuration_is_taken_and_begins_with_its_command(path):
     config.load(path)
+    assert path.read_text().startswith(f"# python -m sdjax.train --config configs/{path.name}\n")
 
 
 def test_defaults_and_overrides(tmp_path):

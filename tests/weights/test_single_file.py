@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from sdjax import Request, StableDiffusion
 from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
 from sdjax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from sdjax.models.unet import UNet2DCondition
 from sdjax.models.vae import AutoencoderKL
+from sdjax.parallel import Devices
 from sdjax.spec import Spec
-from sdjax.weights import checkpoint, ldm
+from sdjax.training.config import Data, Train
+from sdjax.training.loop import Run
+from sdjax.weights import checkpoint, ldm, single_file
 from sdjax.weights.safetensors import CheckpointError
 from sdjax.weights.single_file import SingleFile
 from tests import checkpoints
@@ -231,6 +235,26 @@ def test_a_tokenizer_comes_from_the_hubs_cache_or_is_asked_for(folder, tmp_path)
     assert run(tmp_path / "hub").stdout.strip() == str(Spec(folder).tokenizers[0].tokens("a red circle"))
     error = run(tmp_path / "empty").stderr
     assert "made.safetensors holds no tokenizer; give tokenizer, a folder with CLIP's vocab.json and merges" in error
+
+
+def test_a_run_starts_from_one_as_from_its_folder(folder, tmp_path, monkeypatch):
+    """Training, which takes the tokenizer from the hub."""
+    monkeypatch.setattr(single_file, "CLIP", str(folder))
+    data = Data(folder=str(tmp_path), size=32)
+    Image.new("RGB", (40, 32)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red circle")
+    start = Train(task="unet", output=str(tmp_path / "run"), steps=1, batch_size=1, data=data)
+    one, other = (
+        Run(dataclasses.replace(start, init=str(source)), Devices(jax.devices()[:1]))
+        for source in (folder.parent / "made.safetensors", folder)
+    )
+    one.state = one.state._replace(step=np.int32(1))
+    one.export(tmp_path / "model")
+    jax.tree.map(np.testing.assert_array_equal, one.networks.params, other.networks.params)
+    drawn, expected = (
+        images(StableDiffusion.from_pretrained(source, **ONE)) for source in (tmp_path / "model", folder)
+    )
+    assert np.array_equal(drawn, expected)
 
 
 def test_open_clips_padding_is_its_own(folder, tmp_path):
