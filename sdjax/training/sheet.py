@@ -79,7 +79,8 @@ class Sheet:
     def _samples(self, spec: Spec) -> Image.Image:
         run, devices = self._run, self._run.devices
         for name, params in joined(run.networks.params, run.state.ema).items():
-            copies = jax.tree.map(lambda leaf: devices.replicate(np.asarray(leaf)), params)
+            dtype = run.networks.dtypes[name]
+            copies = {key: devices.replicate(np.asarray(leaf).astype(dtype)) for key, leaf in params.items()}
             self._networks[name] = bind(run.networks.modules[name], copies)
         if self._pipe is None:  # once: what it compiles serves every sheet, as it holds this very dictionary
             each = -(-len(self._requests) // len(devices))
