@@ -217,6 +217,7 @@ def check(config: Train) -> None:
     if data.latents is not None:
         fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
         fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder
+        fresh += ["data.size"] * (data.size != Data.size)
         fresh += ["data.cache_latents"] * data.cache_latents + ["task vae"] * (config.task == "vae")
         if fresh:
             raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")

@@ -91,6 +91,7 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
         ({"reconstruction": {"edges": float("nan")}}, "reconstruction.edges is nan; it must be at least 0 and finite"),
         ({"diffusion": {"offset_noise": 0.1}}, "diffusion.offset_noise does nothing where task is 'vae'; take it out"),
         ({"data": {"folder": "y", "cache_latents": True}}, "data.cache_latents does nothing where task is 'vae'"),
+        ({"task": "unet", "data": {"latents": "y", "size": 64}}, "data.size does not go with data.latents"),
         ({"remat": True}, "remat does nothing where task is 'vae'"),
         ({"sheet_prompts": ["a"]}, "sheet_prompts does nothing where task is 'vae'"),
         ({"model": {"tokenizer": {"merges": 3}}}, "model.tokenizer does nothing where task is 'vae'"),
