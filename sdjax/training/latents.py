@@ -62,17 +62,18 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
     if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
         encode, count = _encoder(run), len(run.pictures)
-        store, frames = None, np.zeros((count, 4), np.int32)
-        for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
-            if stop is not None and stop.is_set():
-                return None
-            chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
-            pixels, found = zip(*(framed(run.pictures, int(index)) for index in chosen), strict=True)
-            part, frames[chosen] = encode(np.stack(pixels)).astype(np.float16), found
-            if store is None:
-                store = np.lib.format.open_memmap(unfinished, "w+", np.float16, (count, *part.shape[1:]))
-            store[start : start + _BATCH] = part[: count - start]
-        del store
+        frames = np.zeros((count, 4), np.int32)
+        with unfinished.open("wb") as file:  # not mapped: there a full disk is a signal that ends the process
+            for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
+                if stop is not None and stop.is_set():
+                    return None
+                chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
+                pixels, found = zip(*(framed(run.pictures, int(index)) for index in chosen), strict=True)
+                part, frames[chosen] = encode(np.stack(pixels)).astype(np.float16), found
+                if not start:
+                    header = np.lib.format.header_data_from_array_1_0(part)
+                    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *part.shape[1:])})
+                file.write(part[: count - start].tobytes())
         unfinished.replace(path)
         np.save(beside, frames)
         write_whole(note, digest.encode())

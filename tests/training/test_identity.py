@@ -183,6 +183,20 @@ def test_latents_are_kept_in_the_examples_order(standin):
         assert len(standin.calls) == 2
 
 
+def test_latents_take_the_disk_that_their_writing_took(standin, monkeypatch):
+    """Mapped, they would take it as they are made: a full disk is then a signal, not an error."""
+    encode, sizes = latents._encoder(None), []
+
+    def watching(pixels):
+        sizes.append(sum(path.stat().st_size for path in standin.make().folder.glob("*.npy")))
+        return encode(pixels)
+
+    monkeypatch.setattr(latents, "_encoder", lambda _: watching)
+    made = latents.cached(standin.make())
+    assert len(sizes) == 2
+    assert max(sizes) <= 64 * made.moments[0].nbytes + 128 < (standin.make().folder / "latents.npy").stat().st_size
+
+
 def test_latents_stop_when_told(standin):
     stop = threading.Event()
     stop.set()
