@@ -1,5 +1,7 @@
 """Tiny networks to train: their configuration, a run of them that has begun, and the weights that one leaves."""
 
+import csv
+
 import jax
 import numpy as np
 from safetensors.numpy import load_file
@@ -70,6 +72,12 @@ def write(folder, task="unet", cache="true", prompts=()):
 
 def weights(folder):
     return {path.parent.name: load_file(path) for path in sorted(folder.glob("*/*.safetensors"))}
+
+
+def losses(folder):
+    """A run's metrics.csv."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def begin(folder):
