@@ -52,7 +52,8 @@ class Template:
 
         Raises:
             TemplateError: not TOML, an unknown key, no prompts, a list that is empty, missing or of no use, a value of
-                another type, a prompt that formats a list's value, or more than MAX_ROWS rows.
+                another type, a field that is given twice, a prompt that formats a list's value, or more than MAX_ROWS
+                rows.
         """
         try:
             spec = tomllib.loads(text)
@@ -78,6 +79,9 @@ class Template:
         unknown = set(request) - _SWEPT
         if unknown:
             raise TemplateError(f"request.{min(unknown)} is not a Request field")
+        swept = [name.lower() for name in lists if name.lower() in _SWEPT]
+        if twice := [name for name in swept if name in request or swept.count(name) > 1]:
+            raise TemplateError(f"{min(twice)} is given twice; give a field one list, or one value in [request]")
         images = spec.get("images_per_prompt", 1)
         if not isinstance(images, int) or isinstance(images, bool) or images < 1:
             raise TemplateError(f"images_per_prompt={images!r} must be a whole number of 1 or more")

@@ -112,6 +112,8 @@ def test_a_template_of_a_million_rows_makes_any_of_them_at_once():
             + "\n".join(f"l{i} = {[*range(100)]}" for i in range(10)),
             "more than 1,000,000,000 rows; shorten its lists",
         ),
+        ('prompts = ["a"]\n[lists]\nSeed = [1]\n[request]\nseed = 2', "seed is given twice"),
+        ('prompts = ["a"]\n[lists]\neta = [0, 1]\nEta = [0.5]', "eta is given twice"),
         ('prompts = ["a"]\n[request]\nsteps = 3', "request.steps is not a Request field"),
     ],
 )
