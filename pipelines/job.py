@@ -180,7 +180,7 @@ def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, job: JobOptions) 
 
 def write_report(job: JobOptions, model: Any, counts: Iterable[Any], *, contact_sheet: int) -> None:
     """Add the stages from each stage's share of the account to summary.json, and to index.html of so many images."""
-    last = Store(job.output).read_json(report.SUMMARY)
+    last = Store(job.output).read_json(report.SUMMARY) or {}
     facts = report.Job(
         started=time.time(),
         model=model.name,
@@ -188,7 +188,7 @@ def write_report(job: JobOptions, model: Any, counts: Iterable[Any], *, contact_
         options=job.given(),
         price_per_hour=job.price_per_hour,
         contact_sheet=contact_sheet,
-        resumes=last is not None and not last.get("finished"),
+        stale=not last.get("finished") or last.get("contact_sheet") != contact_sheet,
     )
     _ = (
         tuple(counts)

@@ -55,7 +55,7 @@ class Job(NamedTuple):
     options: dict[str, Any]
     price_per_hour: float
     contact_sheet: int  # images on it; 0 for none
-    resumes: bool = False  # a job that did not end, and whose page may lack what it made
+    stale: bool = False  # whether the page that is there may lack what a killed job made, or was made of another number
 
 
 def summarize(job: Job, account: dict[str, Any], now: float) -> dict[str, Any]:
@@ -90,6 +90,7 @@ def summarize(job: Job, account: dict[str, Any], now: float) -> dict[str, Any]:
         "seconds": {"wall": round(wall, 3), **{k: round(v, 3) for k, v in account.get("seconds", {}).items()}},
         "cost_per_1000_images": round(job.price_per_hour * wall / 3600 / images * 1000, 4) if images else None,
         "price_per_hour": job.price_per_hour,
+        "contact_sheet": job.contact_sheet,
         "model": job.model,
         "model_fingerprint": job.fingerprint,
         "options": job.options,
@@ -111,7 +112,7 @@ class WriteReport(beam.DoFn):
     def process(self, element: dict[str, Any]) -> Iterator[dict[str, Any]]:
         summary = summarize(self._job, element, time.time())
         limit = self._job.contact_sheet
-        if limit and (summary["images"] or self._job.resumes or not self._store.exists(contact_sheet.NAME)):
+        if limit and (summary["images"] or self._job.stale or not self._store.exists(contact_sheet.NAME)):
             contact_sheet.write(self._store, limit)
         progress.clear(self._store)
         self._store.write_json(SUMMARY, summary)

@@ -213,6 +213,16 @@ def test_a_page_that_a_killed_job_did_not_come_to_is_made_by_the_next(made, tmp_
     assert "one more" in [card["prompt"] for card in cards((output / "index.html").read_text(encoding="utf-8"))]
 
 
+def test_a_page_of_another_number_is_made_where_nothing_else_is(made, tmp_path):
+    output = shutil.copytree(made[0], tmp_path / "out")
+    (tmp_path / "p.txt").write_text("\n".join(made[1]))
+    shown = []
+    for options in (["--contact-sheet", 3], ["--contact-sheet", 7], ["--contact-sheet", 0], []):
+        assert standin.run("--prompts", tmp_path / "p.txt", "--output", output, *options) == 0
+        shown.append(len(cards((output / "index.html").read_text(encoding="utf-8"))))
+    assert shown == [3, 7, 7, len(made[1])]
+
+
 CARD = {"id": "x", "prompt": "", "facts": "", "file": "", "thumb": ""}
 NO_CARDS = ["{", "null", "2", '{"id": "x"}', "[" * 100_000]
 NO_CARDS += [json.dumps([card]) for card in ("x", [], None, {**CARD, "id": 2}, {**CARD, "id": []}, {"id": "x"})]
