@@ -208,8 +208,8 @@ class Checkpoint:
 
     def _shards(self, component: str, index: str, files: set[str]) -> list[str]:
         weight_map = self.json(component, index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{component}/{index} of {self.source} has no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{component}/{index} of {self.source} has no weight_map of files' names")
         shards = sorted({posixpath.join(component, shard) for shard in weight_map.values()})
         for shard in shards:
             if shard not in files:

@@ -88,6 +88,9 @@ def test_sharded_weights_load_like_whole_ones(copy, loaded):
     next((copy / "unet").glob("*-00002-of-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match=r"lacks unet/diffusion_pytorch_model-00002-of-.*index.json names"):
         StableDiffusion.from_pretrained(copy, **ONE)
+    checkpoints.edit(copy / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={"conv_in.bias": 2})
+    with pytest.raises(CheckpointError, match="has no weight_map of files' names"):
+        StableDiffusion.from_pretrained(copy, **ONE)
 
 
 def test_a_folder_of_pickles_loads_when_it_is_allowed(copy, loaded):
