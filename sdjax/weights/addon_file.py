@@ -32,7 +32,7 @@ class AddonFile:
     """
 
     def __init__(self, source: str | os.PathLike[str], names: Sequence[str], *, allow_pickle: bool = False) -> None:
-        self.source = os.fspath(source)
+        self.source, self._read_beside = os.fspath(source), b""
 
         def chosen(paths: Iterable[str]) -> str:
             return _chosen(self.source, paths, names, allow_pickle)
@@ -68,14 +68,18 @@ class AddonFile:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the file's bytes, in hex."""
+        """SHA-256 of the file's bytes and of what was read beside it, in hex."""
         with self._fs.open(self._path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+            digest = hashlib.file_digest(stream, "sha256")  # pyright: ignore[reportArgumentType]
+        digest.update(self._read_beside)
+        return digest.hexdigest()
 
     def beside(self, name: str) -> bytes | None:
         """The content of another file of the same folder, or None where there is none."""
         path = posixpath.join(posixpath.dirname(hub.path_of(self._path)), name)
-        return self._fs.cat_file(path) if self._fs.isfile(path) else None
+        found = self._fs.cat_file(path) if self._fs.isfile(path) else None
+        self._read_beside += found or b""
+        return found
 
     def tensors(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Some of the tensors, in the dtype of the file."""

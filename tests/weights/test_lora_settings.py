@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdjax.config import UNetConfig
+from sdjax.spec import Spec
 from sdjax.weights.lora import Lora
 from sdjax.weights.safetensors import CheckpointError
 from tests.weights import original
 
 CONFIG = {"unet": UNetConfig.from_dict(original.SAMPLES["1"].unet)}
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+RANK_4 = {"A": (4, 32), "B": (32, 4)}
 
 
 @pytest.mark.parametrize("where", ["beside", "inside"])
@@ -38,6 +40,16 @@ def test_pefts_settings_give_the_alphas_that_the_file_lacks(where, tmp_path):
     divisor = 2 if where == "beside" else 4  # the root of the rank, or the rank
     assert deltas[f"{module}.weight"].product()[0, 0] == 4 * 8 / divisor
     assert deltas[f"{other}.weight"].product()[0, 0] == 4 * 2 / divisor
+
+
+def test_settings_beside_a_file_are_in_the_fingerprint(tiny, tmp_path):
+    tensors = {f"unet.{BLOCK}.attn1.to_q.lora_{end}.weight": torch.ones(shape) for end, shape in RANK_4.items()}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    prints = [Spec(tiny, loras=[tmp_path]).fingerprint]
+    for alpha in (2, 32):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": alpha}))
+        prints.append(Spec(tiny, loras=[tmp_path]).fingerprint)
+    assert len(set(prints)) == 3
 
 
 def with_patterns(tmp_path, patterns: object, **settings: object) -> dict[str, float]:
