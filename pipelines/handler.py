@@ -27,6 +27,7 @@ from pipelines.units import (
 )
 from sdjax.request import Request
 from sdjax.values import RequestError
+from sdjax.weights.safetensors import CheckpointError
 
 UNITS_PER_CALL = 4  # one is written while the next is made; only the last of them is waited for
 _QUEUED = 4  # images per encoding thread that may wait for it
@@ -83,6 +84,7 @@ class LazyModel:
 
     def __init__(self, load: Callable[..., Any], heartbeat: Heartbeat | None = None):
         self._load, self._lock, self._pipe = load, threading.Lock(), None
+        self._checking, self._checked = threading.Lock(), False
         self.heartbeat = heartbeat
         self.devices = threading.Lock()  # held by the thread that feeds the devices
         self._clock = _Clock()
@@ -96,6 +98,20 @@ class LazyModel:
                 self._pipe = self._load(**options)
                 self._clock.add("load", time.monotonic() - started)
             return self._pipe
+
+    def check(self) -> None:
+        """Raise CheckpointError where the files are not those that the fingerprint names; looks once.
+
+        They may have been replaced since the job was planned, perhaps on another machine.
+        """
+        with self._checking:
+            spec = self.get().spec
+            if not self._checked and spec.hashed() != spec.fingerprint:
+                raise CheckpointError(
+                    f"the files of {spec.name} were replaced since the job began; put the old ones back, or run it "
+                    "again to make its rows with those that are there now"
+                )
+            self._checked = True
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of loading, and of compiling, a part of it meanwhile, since last asked."""
@@ -281,7 +297,7 @@ class UnitHandler(SdjaxModelHandler):
                     seconds = time.monotonic() - begun
                     if written:
                         written[-1].result()  # no more units in memory than this one and that one
-                    written.append(writer.submit(self._write, unit, encoding, seconds, made_by))
+                    written.append(writer.submit(self._write, unit, encoding, seconds, made_by, model))
             for future in written:
                 account = future.result()
                 account["seconds"].update(model.take_seconds())
@@ -289,8 +305,14 @@ class UnitHandler(SdjaxModelHandler):
                 padded = 0
 
     def _write(
-        self, unit: Unit, encoding: list[Future[tuple[float, Encoded]]], seconds: float, made_by: Provenance
+        self,
+        unit: Unit,
+        encoding: list[Future[tuple[float, Encoded]]],
+        seconds: float,
+        made_by: Provenance,
+        model: LazyModel,
     ) -> dict[str, Any]:
+        model.check()  # here, where the devices make the next unit meanwhile
         timed = [future.result() for future in encoding]
         images = [image for _, image in timed]
         begun = time.monotonic()

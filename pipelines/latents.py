@@ -105,7 +105,11 @@ class LatentSpec:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the files of the networks that encode, in hex."""
+        """SHA-256 of the files of the networks that encode, in hex, as they were when first asked for."""
+        return self.hashed()
+
+    def hashed(self) -> str:
+        """What the fingerprint would be of the files as they are now."""
         return self.spec.checkpoint.fingerprint(encoding_parts(self.spec.family.text_encoders))
 
     def resolve(self, picture: Picture) -> Picture:

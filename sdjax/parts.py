@@ -177,15 +177,19 @@ class Parts:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything about the model that pixels depend on, in hex."""
+        """SHA-256 of everything about the model that pixels depend on, in hex, as it was when first asked for."""
+        return self.hashed()
+
+    def hashed(self) -> str:
+        """What the fingerprint would be of the files as they are now."""
         tokenizers = [TOKENIZERS[name] for name in self.family.text_encoders]
         own = [name for name, (part, _) in self._parts.items() if part is self.checkpoint]
         added = [name for name in self._parts if name not in own and not name.startswith(REFINER)]
         parts = [self.checkpoint.fingerprint([*own, *tokenizers, "scheduler"]), self.dtype]
         parts += [f"{name} {self._parts[name][0].fingerprint([''])}" for name in added]
-        parts += [self.refiner.fingerprint] if self.refiner else []
-        parts += [f"{lora.file.digest} {lora.weight!r}" for lora in self._loras]
-        parts += [f"{each.file.digest} {each.token!r}" for each in self._inversions]
+        parts += [self.refiner.hashed()] if self.refiner else []
+        parts += [f"{lora.file.hashed()} {lora.weight!r}" for lora in self._loras]
+        parts += [f"{each.file.hashed()} {each.token!r}" for each in self._inversions]
         if self.family.is_xl:  # what of it model_index.json alone says
             parts += [f"{self.family.refines} {self.family.zeroes_empty}"]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()

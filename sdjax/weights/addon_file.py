@@ -4,8 +4,6 @@ import hashlib
 import os
 import posixpath
 from collections.abc import Iterable, Sequence
-from functools import cached_property
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -58,17 +56,13 @@ class AddonFile:
             else:
                 raise CheckpointError(f"{self.source} is no safetensors file; {_WITH_ALLOW_PICKLE}")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "digest"}
-
     @property
     def stem(self) -> str:
         """The file's name without its ending."""
         return posixpath.basename(hub.path_of(self._path)).rpartition(".")[0]
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the file's bytes and of what was read beside it, in hex."""
+    def hashed(self) -> str:
+        """SHA-256 of the file's bytes as they are now, and of what was read beside it, in hex."""
         with self._fs.open(self._path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256")  # pyright: ignore[reportArgumentType]
         digest.update(self._read_beside)

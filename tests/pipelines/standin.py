@@ -33,6 +33,9 @@ class Spec:
         defaults = {"width": SIDE, "height": SIDE, "sampler": "ddim", "sigmas": "default"}
         return dataclasses.replace(request, **{k: v for k, v in defaults.items() if getattr(request, k) is None})
 
+    def hashed(self) -> str:
+        return self.fingerprint
+
     def id(self, resolved: Request) -> str:
         return hashlib.sha256((self.fingerprint + resolved.canonical()).encode()).hexdigest()[:32]
 

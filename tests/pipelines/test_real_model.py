@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import shutil
 import tarfile
 
 import apache_beam as beam
@@ -12,13 +13,17 @@ import pytest
 from apache_beam.ml.inference.base import RunInference
 from apache_beam.testing.util import assert_that
 from PIL import Image
+from safetensors.numpy import save_file
 
 from pipelines import generate_images, verify
-from pipelines.handler import SdjaxModelHandler
+from pipelines.handler import SdjaxModelHandler, load_stable_diffusion
+from pipelines.latents import LatentSpec
 from pipelines.options import IN_PROCESS
 from pipelines.storage import Store
 from sdjax.generate import StableDiffusion
 from sdjax.request import Request
+from sdjax.spec import Spec
+from sdjax.weights.safetensors import CheckpointError
 
 
 @functools.cache
@@ -79,6 +84,41 @@ def test_every_device_is_fed(rows, padding, tiny, tmp_path):
     assert generate_images.main(arguments, load=functools.partial(load_cached, folder=str(tiny))) == 0
     told = Store(str(tmp_path / "out")).read_json("summary.json")
     assert (told["images"], told["padding"]) == (rows, padding)
+
+
+CHANGES = {
+    "unet/diffusion_pytorch_model.safetensors": lambda data: data[:-4] + bytes(4),
+    "scheduler/scheduler_config.json": lambda data: data + b"\n",
+    "../lora.safetensors": lambda data: data[:-4] + bytes(4),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_is_replaced_while_a_job_runs_commits_nothing(name, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    added = {"unet.up_blocks.0.resnets.0.time_emb_proj.diff": np.ones((64, 128), np.float32)}
+    save_file(added, tmp_path / "lora.safetensors")
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out"), "--model", str(folder)]
+    arguments += ["--num-inference-steps", "1", "--lora", str(tmp_path / "lora.safetensors"), "--unit-size", "1"]
+
+    def load(model, **options):
+        (folder / name).write_bytes(CHANGES[name]((folder / name).read_bytes()))
+        return load_stable_diffusion(model, **options)
+
+    with pytest.raises(CheckpointError, match="the files of model were replaced since the job began"):
+        generate_images.main(arguments, load=load)
+    assert Store(str(tmp_path / "out")).find("manifest") == []
+    assert generate_images.main(arguments) == 0
+    assert verify.main([str(tmp_path / "out")]) == 0
+
+
+def test_what_encodes_is_hashed_as_it_is_now_too(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    spec = LatentSpec(Spec(folder), None)
+    assert spec.hashed() == spec.fingerprint
+    (folder / "vae" / "config.json").write_text((folder / "vae" / "config.json").read_text() + "\n")
+    assert spec.hashed() != spec.fingerprint == LatentSpec(Spec(tiny), None).fingerprint
 
 
 def test_the_handler_serves_other_pipelines(tiny):
