@@ -12,6 +12,7 @@ import numpy as np
 
 from sdjax.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
 from sdjax.config.unet import DownConfig
+from sdjax.weights.safetensors import CheckpointError
 
 Table = dict[str, str]
 
@@ -144,7 +145,11 @@ def open_clip(config: CLIPTextConfig, *, projection: bool) -> Table:
 
 
 def translated(tensors: Iterable[tuple[str, np.ndarray]], table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a file under the keys that the modules have, one at a time; a key nobody knows stays as it is."""
+    """The tensors of a file under the keys that the modules have, one at a time; a key nobody knows stays as it is.
+
+    Raises:
+        CheckpointError: a tensor that is several in one cannot be cut into them.
+    """
     modules: dict[str, list[str]] = {}
     for here, there in table.items():
         modules.setdefault(there, []).append(here)
@@ -153,6 +158,8 @@ def translated(tensors: Iterable[tuple[str, np.ndarray]], table: Table) -> Itera
         here = modules.get(there, [there])
         if there == "text_projection" == key:
             tensor = tensor.T  # a bare matrix that OpenCLIP multiplies from the left
+        if len(here) > 1 and (not tensor.ndim or len(tensor) % len(here)):
+            raise CheckpointError(f"{key} of shape {list(tensor.shape)} is not {len(here)} in one")
         for name, part in zip(here, np.split(tensor, len(here)) if len(here) > 1 else [tensor], strict=True):
             yield f"{name}.{leaf}", part
 

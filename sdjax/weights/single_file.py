@@ -102,6 +102,8 @@ class _File(Checkpoint):
             raise CheckpointError(f"{self.source} {error}") from None
         except ConfigError as error:
             raise CheckpointError(f"{self.source} has shapes that cannot be run: {error}") from None
+        except (IndexError, ValueError):
+            raise CheckpointError(f"{self.source} has a tensor of more or fewer axes than such networks have") from None
 
     def _recognise(self, shapes: families.Shapes, metadata: Mapping[str, str]) -> families.Layout:
         """What it is. Raises CheckpointError."""

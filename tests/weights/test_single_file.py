@@ -312,6 +312,14 @@ def test_edms_parametrisation_is_refused_by_name(tmp_path, names):
         SingleFile(file, prediction_type="v_prediction")
 
 
+@pytest.mark.parametrize("shape", [(), (7,)])
+def test_three_matrices_in_one_are_refused_where_they_are_none(tmp_path, shape):
+    key = "transformer.resblocks.0.attn.in_proj_bias"
+    file = write("2", tmp_path / "a.safetensors", **{f"cond_stage_model.model.{key}": torch.ones(shape)})
+    with pytest.raises(CheckpointError, match=rf"{key} of shape \[7?\] is not 3 in one"):
+        list(SingleFile(file, prediction_type="epsilon").tensors("text_encoder"))
+
+
 NO_CHECKPOINTS = {
     "a lora": ({"lora_unet_mid_block.lora_down.weight": torch.ones(1)}, "in the original layout; it is a LoRA"),
     "an embedding": ({"emb_params": torch.ones(1, 32)}, "it may be a textual inversion"),
@@ -361,6 +369,8 @@ def test_a_broken_file_is_refused_and_named(folder, tmp_path):
         **{f"{unet}extra.weight": torch.ones(1)}
     )
     assert "UNet of 7 channels for a VAE of 4" in refused(**{f"{unet}input_blocks.0.0.weight": torch.ones(32, 7, 3, 3)})
+    for name in (f"{unet}input_blocks.1.0.out_layers.3.weight", "first_stage_model.decoder.conv_in.weight"):
+        assert "it.safetensors has a tensor of more or fewer axes than" in refused(**{name: torch.ones(())})
     with pytest.raises(CheckpointError, match="is no file"):
         StableDiffusion.from_single_file(tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="is no single file"):
