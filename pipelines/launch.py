@@ -30,6 +30,7 @@ from pipelines.job import cancelling, listing
 from pipelines.options import OptionError, parse
 from pipelines.progress import ProgressLine
 from pipelines.storage import Store
+from sdjax.values import one_line
 
 _SCOPES = ["https://www.googleapis.com/auth/cloud-platform"]
 POLL_SECONDS = 20.0
@@ -184,7 +185,7 @@ def main(
 ) -> int:
     """Plan, ask, submit and follow; returns the exit status: 0 done, planned or declined, 1 failed, 2 refused.
 
-    A job that is followed directly returns 130 where it is interrupted, and runs on.
+    Ctrl-C at the question returns 130, and so it does while a job is followed directly, which runs on.
 
     `ask` puts the question and `generate` submits a direct job; tests put their own in.
     """
@@ -203,6 +204,9 @@ def main(
     except EOFError:
         print("\nNothing was sent; --yes starts it without asking", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nNothing was sent.", file=sys.stderr)
+        return 130
     if not agreed:
         print("Nothing was sent.")
         return 0
@@ -217,9 +221,9 @@ def main(
     except (GoogleAPICallError, GoogleAuthError) as error:
         print(f"not started: {error}", file=sys.stderr)
         return 1
-    except requests.RequestException as error:
+    except (requests.RequestException, KeyboardInterrupt) as error:
         listed = listing(job.deployment.project, job.deployment.region)
-        print(f"no answer ({error}); whether the job runs says: {listed}", file=sys.stderr)
+        print(f"no answer ({one_line(error)}); whether the job runs says: {listed}", file=sys.stderr)
         return 1
     print(f"started {job_id}; to stop it: {cancelling(job_id, job.deployment.project, job.deployment.region)}")
     try:

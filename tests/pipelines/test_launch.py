@@ -169,6 +169,20 @@ def test_asks_first(terraform, capsys):
     assert capsys.readouterr().out.endswith("Nothing was sent.\n")
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_says_in_a_line_what_was_sent(terraform, capsys, monkeypatch):
+    argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint=http://localhost:9"]
+    assert launch.main(argv, ask=interrupt) == 130
+    assert capsys.readouterr().err.strip() == "Nothing was sent."
+    monkeypatch.setattr(launch.Service, "launch", interrupt)
+    assert launch.main([*argv, "--yes"]) == 1
+    listed = "gcloud dataflow jobs list --status=active --project=test-project --region=us-central1"
+    assert capsys.readouterr().err.strip() == f"no answer (KeyboardInterrupt); whether the job runs says: {listed}"
+
+
 def test_without_a_terminal_nothing_is_sent_and_the_way_is_told(terraform, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     argv = ["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint=http://localhost:9"]
