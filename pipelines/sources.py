@@ -15,6 +15,7 @@ from itertools import repeat
 from typing import IO, Any, NamedTuple
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import tables
@@ -113,7 +114,7 @@ def _look_into(source: Source, prompt_column: str | None) -> Source:
         source, row = _first_row(source)
     except FileNotFoundError:
         raise SourceError(f"{file}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, SourceError):
             raise
         raise SourceError(f"{file}: {one_line(error)}") from None
@@ -242,7 +243,7 @@ def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:
         if source.suffix == ".parquet":
             try:
                 yield from tables.read(stream, piece.start, piece.stop)
-            except (OSError, ValueError) as error:  # pyarrow's, which names no file
+            except (OSError, ValueError, pa.ArrowException) as error:  # pyarrow's, which names no file
                 raise SourceError(f"{source.file}: it is damaged, or cannot be read: {one_line(error)}") from error
             return
         for _, record in records(stream, piece.start, piece.stop, _DELIMITERS.get(source.suffix)):

@@ -195,6 +195,18 @@ def parquet(names=(), columns=(), **named) -> bytes:
     return buffer.getvalue().to_pybytes()
 
 
+def test_a_parquet_file_that_pyarrow_cannot_read_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise pa.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    path = str(written(tmp_path / "p.parquet", parquet(prompt=["a"])))
+    monkeypatch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(SourceError, match=r"p\.parquet: Integers with more than 64 bits"):
+        sources.find([path])
+    with pytest.raises(SourceError, match=r"p\.parquet: it is damaged, or cannot be read: Integers with"):
+        list(sources.read(sources.Piece(Source(path), 0, 1, 1)))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
