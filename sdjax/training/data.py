@@ -222,9 +222,10 @@ def open_source(data: Data, *, captions: bool = False) -> Source | EncodedSet:
         raise DataError(f'data.generator {data.generator!r} cannot be imported; write "module:Class"') from None
     try:
         made = kind(size=data.size, **data.options)
+        count = len(made)
     except TypeError as error:
         raise DataError(f"data.options do not fit {data.generator}: {error}") from None
-    if not len(made):
+    if not count:
         raise DataError(f"data.generator {data.generator} has no examples")
     return made
 

@@ -230,9 +230,16 @@ def test_a_tars_image_that_cannot_be_read_is_named_by_its_place(tmp_path):
         open_source(Data(shards=f"{tmp_path}/a.tar", size=8)).image(0)
 
 
+class Endless:
+    def __init__(self, size):
+        pass
+
+
 def test_a_generator_without_examples_is_refused():
     with pytest.raises(DataError, match=r"data\.generator sdjax\.training\.data:Scenes has no examples"):
         open_source(Data(generator="sdjax.training.data:Scenes", options={"count": 0}))
+    with pytest.raises(DataError, match=r"data\.options do not fit .*:Endless: .* has no len"):
+        open_source(Data(generator="tests.training.test_data:Endless"))
 
 
 def test_a_caption_that_is_not_there_is_named_before_any_is_read_where_captions_are(tmp_path):
