@@ -41,7 +41,10 @@ ROOMS = [
     "sdjax.programs",
     "sdjax.sampling",
     "sdjax.text",
-    *(f"sdjax.training.{name}" for name in ("checker", "data", "objective", "scenes", "step")),
+    *(
+        f"sdjax.training.{name}"
+        for name in ("checker", "data", "encoded", "loader", "lora", "objective", "scenes", "step")
+    ),
 ]
 jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")
 

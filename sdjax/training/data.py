@@ -1,21 +1,15 @@
-"""Sources of training examples, and batches of them in an order that is a function of the step.
-
-A source is a sequence: `len`, `image(index)` and `caption(index, rng)`. Because any example can be asked for by its
-number, the batch of any step can be made without having made those before it, which is what exact resumption needs.
-"""
+"""Sources of training examples: sequences with `len`, `image(index)` and `caption(index, rng)`."""
 
 import importlib
 import json
 import posixpath
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from glob import has_magic
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import fsspec
 import numpy as np
-from jaxtyping import Bool, Float16, Int, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from sdjax import inputs
@@ -280,102 +274,3 @@ def frame(picture: Image.Image, size: int) -> Frame:
     """That of the square: as diffusers' trainers have it, which scale the shorter side to `size` and cut then."""
     top, left = (round((int(side * size / min(picture.size)) - size) / 2) for side in (picture.height, picture.width))
     return Frame(picture.height, picture.width, top, left)
-
-
-@lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> Int[np.ndarray, " length"]:
-    return np.random.default_rng([seed, epoch]).permutation(length)
-
-
-def indices(step: int, batch_size: int, length: int, seed: int) -> Int[np.ndarray, " batch"]:
-    """Return which examples step `step` sees: each epoch is one permutation, and batches run on across epochs."""
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    return np.array([_permutation(length, seed, int(place) // length)[place % length] for place in places])
-
-
-class Batch(NamedTuple):
-    """The examples of one step, of which captions were dropped: empty ones stand in their place.
-
-    empty: which captions are.
-    frames: of the pixels.
-    moments, context, pooled: of a data set that is encoded already; of Stable Diffusion XL's there are pooled vectors.
-    """
-
-    indices: Int[np.ndarray, " batch"]
-    empty: Bool[np.ndarray, " batch"] | None = None
-    pixels: UInt8[np.ndarray, "batch size size 3"] | None = None
-    frames: Int[np.ndarray, "batch 4"] | None = None
-    captions: list[str] | None = None
-    moments: Float16[np.ndarray, "batch h w moments"] | None = None
-    context: Float16[np.ndarray, "batch length hidden"] | None = None
-    pooled: Float16[np.ndarray, "batch pooled"] | None = None
-
-
-class Loader:
-    """Batches by step, made ahead of time by threads.
-
-    Args:
-        source: the data set.
-        batch_size: examples a step.
-        seed: of the order, the captions' phrasing and their dropout.
-        images, captions: whether to read them.
-        caption_dropout: the part of captions that become empty, 0 to 1.
-        workers: threads that read.
-    """
-
-    def __init__(
-        self,
-        source: Source | EncodedSet,
-        batch_size: int,
-        seed: int,
-        *,
-        images: bool,
-        captions: bool,
-        caption_dropout: float,
-        workers: int,
-    ) -> None:
-        self._source, self._batch_size, self._seed = source, batch_size, seed
-        self._images, self._captions, self._dropout = images, captions, caption_dropout
-        self._workers = workers
-
-    def batch(self, step: int) -> Batch:
-        """Make the batch of a step."""
-        source = self._source
-        chosen = indices(step, self._batch_size, len(source), self._seed)
-        rngs = [np.random.default_rng([self._seed, step, place]) for place in range(len(chosen))]
-        dropped = [rng.random() < self._dropout for rng in rngs]
-        if isinstance(source, EncodedSet):
-            texts = [source.unconditional if drop else source.text(i) for i, drop in zip(chosen, dropped, strict=True)]
-            pooled = [text.pooled for text in texts if text.pooled is not None]
-            return Batch(
-                chosen,
-                empty=np.array([drop or source.is_empty(i) for i, drop in zip(chosen, dropped, strict=True)]),
-                frames=np.stack([source.frame(i) for i in chosen]) if source.is_xl else None,
-                moments=np.stack([source.moments(i) for i in chosen]),
-                context=np.stack([text.states for text in texts]),
-                pooled=np.stack(pooled) if pooled else None,
-            )
-        captions = empty = None
-        if self._captions:
-            spoken = [source.caption(int(index), rng) for index, rng in zip(chosen, rngs, strict=True)]
-            captions = ["" if drop else caption for caption, drop in zip(spoken, dropped, strict=True)]
-            empty = np.array([not caption for caption in captions])
-        pixels = frames = None
-        if self._images:
-            made, found = zip(*(framed(source, int(index)) for index in chosen), strict=True)
-            pixels, frames = np.stack(made), np.array(found)
-        return Batch(chosen, empty, pixels, frames, captions)
-
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yield the batches of the steps from `start` to before `stop`, a few made ahead."""
-        with ThreadPoolExecutor(self._workers) as pool:
-            ahead = [pool.submit(self.batch, step) for step in range(start, min(stop, start + 2 * self._workers))]
-            try:
-                for step in range(start, stop):
-                    batch = ahead.pop(0).result()
-                    if step + 2 * self._workers < stop:
-                        ahead.append(pool.submit(self.batch, step + 2 * self._workers))
-                    yield batch
-            finally:
-                for future in ahead:
-                    future.cancel()

@@ -17,8 +17,9 @@ from sdjax.sampling.schedule import Schedule
 from sdjax.training import identity, latents, lora, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
-from sdjax.training.data import Loader, Source, open_source
+from sdjax.training.data import Source, open_source
 from sdjax.training.encoded import EncodedSet
+from sdjax.training.loader import Loader
 from sdjax.training.networks import Networks, Params, prepare
 from sdjax.training.progress import Progress
 from sdjax.training.sheet import Sheet

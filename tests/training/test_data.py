@@ -17,7 +17,8 @@ from PIL import Image
 from pipelines import image_sets
 from sdjax.training import scenes
 from sdjax.training.config import Data
-from sdjax.training.data import DataError, Folder, Loader, Scenes, indices, open_source
+from sdjax.training.data import DataError, Folder, Scenes, open_source
+from sdjax.training.loader import Loader, indices
 
 RNG = np.random.default_rng(0)
 PICTURES = {f"{number:03d}": scenes.draw(scenes.scene(number), 24) for number in range(5)}

@@ -11,7 +11,8 @@ from PIL import Image
 
 from sdjax import train
 from sdjax.training import config, loop, progress
-from sdjax.training.data import DataError, indices
+from sdjax.training.data import DataError
+from sdjax.training.loader import indices
 from sdjax.training.loop import Run
 from tests.training import runs
 from tests.training.runs import ONE, write
