@@ -92,10 +92,10 @@ def find(patterns: list[str]) -> list[str]:
         fs, root = fsspec.core.url_to_fs(path)
         if fs.isdir(root):
             found |= dict.fromkeys(_in_folder(path))
+        elif not fs.exists(root):
+            raise SourceError(f"{path}: no such file or folder")
         elif not path.endswith((".tar", ".parquet", _METADATA)):
             raise SourceError(f"{path}: no image set; allowed are folders, .tar and .parquet")
-        elif not fs.exists(root):
-            raise SourceError(f"{path}: no such file")
         else:
             found[path] = None
     with ThreadPoolExecutor(READERS) as pool:

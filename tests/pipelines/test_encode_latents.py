@@ -267,6 +267,7 @@ def test_sets_that_no_job_can_run_on_are_refused(tmp_path, tiny, capsys):
         (tmp_path / "empty", "it holds no image"),
         (tmp_path / "p.parquet", "needs a column image and one of text"),
         (tmp_path / "absent.tar", "no such file"),
+        (tmp_path / "absent", "no such file or folder"),
         (tmp_path / "*.tar", "no file matches"),
         (tmp_path / "x.png", "no image set"),
     ]:
