@@ -53,6 +53,8 @@ class Scenes:
     """
 
     def __init__(self, size: int, count: int, seed: int = 0, closeup: int | None = None) -> None:
+        if closeup is not None and closeup < size:
+            raise DataError(f"closeup is {closeup}; it must be at least data.size, {size}, which is cut out of it")
         self._size, self._count, self._seed, self._closeup = size, count, seed, closeup
 
     def __len__(self) -> int:

@@ -231,6 +231,12 @@ def test_a_tars_image_that_cannot_be_read_is_named_by_its_place(tmp_path):
         open_source(Data(shards=f"{tmp_path}/a.tar", size=8)).image(0)
 
 
+def test_a_window_is_no_larger_than_its_picture():
+    assert Scenes(16, 3, closeup=16).image(0).shape == (16, 16, 3)
+    with pytest.raises(DataError, match=r"closeup is 15; it must be at least data\.size, 16"):
+        Scenes(16, 3, closeup=15)
+
+
 class Endless:
     def __init__(self, size):
         pass
