@@ -26,7 +26,7 @@ _COLUMNS += ["height", "flags", "file", "shard", "offset", "bytes"]
 def write(store: Store, limit: int) -> None:
     """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept.
 
-    An image that is gone or damaged is left out: finding it is for `pipelines.verify`.
+    An image that is gone or damaged, or whose manifest is damaged, is left out: finding it is for `pipelines.verify`.
     """
     old = _cards_of(store)
     rows: list[dict[str, Any]] = []
@@ -36,7 +36,7 @@ def write(store: Store, limit: int) -> None:
             continue
         total += manifest.metadata.num_rows
         if len(rows) < limit:
-            rows += manifest.read(columns=_COLUMNS).slice(0, limit - len(rows)).to_pylist()
+            rows += _rows(manifest, limit - len(rows))
     cards = [card for card in spread(partial(_card, store, old), rows) if card]
     page = files("pipelines").joinpath("index.html").read_text(encoding="utf-8")
     # No "<" at all: what may end or open a script element is more than "</script>".
@@ -49,20 +49,27 @@ def _manifest(store: Store, name: str) -> pq.ParquetFile:
     return pq.ParquetFile(pa.BufferReader(store.read(name)))
 
 
+def _rows(manifest: pq.ParquetFile, limit: int) -> list[dict[str, Any]]:
+    try:
+        return manifest.read(columns=_COLUMNS).slice(0, limit).to_pylist()
+    except Exception:  # damage makes pyarrow raise all sorts
+        return []
+
+
 def _card(store: Store, old: dict[str, dict[str, Any]], row: dict[str, Any]) -> dict[str, Any] | None:
     place = row["file"] if row["shard"] is None else f"{row['shard']}: {row['file']}"
     kept = old.get(row["id"])
     if kept and kept["file"] == place:  # made again, an image may lie elsewhere
         return kept
     path = row["shard"] or row["file"]
-    if not layout.is_ours(path):  # nor does a damaged manifest lead out of the output
-        return None
     try:
+        if not layout.is_ours(path):  # nor does a damaged manifest lead out of the output
+            return None
         thumb = thumbnail(store.read(path, row["offset"], row["offset"] + row["bytes"]))
-    except Exception:  # decoders raise all sorts over broken files, and the images are made
+        facts = f"seed {row['seed']}, {row['sampler']}, {row['num_inference_steps']} steps, "
+        facts += f"guidance {row['guidance_scale']:g}, {row['width']}x{row['height']}"
+    except Exception:  # decoders raise all sorts over broken files, and so do nulls; the images are made
         return None
-    facts = f"seed {row['seed']}, {row['sampler']}, {row['num_inference_steps']} steps, "
-    facts += f"guidance {row['guidance_scale']:g}, {row['width']}x{row['height']}"
     if row["negative_prompt"]:
         facts += f", not: {row['negative_prompt']}"
     if row["flags"]:

@@ -248,7 +248,10 @@ def test_cards_that_are_broken_are_made_anew(made, tmp_path):
     assert cards((output / "index.html").read_text(encoding="utf-8")) == whole
 
 
-@pytest.mark.parametrize("damage", ["no shard", "no image", "shards/../../beside.png", "../beside.png"])
+DAMAGES = ["no shard", "no image", "no prompts", "null", "shards/../../beside.png", "../beside.png"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_an_image_that_cannot_be_shown_costs_its_own_card(made, tmp_path, damage):
     output = shutil.copytree(made[0], tmp_path / "out")
     (output / "index.html").unlink()
@@ -262,6 +265,16 @@ def test_an_image_that_cannot_be_shown_costs_its_own_card(made, tmp_path, damage
         data = bytearray((output / rows[0]["shard"]).read_bytes())
         data[rows[0]["offset"] : rows[0]["offset"] + rows[0]["bytes"]] = bytes(rows[0]["bytes"])
         (output / rows[0]["shard"]).write_bytes(data)
+    elif damage == "no prompts":
+        column = MANIFEST.get_field_index("prompt")
+        start = pq.read_metadata(manifest).row_group(0).column(column).dictionary_page_offset
+        data = bytearray(manifest.read_bytes())
+        data[start : start + 16] = bytes(16)
+        manifest.write_bytes(data)
+        lost = len(rows)
+    elif damage == "null":
+        rows[0] |= dict.fromkeys(("shard", "file", "guidance_scale"))
+        pq.write_table(pa.Table.from_pylist(rows, MANIFEST), manifest)
     else:
         shutil.copy(output / rows[0]["shard"], tmp_path / "beside.png")
         rows[0]["shard"] = damage
