@@ -5,6 +5,7 @@ and `arguments` say the same job to the Flex Template service and to a Beam comm
 """
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -207,6 +208,12 @@ def faults(job: Job) -> Iterator[str]:
         yield "worker_zone is missing: accelerators live in zones, and Dataflow does not choose one"
     elif not zone.startswith(f"{deployment.region}-"):
         yield f"worker_zone {zone} is not in region {deployment.region}, where subnetwork and buckets are"
+
+    price, speed = (job.preset.estimate.get(name, 1) for name in ("price_per_chip_hour", "images_per_second"))
+    if not 0 <= price < math.inf:
+        yield f"price_per_chip_hour {price} is none; give dollars, 0 or more"
+    if not 0 < speed < math.inf:
+        yield f"images_per_second {speed} is none; give a number above 0"
 
     if options.get("disk_size_gb", 0) < _MIN_DISK_GB:
         yield f"disk_size_gb must be at least {_MIN_DISK_GB}: image and weights do not fit Dataflow's default"

@@ -164,7 +164,8 @@ def _with_header(source: Source, stream: IO[bytes], delimiter: str) -> Source:
 
 def _check_names(file: str, columns: Sequence[str]) -> None:
     if len(set(columns)) < len(columns):
-        raise SourceError(f"{file}: two columns have the same name")
+        which = "no name; commas at the end of a line make such" if columns.count("") > 1 else "the same name"
+        raise SourceError(f"{file}: two columns have {which}")
 
 
 def _estimate(stream: IO[bytes], start: int) -> int:

@@ -216,6 +216,7 @@ def test_a_parquet_file_that_pyarrow_cannot_read_is_named(tmp_path, monkeypatch)
         ("p.csv", "\n\n", "holds no prompts"),
         ("p.csv", "caption,seed\na,1\n", "no column 'prompt' among 'caption', 'seed'; --prompt-column"),
         ("p.csv", "prompt,prompt\na,b\n", "two columns have the same name"),
+        ("p.csv", "prompt,,\na,,\n", "two columns have no name; commas at the end of a line make such"),
         ("p.csv", "prompt,größe\na,1\n".encode("latin-1"), "its header is not valid UTF-8"),
         ("p.jsonl", '{"text": "a"}\n', "no column 'prompt' among 'text'"),
         ("p.parquet", b"PAR1", "p.parquet: "),
