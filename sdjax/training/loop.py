@@ -218,6 +218,7 @@ class Run:
             batch_size=config.batch_size,
             text_encoders=self.networks.text_encoders,
             is_xl=self.networks.xl is not None,
+            inpaints=self.networks.inpaints,
         )
 
     def _fetch(self, state: State) -> None:

@@ -44,6 +44,7 @@ _KINDS = {
 }
 _CAPTIONS = 4000  # that a new tokenizer is trained on
 _FIRST_LOGVAR = -6.0
+_LAYOUT = "0.42.1"  # of diffusers, which reads no inpainting model that does not say one
 _TOKEN_GAIN = 25.0  # to a standard deviation of 0.5
 _CLASSES = {  # what model_index.json calls each component
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -86,6 +87,12 @@ class Networks:
         """What reads captions, in the order of their states."""
         return tuple(name for name in TOKENIZERS if name in self.modules)
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the UNet is told a mask and a picture."""
+        unet, vae = UNetConfig.from_dict(self.configs["unet"]), VAEConfig.from_dict(self.configs["vae"])
+        return unet.in_channels > vae.latent_channels
+
     def tokenizers(self) -> list[Tokenizer]:
         """Each text encoder's tokenizer, for captions as for prompts."""
         configs = {name: CLIPTextConfig.from_dict(self.configs[name]) for name in self.text_encoders}
@@ -109,12 +116,13 @@ class Networks:
         if "unet" in classes:
             classes["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
             classes |= {TOKENIZERS[name]: list(_CLASSES[TOKENIZERS[name]]) for name in self.text_encoders}
-        index = {"_class_name": "StableDiffusionPipeline", **classes, "feature_extractor": [None, None]}
+        kind = f"{'' if self.xl is None else 'XL'}{'Inpaint' if 'unet' in classes and self.inpaints else ''}"
+        index = {"_class_name": f"StableDiffusion{kind}Pipeline", "_diffusers_version": _LAYOUT}
+        index |= {**classes, "feature_extractor": [None, None]}
         if self.xl is None:
             index |= {"safety_checker": [None, None], "requires_safety_checker": False}
         else:
-            index |= {"_class_name": "StableDiffusionXLPipeline", "image_encoder": [None, None]}
-            index |= {"force_zeros_for_empty_prompt": self.xl.zeroes_empty}
+            index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": self.xl.zeroes_empty}
         checkpoint.save(folder, index=index, configs=self.configs, weights=weights, texts=self.texts)
 
 
@@ -186,6 +194,9 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
         raise TrainConfigError(f"data.size is {config.data.size}; the vae needs a multiple of {side}")
     if config.task == "unet":
         _check(networks)
+        if networks.inpaints and (config.data.cache_latents or isinstance(source, EncodedSet)):
+            name = "cache_latents" if config.data.cache_latents else "latents"
+            raise TrainConfigError(f"data.{name} does not go with a UNet that paints inside masks, drawn at each step")
     return networks
 
 
@@ -274,9 +285,11 @@ def _fitted(settings: dict[str, Any], texts: Mapping[str, str]) -> dict[str, Any
 def _check(networks: Networks) -> None:
     unet = UNetConfig.from_dict(networks.configs["unet"])
     vae = VAEConfig.from_dict(networks.configs["vae"])
-    if unet.in_channels != vae.latent_channels or unet.out_channels != vae.latent_channels:
+    latent = vae.latent_channels
+    if unet.in_channels not in (latent, 2 * latent + 1) or unet.out_channels != latent:
         raise TrainConfigError(
-            f"model.unet must have in_channels and out_channels {vae.latent_channels}, as the vae's latents"
+            f"model.unet must have in_channels and out_channels {latent}, as the vae's latents; "
+            f"or in_channels {2 * latent + 1}, to paint inside masks"
         )
     if networks.xl is not None:  # which was found to fit when it was read
         return

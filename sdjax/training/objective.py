@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sdjax.models import clip, tiling
 from sdjax.sampling.schedule import Schedule
+from sdjax.training import masks
 from sdjax.training.config import Diffusion, Reconstruction
 from sdjax.training.lora import joined
 from sdjax.training.networks import Params, bind
@@ -73,12 +74,13 @@ def denoising(
     batch_size: int,
     text_encoders: Sequence[str] = ("text_encoder",),
     is_xl: bool = False,
+    inpaints: bool = False,
 ) -> Objective:
     """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, encoders, length] or
     `context`, the text encoders' states [batch, length, hidden].
 
     Stable Diffusion XL's is also told `time_ids` [batch, 6], `pooled` [batch, pooled] beside a `context`, and zeros of
-    captions where `is_zero` [batch].
+    captions where `is_zero` [batch]. A UNet that `inpaints` is told a mask and the picture without what it covers.
 
     The mean squared error of the schedule's epsilon, v (Salimans & Ho 2022) or sample, with min-SNR weights (Hang et
     al. 2023) where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random
@@ -91,14 +93,24 @@ def denoising(
 
     def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
         networks = {name: bind(modules[name], params) for name, params in joined(frozen, trained).items()}
-        key_latent, key_time, key_noise, key_offset = jax.random.split(key, 4)
+        key_latent, key_time, key_noise, key_offset, key_mask, key_known = jax.random.split(key, 6)
         place = batch["place"]
+
+        def drawn(moments: Sequence[Array], key: Any) -> Float[Array, "batch h w c"]:
+            mean, logvar = (part.astype(jnp.float32) for part in moments)
+            return (mean + jnp.exp(0.5 * logvar) * _normal(key, place, mean.shape[1:])) * scaling_factor
+
+        told = []
         if "moments" in batch:
-            mean, logvar = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+            x = drawn(jnp.split(batch["moments"], 2, axis=-1), key_latent)
         else:
-            encoded = tiling.encode(networks["vae"], to_unit(batch["pixels"]))
-            mean, logvar = (part.astype(jnp.float32) for part in encoded)
-        x = (mean + jnp.exp(0.5 * logvar) * _normal(key_latent, place, mean.shape[1:])) * scaling_factor
+            pixels = to_unit(batch["pixels"])
+            x = drawn(tiling.encode(networks["vae"], pixels), key_latent)
+            if inpaints:
+                mask = masks.draw(key_mask, place, *pixels.shape[1:3])
+                known = drawn(tiling.encode(networks["vae"], jnp.where(mask, 0, pixels)), key_known)
+                scale = pixels.shape[1] // x.shape[1]
+                told = [mask[:, ::scale, ::scale], known]
 
         part = (jax.random.uniform(key_time) + place / batch_size) % 1
         t = jnp.minimum((part * len(alphas)).astype(jnp.int32), len(alphas) - 1)
@@ -117,7 +129,8 @@ def denoising(
             zero = batch["is_zero"][:, None]
             context = jnp.where(zero[..., None], 0, context)
             added = {"text_embeds": jnp.where(zero, 0, pooled), "time_ids": batch["time_ids"]}
-        output = networks["unet"](alpha * x + sigma * noise, t.astype(jnp.float32), context, added)
+        seen = jnp.concatenate([alpha * x + sigma * noise, *told], axis=-1)
+        output = networks["unet"](seen, t.astype(jnp.float32), context, added)
         error = _mean((output.astype(jnp.float32) - target) ** 2)
         weight = jnp.ones_like(error)
         if options.min_snr_gamma is not None:

@@ -157,7 +157,13 @@ def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_p
     loaded = config.load(write(tmp_path, cache="false"))
     loaded = dataclasses.replace(loaded, diffusion=dataclasses.replace(loaded.diffusion, caption_dropout=0.375))
     made = SimpleNamespace(
-        configs={"vae": {"scaling_factor": 0.625}}, modules={}, scheduler={}, tokenizers=list, text_encoders=(), xl=None
+        modules={},
+        scheduler={},
+        tokenizers=list,
+        text_encoders=(),
+        xl=None,
+        inpaints=False,
+        configs={"vae": {"scaling_factor": 0.625}},
     )
     run = SimpleNamespace(config=loaded, devices=ONE, networks=made, source=None)
     told = {}

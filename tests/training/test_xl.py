@@ -200,10 +200,10 @@ def test_what_is_not_the_base_is_refused(tmp_path, xl, pictures):
     checkpoints.saved(refiner, checkpoints.pipeline_xl, kind=REFINER, requires_aesthetics_score=True)
     with pytest.raises(CheckpointError, match="refiner is Stable Diffusion XL's refiner; its base can be"):
         Run(settings(tmp_path, refiner, pictures), ONE)
-    inpainting = tmp_path / "inpainting"
-    checkpoints.saved(inpainting, checkpoints.pipeline_xl, unet={"in_channels": 9})
+    editing = tmp_path / "editing"
+    checkpoints.saved(editing, checkpoints.pipeline_xl, unet={"in_channels": 8})
     with pytest.raises(TrainConfigError, match="in_channels and out_channels 4"):
-        Run(settings(tmp_path, inpainting, pictures), ONE)
+        Run(settings(tmp_path, editing, pictures), ONE)
     tokenizer = config.Model(tokenizer={"merges": 10, "max_length": 20})
     with pytest.raises(TrainConfigError, match=r"model.tokenizer does not go with the UNet of .*, Stable Diffusion XL"):
         Run(settings(tmp_path, xl, pictures, model=tokenizer), ONE)
