@@ -159,7 +159,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Float64[np.ndarray, " T"]:
     start, end, trained = config["beta_start"], config["beta_end"], config.get("trained_betas")
     if trained is not None:
         try:
-            betas = np.asarray(trained, np.float32)
+            with np.errstate(over="ignore"):  # of betas that are refused below
+                betas = np.asarray(trained, np.float32)
         except (TypeError, ValueError, OverflowError):
             raise SamplingError("trained_betas is no list of numbers; leave it out, or give one a timestep") from None
         if betas.shape != (steps,):

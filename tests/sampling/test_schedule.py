@@ -92,6 +92,7 @@ def test_timesteps_and_ratios_invert_each_other():
         ({"beta_end": "0.012"}, "beta_end='0.012'"),
         ({"beta_end": 0.9999}, "betas leave no image"),
         ({"trained_betas": "linear"}, "trained_betas is no list"),
+        ({"trained_betas": [1e39] * 1000}, "betas must lie"),
         ({"steps_offset": 0.5}, "steps_offset=0.5"),
         ({"_class_name": ["DDIMScheduler"]}, "_class_name="),
         ({"thresholding": True}, "thresholding=True"),
@@ -103,6 +104,7 @@ def test_timesteps_and_ratios_invert_each_other():
         ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_an_unsupported_config_is_refused_by_key_and_value(changes, names):
     with pytest.raises(SamplingError, match=names) as caught:
         Schedule.from_config(config(**changes))
