@@ -5,7 +5,6 @@
                                 unconditional  float16 [length, hidden]: the empty caption's
                                 of Stable Diffusion XL also
                                 pooled      float16 [examples, pooled]: the captions' vectors
-                                frame       int32 [examples, 4]: the pictures' `sdjax.training.data.Frame`
                                 unconditional_pooled  float16 [pooled]: the empty caption's
     manifest/<unit>.parquet     a row an example, `index` its place in the shard's tensors
 
@@ -41,6 +40,7 @@ MANIFEST = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("image_sha256", pa.string()),
         pa.field("size", pa.int64()),  # pixels of a side, as encoded
+        pa.field("frame", pa.list_(pa.int32())),  # `sdjax.training.data.Frame`: the picture before it was cut
         pa.field("shard", pa.string()),  # its path in the output
         pa.field("index", pa.int64()),  # in the shard's tensors
         pa.field("bytes", pa.int64()),
@@ -64,10 +64,11 @@ class LatentError(ValueError):
 
 
 class Arrays(NamedTuple):
-    """What is stored of an example, and of the empty caption, by the tensors' names."""
+    """What is stored of an example, and of the empty caption, by the tensors' names; and the picture's frame."""
 
     own: dict[str, np.ndarray]
     shared: dict[str, np.ndarray]
+    frame: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -159,9 +160,9 @@ class LatentPipe:
             text, pooled = self._encoder.unconditional
             own, shared = {"moments": found.moments, "text": found.text}, {"unconditional": text}
             if found.pooled is not None:
-                own |= {"pooled": found.pooled, "frame": np.array(cut, np.int32)}
+                own |= {"pooled": found.pooled}
                 shared |= {"unconditional_pooled": pooled}
-            yield Result(picture, Arrays(own, shared), () if found.finite else ("nan",))
+            yield Result(picture, Arrays(own, shared, cut), () if found.finite else ("nan",))
 
     def _example(self, picture: Picture, data: bytes) -> Any:
         from sdjax.encode import Example
@@ -206,6 +207,7 @@ class Latents:
                 "caption": row.request.caption,
                 "image_sha256": row.request.sha256,
                 "size": self.size,
+                "frame": item.data.frame,
                 "dtype": self.dtype,
                 "shard": shard,
                 "index": index,

@@ -22,6 +22,8 @@ from pipelines import tables
 from pipelines.records import MAX_RECORD, RowError, records
 from pipelines.templates import Template, TemplateError
 from sdjax.retrying import retry
+from sdjax.training.encoded import DataError
+from sdjax.training.samples import json_object
 from sdjax.values import coerce, one_line
 
 PIECE_ROWS = 16_384
@@ -262,23 +264,15 @@ def _row(source: Source, record: list[str]) -> dict[str, Any] | RowError:
         return RowError("a blank line")
     if source.suffix == ".jsonl":
         try:
-            row = json.loads(record[0].removeprefix("\ufeff"), object_pairs_hook=_object)
-        except RowError as error:
-            return error
+            row = json.loads(record[0].removeprefix("\ufeff"), object_pairs_hook=json_object)
+        except DataError as error:
+            return RowError(str(error))
         except (ValueError, RecursionError) as error:
             return RowError(f"not JSON: {error}")
         return row if isinstance(row, dict) else RowError("not a JSON object")
     if len(record) > len(source.header):
         return RowError(f"{len(record)} cells where the header names {len(source.header)} columns")
     return dict(zip(source.header, record, strict=False))
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two values of one name none is lost unsaid."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise RowError("two keys of an object have the same name")
-    return found
 
 
 def _is_text(text: str) -> bool:

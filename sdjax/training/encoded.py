@@ -10,15 +10,15 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float16, Int32
+from jaxtyping import Float16
 
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header
 
-_COLUMNS = ["shard", "index", "caption", "flags", "model_fingerprint", "size", "dtype"]
+_COLUMNS = ["shard", "index", "caption", "frame", "flags", "model_fingerprint", "size", "dtype"]
 _ONE = {"model_fingerprint": "models", "size": "sizes", "dtype": "dtypes"}  # columns that have one value in a data set
 _MANIFEST = re.compile(r"[0-9a-f]{32}\.parquet")  # other files are somebody's own
-TENSORS = ("moments", "text", "pooled", "frame")
-"""What a shard has of each example; the last two of Stable Diffusion XL's alone."""
+TENSORS = ("moments", "text", "pooled")
+"""What a shard has of each example; the last of Stable Diffusion XL's alone."""
 SHARED = ("unconditional", "unconditional_pooled")
 """What a shard has of the empty caption."""
 
@@ -41,6 +41,7 @@ class _Place(NamedTuple):
     shard: str
     index: int  # in the shard's tensors
     is_empty: bool  # its caption
+    frame: tuple[int, ...]
 
 
 class Text(NamedTuple):
@@ -78,8 +79,8 @@ class EncodedSet:
                     for column, found in kinds.items():
                         found.add(row[column])
                     if not row["flags"]:
-                        shard, is_empty = f"{root.rstrip('/')}/{row['shard']}", not row["caption"]
-                        self._examples.append(_Place(shard, row["index"], is_empty))
+                        shard, frame = f"{root.rstrip('/')}/{row['shard']}", tuple(row["frame"])
+                        self._examples.append(_Place(shard, row["index"], not row["caption"], frame))
             except Exception:  # damage makes pyarrow raise all sorts
                 raise DataError(f"{path} is no whole manifest of encoded images") from None
         if not self._examples:
@@ -107,9 +108,9 @@ class EncodedSet:
         """Whether the caption is."""
         return self._examples[index].is_empty
 
-    def frame(self, index: int) -> Int32[np.ndarray, "4"]:
-        """The picture's `sdjax.training.data.Frame`, if `is_xl`."""
-        return self._tensor(self._examples[index], "frame")
+    def frame(self, index: int) -> tuple[int, ...]:
+        """The picture's `sdjax.training.data.Frame`."""
+        return self._examples[index].frame
 
     def files(self) -> Iterator[tuple[str | int | None, ...]]:
         """What encoded them, and each example's place."""

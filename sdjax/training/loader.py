@@ -84,7 +84,7 @@ class Loader:
             return Batch(
                 chosen,
                 empty=np.array([drop or source.is_empty(i) for i, drop in zip(numbers, dropped, strict=True)]),
-                frames=np.stack([source.frame(i) for i in numbers]) if source.is_xl else None,
+                frames=np.array([source.frame(i) for i in numbers]),
                 moments=np.stack([source.moments(i) for i in numbers]),
                 context=np.stack([text.states for text in texts]),
                 pooled=np.stack(pooled) if pooled else None,
