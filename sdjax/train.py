@@ -1,8 +1,8 @@
-"""Train the VAE or the UNet: python -m sdjax.train --config configs/X.toml
+"""Train the VAE, the UNet or a ControlNet: python -m sdjax.train --config configs/X.toml
 
 A run writes into its output folder: checkpoints/ (from which the same command goes on), run.json (what it is made from:
 another is refused), metrics.csv, tensorboard/, sheets/ (pictures of how far it is) and, at its end, model/ (the
-averaged weights in the diffusers layout) or lora/.
+averaged weights in the diffusers layout), lora/ or controlnet/.
 Ctrl-C writes a checkpoint and stops.
 """
 
@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         from sdjax.training.loop import Run, check_replaceable
 
         output = folder_here(config.output)
-        usual = output / ("lora" if config.lora.rank else "model")
-        model = usual if arguments.export is None else folder_here(arguments.export)
+        model = output / config.result if arguments.export is None else folder_here(arguments.export)
         check_replaceable(model, config)  # before the steps that lead to it
         run = Run(config)
         if arguments.export is not None:

@@ -66,7 +66,8 @@ MAY_IMPORT = {
     },
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec"},
     "sdjax/training": {
-        *("sdjax.config", "sdjax.family", "sdjax.files", "sdjax.generate", "sdjax.images", "sdjax.inputs"),
+        *("sdjax.config", "sdjax.controls", "sdjax.family", "sdjax.files", "sdjax.generate", "sdjax.images"),
+        "sdjax.inputs",
         *("sdjax.models", "sdjax.parallel", "sdjax.parts", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
         *("sdjax.text", "sdjax.training", "sdjax.values", "sdjax.weights"),
     },

@@ -49,9 +49,10 @@ class ControlNet(DownPath):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs | None,
+        remat: bool = False,
     ):
-        kw = {"param_dtype": param_dtype, "rngs": rngs, "dtype": dtype}
-        super().__init__(config, **kw)
+        kw: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs, "dtype": dtype}
+        super().__init__(config, remat=remat, **kw)
         self.controlnet_cond_embedding = ConditioningEmbedding(config, **kw)
         self.controlnet_down_blocks = nnx.List([Conv(size, size, 1, **kw) for size in skip_channels(config)])
         self.controlnet_mid_block = Conv(config.block_out_channels[-1], config.block_out_channels[-1], 1, **kw)

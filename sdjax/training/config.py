@@ -57,6 +57,7 @@ class Diffusion:
     offset_noise: float = 0.0
     caption_dropout: float = 0.1
     train_text_encoder: bool = False
+    in_channels: int | None = None  # of the UNet, where init's takes fewer: what is new begins at zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,13 @@ class Lora:
     """What is trained in place of the networks themselves, where the rank is not 0."""
 
     rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNet:
+    """Where a ControlNet begins: at another, or as a copy of the UNet's way down."""
+
+    init: str | None = None  # a folder, hub id, fsspec URL or single file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +98,7 @@ class Model:
 class Train:
     """A training run."""
 
-    task: Literal["vae", "unet"]
+    task: Literal["vae", "unet", "controlnet"]
     output: str
     steps: int
     batch_size: int  # of all devices and accumulated parts together
@@ -103,12 +111,24 @@ class Train:
     optimizer: Optimizer = Optimizer()
     diffusion: Diffusion = Diffusion()
     lora: Lora = Lora()
+    controlnet: ControlNet = ControlNet()
     reconstruction: Reconstruction = Reconstruction()
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     sheet_every: int = 1000
     sheet_prompts: tuple[str, ...] = ()
+    sheet_images: tuple[str, ...] = ()  # of each prompt the control image, or the picture that is edited
+
+    @property
+    def denoises(self) -> bool:
+        """Whether what is trained removes noise from latents: a UNet, or a ControlNet beside it."""
+        return self.task != "vae"
+
+    @property
+    def result(self) -> str:
+        """What is left at the end, which is also its folder's name: a model, a lora or a controlnet."""
+        return "lora" if self.lora.rank else "controlnet" if self.task == "controlnet" else "model"
 
 
 _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
@@ -116,7 +136,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
         "be at least 1",
         lambda value: value >= 1,
         ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints", "sheet_every")
-        + ("data.size", "data.workers", "optimizer.accumulate"),
+        + ("data.size", "data.workers", "optimizer.accumulate", "diffusion.in_channels"),
     ),
     (
         "be at least 0",
@@ -134,12 +154,13 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     ("be at least 0 and below 1", lambda value: 0 <= value < 1, ("optimizer.beta1", "optimizer.beta2")),
     ("be at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed",)),
 ]
-_OTHERS = {  # what only the other task's runs look at
+_OTHERS = {  # what only other tasks' runs look at
     "vae": (
-        *("remat", "sheet_prompts", "data.cache_latents", "diffusion.", "lora."),
+        *("remat", "sheet_prompts", "sheet_images", "data.cache_latents", "diffusion.", "lora.", "controlnet."),
         *("model.unet", "model.text_encoder", "model.scheduler", "model.tokenizer"),
     ),
-    "unet": ("reconstruction.",),
+    "unet": ("reconstruction.", "controlnet."),
+    "controlnet": ("reconstruction.", "lora.", "model.", "diffusion.train_text_encoder", "diffusion.in_channels"),
 }
 
 
@@ -160,8 +181,9 @@ def load(path: str | Path, **overrides: Any) -> Train:
     config = build(Train, table | {key: value for key, value in overrides.items() if value is not None})
     check(config)
     # ~, as fsspec reads the data's
-    init = None if config.init is None else os.path.expanduser(config.init)
-    return dataclasses.replace(config, output=os.path.expanduser(config.output), init=init)
+    init, other = (None if path is None else os.path.expanduser(path) for path in (config.init, config.controlnet.init))
+    output = os.path.expanduser(config.output)
+    return dataclasses.replace(config, output=output, init=init, controlnet=ControlNet(init=other))
 
 
 def build(kind: Any, value: Any, name: str = "") -> Any:
@@ -218,13 +240,22 @@ def check(config: Train) -> None:
         fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
         fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder
         fresh += ["data.size"] * (data.size != Data.size)
-        fresh += ["data.cache_latents"] * data.cache_latents + ["task vae"] * (config.task == "vae")
+        fresh += ["data.cache_latents"] * data.cache_latents + [f"task {config.task}"] * (config.task != "unet")
         if fresh:
             raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")
     values, others = flat(config), _OTHERS[config.task]
     if config.lora.rank:
         for name in (name for name in values if name.startswith("model.") and values[name] is not None):
             raise TrainConfigError(f"{name} does not go with lora.rank: a LoRA belongs to the model in init")
+    if config.task == "controlnet" and config.init is None:
+        raise TrainConfigError("init is missing: the model that the ControlNet is for")
+    if config.diffusion.in_channels is not None and (config.lora.rank or config.model.unet is not None):
+        other = "lora.rank" if config.lora.rank else "model.unet"
+        raise TrainConfigError(f"diffusion.in_channels does not go with {other}: it widens the whole UNet of init")
+    shown = config.sheet_images or config.task == "controlnet"
+    if shown and len(config.sheet_images) != len(config.sheet_prompts):
+        counts = f"{len(config.sheet_images)} for {len(config.sheet_prompts)} sheet_prompts"
+        raise TrainConfigError(f"sheet_images has {counts}; give one for each")
     for what, allowed, names in _RANGES:
         for name in names:
             if values[name] is not None and not allowed(values[name]):

@@ -3,7 +3,7 @@
 import importlib
 import json
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from glob import has_magic
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -17,7 +17,16 @@ from sdjax.files import below
 from sdjax.training import scenes
 from sdjax.training.config import Data
 from sdjax.training.encoded import DataError, EncodedSet
-from sdjax.training.samples import CAPTIONS, IMAGES, json_object, members, sample_key, split_caption, text_of
+from sdjax.training.samples import (
+    CAPTIONS,
+    CONDITIONING,
+    IMAGES,
+    json_object,
+    members,
+    sample_key,
+    split_caption,
+    text_of,
+)
 from sdjax.values import RequestError
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
@@ -45,6 +54,13 @@ class Source(Protocol):
     def caption(self, index: int, rng: np.random.Generator) -> str: ...
 
 
+@runtime_checkable
+class Conditioned(Source, Protocol):
+    """One whose images are made from other pictures: what a ControlNet, or a UNet that edits, is trained on."""
+
+    def conditioning(self, index: int) -> UInt8[np.ndarray, "size size 3"]: ...
+
+
 class Scenes:
     """`count` training scenes of `sdjax.training.scenes`; a caption is phrased anew at each visit.
 
@@ -61,36 +77,53 @@ class Scenes:
         return self._count
 
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        return self._drawn(index, scenes.draw)
+
+    def conditioning(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        return self._drawn(index, scenes.outlines)
+
+    def _drawn(self, index: int, draw: Callable[..., np.ndarray]) -> UInt8[np.ndarray, "size size 3"]:
         scene = scenes.scene(index, self._seed)
         if self._closeup is None:
-            return scenes.draw(scene, self._size)
+            return draw(scene, self._size)
         thing, most = scene.things[0], self._closeup - self._size
         left, top = (min(max(round(at * self._closeup - self._size / 2), 0), most) for at in (thing.x, thing.y))
-        return scenes.draw(scene, self._closeup)[top : top + self._size, left : left + self._size]
+        return draw(scene, self._closeup)[top : top + self._size, left : left + self._size]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return scenes.caption(scenes.scene(index, self._seed), rng)
 
 
+class _File(NamedTuple):
+    """An image's path, its caption where metadata.jsonl has it, and the path of the picture that it is made from."""
+
+    path: str
+    caption: str | None = None
+    conditioning: str | None = None
+
+
 class Folder:
     """Images below a folder or fsspec URL, captioned by metadata.jsonl (`file_name`, `text`) or by .txt files.
 
-    captions: whether each image must have one, which is looked for before any is read.
+    captions, conditioned: whether each image must have a caption, or a picture that it is made from (metadata.jsonl's
+        `conditioning_image_file_name`), which are looked for before any is read.
     """
 
-    def __init__(self, url: str, size: int, *, captions: bool = False) -> None:
+    def __init__(self, url: str, size: int, *, captions: bool = False, conditioned: bool = False) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
         self._size, self._url, self._root = size, url, root
         table, there = posixpath.join(root, "metadata.jsonl"), below(self._fs, root)
         if self._fs.isfile(table):
-            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl")
-            self._files = [(posixpath.join(root, name), caption) for name, caption in rows]
-            needed = [path for path, _ in self._files]
+            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl", root, conditioned)
+            self._files = list(rows)
+            needed = [path for file in self._files for path in (file.path, file.conditioning) if path is not None]
         else:
-            self._files = [(path, None) for path in there if path.lower().endswith(IMAGES)]
-            needed = [_beside(path) for path, _ in self._files] if captions else []
+            self._files = [_File(path) for path in there if path.lower().endswith(IMAGES)]
+            needed = [_beside(file.path) for file in self._files] if captions else []
         if not self._files:
             raise DataError(f"{url} holds no image ({', '.join(IMAGES)})")
+        if conditioned and self._files[0].conditioning is None:
+            raise DataError(f"{url} needs a metadata.jsonl that says each image's {CONDITIONING[0]}_file_name")
         for path in needed:  # metadata.jsonl may lead out of the folder
             if posixpath.normpath(path) not in there and not self._fs.exists(path):
                 raise self._missing(path)
@@ -99,21 +132,27 @@ class Folder:
         return len(self._files)
 
     def framed(self, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
-        path, _ = self._files[index]
+        path = self._files[index].path
         return decode(self._read(path), self._size, path)
 
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         return self.framed(index)[0]
 
+    def conditioning(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        path = self._files[index].conditioning
+        assert path is not None  # looked for when it was opened
+        return decode(self._read(path), self._size, path)[0]
+
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        path, caption = self._files[index]
+        path, caption, _ = self._files[index]
         return text_of(self._read(_beside(path)), _beside(path)).strip() if caption is None else caption
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each file's name, caption if metadata.jsonl has it, size, and when it was last written."""
         there = below(self._fs, self._root)
-        for path, caption in self._files:
-            for name in (path, _beside(path)) if caption is None else (path,):
+        for path, caption, conditioning in self._files:
+            beside = _beside(path) if caption is None else conditioning
+            for name in (path,) if beside is None else (path, beside):
                 entry = there.get(posixpath.normpath(name), {})
                 yield posixpath.relpath(name, self._root), caption, entry.get("size"), _written(entry)
 
@@ -135,21 +174,29 @@ class _Span(NamedTuple):
     stop: int
 
 
+class _Example(NamedTuple):
+    image: _Span
+    caption: _Span
+    conditioning: _Span | None = None
+
+
 class Shards:
     """WebDataset tar files at a path or fsspec URL (`*`, `?`, `[]`): `key.png|jpg|webp` beside `key.txt`.
 
     The tars are walked once, header by header, and examples are then read by their place in the tar.
+
+    conditioned: whether each image must have a picture that it is made from beside it, `key.conditioning_image.png`.
     """
 
-    def __init__(self, pattern: str, size: int) -> None:
+    def __init__(self, pattern: str, size: int, *, conditioned: bool = False) -> None:
         self._fs, path = fsspec.core.url_to_fs(pattern)
-        self._size = size
+        self._size, self._conditioned = size, conditioned
         shards = sorted(str(shard) for shard in self._fs.glob(path)) if has_magic(path) else [path]
         self._examples = [example for shard in shards for example in self._index(shard)]
         if not self._examples:
             raise DataError(f"{pattern} holds no image with a .txt caption beside it")
 
-    def _index(self, shard: str) -> Iterator[tuple[_Span, _Span]]:
+    def _index(self, shard: str) -> Iterator[_Example]:
         found: dict[str, dict[str, _Span]] = {}
         try:
             with self._fs.open(shard, "rb") as stream:
@@ -158,32 +205,46 @@ class Shards:
                     found.setdefault(key, {})[extension] = _Span(shard, start, start + size)
         except FileNotFoundError:
             raise DataError(f"{shard} is not there") from None
-        for parts in found.values():
-            image = next((parts[extension] for extension in IMAGES if extension in parts), None)
-            if image is not None and ".txt" in parts:
-                yield image, parts[".txt"]
+        beside = [f".{name}{extension}" for name in CONDITIONING for extension in IMAGES]
+        for key, parts in found.items():
+            image, conditioning = (
+                next((parts[name] for name in names if name in parts), None) for names in (IMAGES, beside)
+            )
+            if image is None or ".txt" not in parts:
+                continue
+            if self._conditioned and conditioning is None:
+                raise DataError(f"{shard} has no {key}{beside[0]}, the picture that {key}'s image is made from")
+            yield _Example(image, parts[".txt"], conditioning if self._conditioned else None)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def framed(self, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
-        span = self._examples[index][0]
-        return decode(self._read(span), self._size, f"the image at byte {span.start} of {span.shard}")
+        return self._decoded(self._examples[index].image)
 
     def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
         return self.framed(index)[0]
 
+    def conditioning(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+        span = self._examples[index].conditioning
+        assert span is not None  # looked for when it was opened
+        return self._decoded(span)[0]
+
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        span = self._examples[index][1]
+        span = self._examples[index].caption
         return text_of(self._read(span), f"the caption at byte {span.start} of {span.shard}").strip()
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each example's tar and place in it, the tar's size, and when it was last written."""
-        infos = {shard: self._fs.info(shard) for shard in dict.fromkeys(span.shard for span, _ in self._examples)}
-        for image, caption in self._examples:
-            info = infos[image.shard]
-            places = (image.start, image.stop, caption.start, caption.stop)
-            yield posixpath.basename(image.shard), *places, info.get("size"), _written(info)
+        shards = dict.fromkeys(example.image.shard for example in self._examples)
+        infos = {shard: self._fs.info(shard) for shard in shards}
+        for example in self._examples:
+            info = infos[example.image.shard]
+            places = [place for span in example if span is not None for place in (span.start, span.stop)]
+            yield posixpath.basename(example.image.shard), *places, info.get("size"), _written(info)
+
+    def _decoded(self, span: _Span) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
+        return decode(self._read(span), self._size, f"the image at byte {span.start} of {span.shard}")
 
     def _read(self, span: _Span) -> bytes:
         return self._fs.cat_file(span.shard, span.start, span.stop)
@@ -199,16 +260,18 @@ def _written(entry: dict[str, Any]) -> str | None:
     return next((str(entry[key]) for key in _VERSIONS if entry.get(key)), None)
 
 
-def open_source(data: Data, *, captions: bool = False) -> Source | EncodedSet:
-    """Return the source that the configuration names; with `captions`, one whose images all have them.
+def open_source(data: Data, *, captions: bool = False, conditioned: bool = False) -> Source | EncodedSet:
+    """Return the source that the configuration names.
+
+    captions, conditioned: whether all its images must have captions, or pictures that they are made from.
 
     Raises:
         DataError: it is not there, lacks a file that it needs, or holds nothing that can be trained on.
     """
     if data.folder is not None:
-        return Folder(data.folder, data.size, captions=captions)
+        return Folder(data.folder, data.size, captions=captions, conditioned=conditioned)
     if data.shards is not None:
-        return Shards(data.shards, data.size)
+        return Shards(data.shards, data.size, conditioned=conditioned)
     if data.latents is not None:
         return EncodedSet(data.latents)
     module, _, name = (data.generator or "").partition(":")
@@ -223,26 +286,35 @@ def open_source(data: Data, *, captions: bool = False) -> Source | EncodedSet:
         raise DataError(f"data.options do not fit {data.generator}: {error}") from None
     if not count:
         raise DataError(f"data.generator {data.generator} has no examples")
+    if conditioned and not isinstance(made, Conditioned):
+        raise DataError(
+            f"data.generator {data.generator} has no conditioning(index), the picture an image is made from"
+        )
     return made
 
 
-def _rows(content: bytes, what: str) -> Iterator[tuple[str, str]]:
+def _rows(content: bytes, what: str, root: str, conditioned: bool) -> Iterator[_File]:
+    columns = [f"{name}_file_name" for name in CONDITIONING]
     for number, line in enumerate(content.split(b"\n"), 1):
         text = text_of(line, f"{what} line {number}")
         if not text.strip():
             continue
         try:
             caption, others = split_caption(json.loads(text, object_pairs_hook=json_object))
-            name = others["file_name"]
-            if not isinstance(name, str) or not isinstance(caption, str):
+            names = [others["file_name"]]
+            if conditioned:
+                names += [next(others[name] for name in columns if name in others)]
+            if not all(isinstance(value, str) for value in (caption, *names)):
                 raise TypeError
-            (name + caption).encode()  # half of a surrogate pair is no text
+            "".join((caption, *names)).encode()  # half of a surrogate pair is no text
         except DataError as error:
             raise DataError(f"{what} line {number}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            columns = ", ".join(CAPTIONS)
-            raise DataError(f"{what} line {number} needs file_name and one of {columns}, as strings") from None
-        yield name, caption.strip()
+        except (ValueError, KeyError, StopIteration, TypeError, AttributeError, RecursionError):
+            needed = f"file_name, {columns[0]}" if conditioned else "file_name"
+            wanted = f"{needed} and one of {', '.join(CAPTIONS)}"
+            raise DataError(f"{what} line {number} needs {wanted}, as strings") from None
+        path, *conditioning = (posixpath.join(root, name) for name in names)
+        yield _File(path, caption.strip(), *conditioning)
 
 
 def framed(source: Source, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:

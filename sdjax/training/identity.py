@@ -11,8 +11,9 @@ from sdjax.training.data import Source
 from sdjax.training.encoded import EncodedSet
 
 # What a run may change as it goes on. Where its data and its start lie is not what they are.
-_FREE = {"output", "steps", "log_every", "checkpoint_every", "keep_checkpoints", "sheet_every", "sheet_prompts"}
-_FREE |= {"init", "data.folder", "data.shards", "data.latents", "data.workers"}
+_FREE = {"output", "steps", "log_every", "checkpoint_every", "keep_checkpoints"}
+_FREE |= {"sheet_every", "sheet_prompts", "sheet_images"}
+_FREE |= {"init", "controlnet.init", "data.folder", "data.shards", "data.latents", "data.workers"}
 _FILE = "run.json"
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float16, Int, UInt8
 
-from sdjax.training.data import Source, framed
+from sdjax.training.data import Conditioned, Source, framed
 from sdjax.training.encoded import EncodedSet
 
 
@@ -32,6 +32,7 @@ class Batch(NamedTuple):
 
     empty: which captions are.
     frames: of the pixels.
+    conditioning, is_unseen: pictures that the images are made from, and which of them a UNet that edits is not told.
     moments, context, pooled: of a data set that is encoded already; of Stable Diffusion XL's there are pooled vectors.
     """
 
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
     pixels: UInt8[np.ndarray, "batch size size 3"] | None = None
     frames: Int[np.ndarray, "batch 4"] | None = None
     captions: list[str] | None = None
+    conditioning: UInt8[np.ndarray, "batch size size 3"] | None = None
+    is_unseen: Bool[np.ndarray, " batch"] | None = None
     moments: Float16[np.ndarray, "batch h w moments"] | None = None
     context: Float16[np.ndarray, "batch length hidden"] | None = None
     pooled: Float16[np.ndarray, "batch pooled"] | None = None
@@ -52,8 +55,9 @@ class Loader:
         source: the data set.
         batch_size: examples a step.
         seed: of the order, the captions' phrasing and their dropout.
-        images, captions: whether to read them.
-        caption_dropout: the part of captions that become empty, 0 to 1.
+        images, captions, conditioning: whether to read them.
+        caption_dropout: the part of captions that become empty, 0 to 1. As many conditioning pictures are unseen, half
+            them with an empty caption too (https://arxiv.org/abs/2211.09800, where the part is 0.1).
         workers: threads that read.
     """
 
@@ -67,9 +71,11 @@ class Loader:
         captions: bool,
         caption_dropout: float,
         workers: int,
+        conditioning: bool = False,
     ) -> None:
         self._source, self._batch_size, self._seed = source, batch_size, seed
-        self._images, self._captions, self._dropout = images, captions, caption_dropout
+        self._images, self._captions, self._conditioning = images, captions, conditioning
+        self._dropout = caption_dropout
         self._workers = workers
 
     def batch(self, step: int) -> Batch:
@@ -77,7 +83,8 @@ class Loader:
         source = self._source
         chosen = indices(step, self._batch_size, len(source), self._seed)
         rngs = [np.random.default_rng([self._seed, step, place]) for place in range(len(chosen))]
-        dropped, numbers = [rng.random() < self._dropout for rng in rngs], chosen.tolist()
+        chances, numbers = np.array([rng.random() for rng in rngs]), chosen.tolist()
+        dropped = chances < self._dropout
         if isinstance(source, EncodedSet):
             texts = [source.unconditional if drop else source.text(i) for i, drop in zip(numbers, dropped, strict=True)]
             pooled = [text.pooled for text in texts if text.pooled is not None]
@@ -89,7 +96,7 @@ class Loader:
                 context=np.stack([text.states for text in texts]),
                 pooled=np.stack(pooled) if pooled else None,
             )
-        captions = empty = pixels = frames = None
+        captions = empty = pixels = frames = conditioning = is_unseen = None
         if self._captions:
             spoken = [source.caption(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
             captions = ["" if drop else caption for caption, drop in zip(spoken, dropped, strict=True)]
@@ -97,7 +104,11 @@ class Loader:
         if self._images:
             made, found = zip(*(framed(source, i) for i in numbers), strict=True)
             pixels, frames = np.stack(made), np.array(found)
-        return Batch(chosen, empty, pixels, frames, captions)
+        if self._conditioning:
+            assert isinstance(source, Conditioned)
+            conditioning = np.stack([source.conditioning(i) for i in numbers])
+            is_unseen = (self._dropout / 2 <= chances) & (chances < 1.5 * self._dropout)
+        return Batch(chosen, empty, pixels, frames, captions, conditioning, is_unseen)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `start` to before `stop`, a few made ahead."""

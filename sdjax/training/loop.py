@@ -14,16 +14,17 @@ import numpy as np
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
 from sdjax.sampling.schedule import Schedule
-from sdjax.training import identity, latents, lora, objective
+from sdjax.training import controlnet, identity, latents, lora, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Source, open_source
 from sdjax.training.encoded import EncodedSet
 from sdjax.training.loader import Loader
-from sdjax.training.networks import Networks, Params, prepare
+from sdjax.training.networks import Networks, Params, is_conditioned, prepare
 from sdjax.training.progress import Progress
 from sdjax.training.sheet import Sheet
 from sdjax.training.step import State, initial, make_step, parts
+from sdjax.weights.single_file import open_checkpoint
 
 
 class Run:
@@ -51,11 +52,15 @@ class Run:
         there = next(path for path in (whole, *whole.parents) if path.exists())
         if not there.is_dir():
             raise TrainConfigError(f"output is {self.folder}, and {there} is no folder")
-        self.source = open_source(config.data, captions=config.task == "unet")
-        self.networks: Networks = prepare(config, self.source)
+        start = None if config.init is None else open_checkpoint(config.init)
+        self._conditioned = is_conditioned(config, start)
+        self.source = open_source(config.data, captions=config.denoises, conditioned=self._conditioned)
+        self.networks: Networks = prepare(config, self.source, start)
+        if config.task == "controlnet":
+            controlnet.add(self.networks, config)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints)
-        trained = {"vae"} if config.task == "vae" else {"unet"}
-        if config.diffusion.train_text_encoder and config.task == "unet":
+        trained = {config.task}
+        if config.diffusion.train_text_encoder:
             trained |= set(self.networks.text_encoders)
         params = self.networks.params
         encoded = {"vae"} if config.data.cache_latents else set()  # before the first step
@@ -91,7 +96,7 @@ class Run:
         config = self.config
         identity.write(self.folder, self._made)
         cache = None
-        if config.task == "unet" and config.data.cache_latents:
+        if config.data.cache_latents:
             cache = latents.cached(self, stop)
             if cache is None:
                 return False
@@ -146,7 +151,7 @@ class Run:
         return finished
 
     def export(self, folder: Path, dtype: str | None = None) -> None:
-        """Write the averaged model as a checkpoint in the diffusers layout, or the LoRA, in place of one that is there.
+        """Write what was trained, averaged, in place of one that is there: a model, a LoRA or a ControlNet.
 
         It is there whole or not at all. A model card, README.md, is kept.
 
@@ -164,6 +169,8 @@ class Run:
         try:
             if self.config.lora.rank:
                 lora.save(new, self.state.ema, dtype)
+            elif self.config.task == "controlnet":
+                controlnet.save(new, self.networks, self.state.ema["controlnet"], dtype)
             else:
                 self.networks.export(new, self.state.ema, dtype)
             if (folder / "README.md").exists():
@@ -178,7 +185,7 @@ class Run:
     def _batches(self, start: int, cache: latents.Cache | None) -> Iterator[Any]:
         """The batches of the steps after `start`, on the devices; with `cache`, latents in place of pictures."""
         config = self.config
-        words = config.task == "unet" and not isinstance(self.source, EncodedSet)
+        words = config.denoises and not isinstance(self.source, EncodedSet)
         tokenizers, xl = self.networks.tokenizers() if words else [], self.networks.xl
         side = self.source.size if isinstance(self.source, EncodedSet) else config.data.size
         loader = Loader(
@@ -187,12 +194,14 @@ class Run:
             config.seed,
             images=cache is None,
             captions=words,
+            conditioning=self._conditioned,
             caption_dropout=config.diffusion.caption_dropout,
             workers=config.data.workers,
         )
         place = np.arange(config.batch_size, dtype=np.int32)
+        names = ("pixels", "conditioning", "is_unseen", "moments", "context", "pooled")
         for batch in loader.batches(start, config.steps):
-            given = {name: getattr(batch, name) for name in ("pixels", "moments", "context", "pooled")}
+            given = {name: getattr(batch, name) for name in names}
             arrays = {name: array for name, array in given.items() if array is not None}
             arrays["place"] = place
             if batch.captions is not None:
@@ -219,6 +228,7 @@ class Run:
             text_encoders=self.networks.text_encoders,
             is_xl=self.networks.xl is not None,
             inpaints=self.networks.inpaints,
+            edits=self.networks.edits,
         )
 
     def _fetch(self, state: State) -> None:
@@ -237,7 +247,11 @@ class Run:
 
 def check_replaceable(folder: Path, config: Train) -> None:
     """Raise TrainConfigError where an export into `folder` would take away something other than what it writes."""
-    what, mark = ("LoRA", lora.FILE) if config.lora.rank else ("model", "model_index.json")
+    what, mark = {
+        "model": ("model", "model_index.json"),
+        "lora": ("LoRA", lora.FILE),
+        "controlnet": ("ControlNet", controlnet.FILE),
+    }[config.result]
     if folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir())):
         return
     if folder.exists():

@@ -32,7 +32,6 @@ from sdjax.training.data import Source
 from sdjax.training.encoded import EncodedSet, encoding_parts
 from sdjax.training.tokenizer import train_tokenizer
 from sdjax.weights import checkpoint
-from sdjax.weights.single_file import open_checkpoint
 
 Params = dict[str, Any]  # arrays of numpy or JAX
 
@@ -90,8 +89,16 @@ class Networks:
     @property
     def inpaints(self) -> bool:
         """Whether the UNet is told a mask and a picture."""
-        unet, vae = UNetConfig.from_dict(self.configs["unet"]), VAEConfig.from_dict(self.configs["vae"])
-        return unet.in_channels > vae.latent_channels
+        return UNetConfig.from_dict(self.configs["unet"]).in_channels == 2 * self._latent + 1
+
+    @property
+    def edits(self) -> bool:
+        """Whether the UNet is told the picture that a caption is an instruction for."""
+        return UNetConfig.from_dict(self.configs["unet"]).in_channels == 2 * self._latent
+
+    @property
+    def _latent(self) -> int:
+        return VAEConfig.from_dict(self.configs["vae"]).latent_channels
 
     def tokenizers(self) -> list[Tokenizer]:
         """Each text encoder's tokenizer, for captions as for prompts."""
@@ -106,24 +113,28 @@ class Networks:
 
         Without `params` it has no weights, and says only what the networks are.
         """
+        modules = {name: module for name, module in self.modules.items() if name in _CLASSES}
         weights = {}
         if params is not None:
             weights = {
                 name: checkpoint.tensors_of(bind(module, params.get(name, self.params[name])), dtype)
-                for name, module in self.modules.items()
+                for name, module in modules.items()
             }
-        classes = {name: list(_CLASSES[name]) for name in self.modules}
+        classes = {name: list(_CLASSES[name]) for name in modules}
         if "unet" in classes:
             classes["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
             classes |= {TOKENIZERS[name]: list(_CLASSES[TOKENIZERS[name]]) for name in self.text_encoders}
-        kind = f"{'' if self.xl is None else 'XL'}{'Inpaint' if 'unet' in classes and self.inpaints else ''}"
-        index = {"_class_name": f"StableDiffusion{kind}Pipeline", "_diffusers_version": _LAYOUT}
+        kind, does = "" if self.xl is None else "XL", ""
+        if "unet" in classes:
+            does = "Inpaint" if self.inpaints else "InstructPix2Pix" if self.edits else ""
+        index = {"_class_name": f"StableDiffusion{kind}{does}Pipeline", "_diffusers_version": _LAYOUT}
         index |= {**classes, "feature_extractor": [None, None]}
         if self.xl is None:
             index |= {"safety_checker": [None, None], "requires_safety_checker": False}
         else:
             index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": self.xl.zeroes_empty}
-        checkpoint.save(folder, index=index, configs=self.configs, weights=weights, texts=self.texts)
+        configs = {name: self.configs[name] for name in modules}
+        checkpoint.save(folder, index=index, configs=configs, weights=weights, texts=self.texts)
 
 
 def flat(module: nnx.Module) -> Params:
@@ -142,14 +153,24 @@ def _name(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def prepare(config: Train, source: Source | EncodedSet) -> Networks:
-    """Make or read the networks that the run's task needs.
+def is_conditioned(config: Train, start: checkpoint.Checkpoint | None) -> bool:
+    """Whether a picture is needed beside each image: for a ControlNet, or for a UNet that edits."""
+    if config.task != "unet":
+        return config.task == "controlnet"
+    settings = config.model.unet
+    if settings is None:
+        settings = start.json("unet", "config.json") if start is not None else {}
+    unet = UNetConfig.from_dict(settings)
+    return (config.diffusion.in_channels or unet.in_channels) == 2 * unet.out_channels
+
+
+def prepare(config: Train, source: Source | EncodedSet, start: checkpoint.Checkpoint | None) -> Networks:
+    """Make or read the networks that the run's task needs; `start` is what `init` names.
 
     Raises:
         TrainConfigError: a component is neither described nor in `init`, or does not fit the others.
-        CheckpointError: `init` cannot be read, or is of a family that cannot be trained.
+        CheckpointError: `start` cannot be read, or is of a family that cannot be trained.
     """
-    start = open_checkpoint(config.init) if config.init is not None else None
     networks = Networks({}, {}, {}, {}, {}, xl=_xl(config, start))
     encoders = ("text_encoder",) if networks.xl is None else networks.xl.text_encoders
     names = ("vae",) if config.task == "vae" else ("vae", *encoders, "unet")
@@ -161,9 +182,9 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
         )
     if start is not None:
         tokenizers = [TOKENIZERS[name] for name in encoders]
-        needed = (*names, *tokenizers, "scheduler") if config.task == "unet" else names
+        needed = (*names, *tokenizers, "scheduler") if config.denoises else names
         networks.init = start.fingerprint(name for name in needed if getattr(config.model, name, None) is None)
-    if config.task == "unet":
+    if config.denoises:
         networks.texts = _texts(config, source, start, encoders)
     for number, name in enumerate(names):
         kind, module = _KINDS[name]
@@ -177,32 +198,43 @@ def prepare(config: Train, source: Source | EncodedSet) -> Networks:
             settings = start.json(name, "config.json")
         else:
             raise TrainConfigError(f"model.{name} is missing: describe it, or name a checkpoint in init")
-        options = {"remat": config.remat} if name == "unet" else {}
+        options: dict[str, Any] = {"remat": config.remat} if name == "unet" else {}
+        widened = config.diffusion.in_channels if name == "unet" else None
+        if widened is not None:
+            settings = settings | {"in_channels": widened}
         # A frozen VAE computes in float32 whatever the rest does: in half precision SDXL's overflows.
-        dtype = jnp.dtype("float32" if name == "vae" and config.task == "unet" else config.dtype)
+        dtype = jnp.dtype("float32" if name == "vae" and config.denoises else config.dtype)
         build = partial(module, kind.from_dict(settings), dtype=dtype, param_dtype=jnp.float32, **options)
         networks.configs[name], networks.modules[name], networks.dtypes[name] = settings, build(rngs=None), dtype
         if fresh or start is None:
             key = jax.random.fold_in(jax.random.key(config.seed), number)
             networks.params[name] = jax.device_get(_started(name, flat(build(rngs=nnx.Rngs(key)))))
         else:
-            what = f"{config.init}/{name}"
-            filled = checkpoint.fill(build(rngs=None), start.tensors(name), what=what, place=np.asarray)
+            what, edit = f"{config.init}/{name}", partial(_widened, channels=widened)
+            filled = checkpoint.fill(build(rngs=None), start.tensors(name), what=what, place=np.asarray, edit=edit)
             networks.params[name] = flat(filled)
     side = VAEConfig.from_dict(networks.configs["vae"]).downscale
     if not isinstance(source, EncodedSet) and config.data.size % side:
         raise TrainConfigError(f"data.size is {config.data.size}; the vae needs a multiple of {side}")
-    if config.task == "unet":
+    if config.denoises:
         _check(networks)
-        if networks.inpaints and (config.data.cache_latents or isinstance(source, EncodedSet)):
+        if (networks.inpaints or networks.edits) and (config.data.cache_latents or isinstance(source, EncodedSet)):
             name = "cache_latents" if config.data.cache_latents else "latents"
-            raise TrainConfigError(f"data.{name} does not go with a UNet that paints inside masks, drawn at each step")
+            what = "paints inside masks, drawn" if networks.inpaints else "edits pictures, encoded"
+            raise TrainConfigError(f"data.{name} does not go with a UNet that {what} at each step")
     return networks
+
+
+def _widened(key: str, tensor: np.ndarray, *, channels: int | None) -> np.ndarray:
+    """A UNet's tensor where it takes that many channels: those that it did not know count for nothing yet."""
+    if channels is None or key != "conv_in.weight":
+        return tensor
+    return np.pad(tensor, ((0, 0), (0, max(channels - tensor.shape[1], 0)), (0, 0), (0, 0)))
 
 
 def _xl(config: Train, start: checkpoint.Checkpoint | None) -> Family | None:
     """Which Stable Diffusion XL a run's UNet is read from, if it is one."""
-    if config.task == "vae" or start is None or config.model.unet is not None:
+    if not config.denoises or start is None or config.model.unet is not None:
         return None
     if start.json("unet", "config.json").get("addition_embed_type") is None:
         return None
@@ -286,10 +318,10 @@ def _check(networks: Networks) -> None:
     unet = UNetConfig.from_dict(networks.configs["unet"])
     vae = VAEConfig.from_dict(networks.configs["vae"])
     latent = vae.latent_channels
-    if unet.in_channels not in (latent, 2 * latent + 1) or unet.out_channels != latent:
+    if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1) or unet.out_channels != latent:
         raise TrainConfigError(
-            f"model.unet must have in_channels and out_channels {latent}, as the vae's latents; "
-            f"or in_channels {2 * latent + 1}, to paint inside masks"
+            f"model.unet must have in_channels and out_channels {latent}, as the vae's latents; or in_channels "
+            f"{2 * latent}, to edit pictures by instruction, or {2 * latent + 1}, to paint inside masks"
         )
     if networks.xl is not None:  # which was found to fit when it was read
         return

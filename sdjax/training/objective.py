@@ -75,12 +75,15 @@ def denoising(
     text_encoders: Sequence[str] = ("text_encoder",),
     is_xl: bool = False,
     inpaints: bool = False,
+    edits: bool = False,
 ) -> Objective:
     """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, encoders, length] or
     `context`, the text encoders' states [batch, length, hidden].
 
     Stable Diffusion XL's is also told `time_ids` [batch, 6], `pooled` [batch, pooled] beside a `context`, and zeros of
-    captions where `is_zero` [batch]. A UNet that `inpaints` is told a mask and the picture without what it covers.
+    captions where `is_zero` [batch]. A UNet that `inpaints` is told a mask and the picture without what it covers; one
+    that `edits` the latent's mean, unscaled, of `conditioning` [batch, h, w, 3] uint8, zeros where `is_unseen` [batch].
+    With a ControlNet among `modules`, that sees `conditioning`, and what it says is added in the UNet.
 
     The mean squared error of the schedule's epsilon, v (Salimans & Ho 2022) or sample, with min-SNR weights (Hang et
     al. 2023) where `min_snr_gamma` is given. Timesteps are spread evenly over the whole batch with one common random
@@ -100,7 +103,7 @@ def denoising(
             mean, logvar = (part.astype(jnp.float32) for part in moments)
             return (mean + jnp.exp(0.5 * logvar) * _normal(key, place, mean.shape[1:])) * scaling_factor
 
-        told = []
+        told: list[Array] = []
         if "moments" in batch:
             x = drawn(jnp.split(batch["moments"], 2, axis=-1), key_latent)
         else:
@@ -111,6 +114,9 @@ def denoising(
                 known = drawn(tiling.encode(networks["vae"], jnp.where(mask, 0, pixels)), key_known)
                 scale = pixels.shape[1] // x.shape[1]
                 told = [mask[:, ::scale, ::scale], known]
+            elif edits:
+                mean, _ = tiling.encode(networks["vae"], to_unit(batch["conditioning"]))
+                told = [jnp.where(batch["is_unseen"][:, None, None, None], 0, mean)]
 
         part = (jax.random.uniform(key_time) + place / batch_size) % 1
         t = jnp.minimum((part * len(alphas)).astype(jnp.int32), len(alphas) - 1)
@@ -129,8 +135,14 @@ def denoising(
             zero = batch["is_zero"][:, None]
             context = jnp.where(zero[..., None], 0, context)
             added = {"text_embeds": jnp.where(zero, 0, pooled), "time_ids": batch["time_ids"]}
-        seen = jnp.concatenate([alpha * x + sigma * noise, *told], axis=-1)
-        output = networks["unet"](seen, t.astype(jnp.float32), context, added)
+        seen, asked = jnp.concatenate([alpha * x + sigma * noise, *told], axis=-1), t.astype(jnp.float32)
+        residuals = {}
+        if (net := networks.get("controlnet")) is not None:
+            condition = net.embed(batch["conditioning"].astype(jnp.float32) / 255)
+            plain = jnp.ones(len(t)), jnp.zeros(len(t), bool)
+            skips, middle = net(seen, asked, context, condition, *plain, added)
+            residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
+        output = networks["unet"](seen, asked, context, added, **residuals)
         error = _mean((output.astype(jnp.float32) - target) ** 2)
         weight = jnp.ones_like(error)
         if options.min_snr_gamma is not None:

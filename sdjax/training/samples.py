@@ -9,6 +9,7 @@ from sdjax.training.encoded import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTIONS = ("text", "caption", "prompt")  # the columns that are taken as a caption, the first that is there
+CONDITIONING = ("conditioning_image", "control_image", "input_image")  # what an image is made from, likewise
 
 
 class Member(NamedTuple):

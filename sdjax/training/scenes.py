@@ -172,6 +172,16 @@ def draw(scene: Scene, size: int = 64) -> UInt8[np.ndarray, "size size 3"]:
     return np.round(picture).astype(np.uint8)
 
 
+def outlines(scene: Scene, size: int = 64) -> UInt8[np.ndarray, "size size 3"]:
+    """The outlines of the scene's things, white on black, as an sRGB picture: what a ControlNet is trained on."""
+    picture = np.zeros((size, size, 3), np.uint8)
+    for thing in scene.things:
+        inside = np.pad(coverage(thing, size) > 0.5, 1)
+        core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+        picture[inside[1:-1, 1:-1] & ~core] = 255
+    return picture
+
+
 @cache
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"

@@ -19,7 +19,8 @@ from sdjax.generate import StableDiffusion
 from sdjax.models import tiling
 from sdjax.request import Request
 from sdjax.spec import Spec
-from sdjax.training.config import TrainConfigError
+from sdjax.training import controlnet
+from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.lora import joined
 from sdjax.training.networks import Networks, Params, bind
 from sdjax.training.objective import to_unit
@@ -42,15 +43,16 @@ def reconstructed(
 class Sheet:
     """Writes sheets/<step>.png: pictures above their reconstructions, or one sample for each of `sheet_prompts`.
 
+    Those of a ControlNet, or of a UNet that edits, are made from `sheet_images`, at the training pictures' size.
+
     Raises:
         TrainConfigError: a prompt cannot be made.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        prompts = run.config.sheet_prompts if run.config.task == "unet" else ()
-        self._requests = [Request(prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts)]
-        self._spec = _spec(run.networks, self._requests) if prompts else None
+        self._requests = _requests(run.config)
+        self._spec = _spec(run.networks, self._requests) if self._requests else None
         self._networks: dict = {}
         self._pipe: StableDiffusion | None = None
         self._reconstruct = jax.jit(partial(reconstructed, run.networks.modules["vae"]))
@@ -79,9 +81,9 @@ class Sheet:
     def _samples(self, spec: Spec) -> Image.Image:
         run, devices = self._run, self._run.devices
         for name, params in joined(run.networks.params, run.state.ema).items():
-            dtype = run.networks.dtypes[name]
+            dtype, [called] = run.networks.dtypes[name], spec.controlnets if name == controlnet.NAME else [name]
             copies = {key: devices.replicate(np.asarray(leaf).astype(dtype)) for key, leaf in params.items()}
-            self._networks[name] = bind(run.networks.modules[name], copies)
+            self._networks[called] = bind(run.networks.modules[name], copies)
         if self._pipe is None:  # once: what it compiles serves every sheet, as it holds this very dictionary
             each = -(-len(self._requests) // len(devices))
             self._pipe = StableDiffusion(spec, self._networks, each, devices)
@@ -92,11 +94,31 @@ class Sheet:
         return images.contact_sheet(pictures, prompts, columns=min(4, len(prompts)), cell=128)
 
 
+def _requests(config: Train) -> list[Request]:
+    """What the sheet's prompts ask for."""
+    images = config.sheet_images or (None,) * len(config.sheet_prompts)
+    size, controlled = config.data.size if config.sheet_images else None, config.task == "controlnet"
+    return [
+        Request(
+            prompt=prompt,
+            seed=seed,
+            width=size,
+            height=size,
+            image=None if controlled else image,
+            control_image=image if controlled else None,
+        )
+        for seed, (prompt, image) in enumerate(zip(config.sheet_prompts, images, strict=True))
+    ]
+
+
 def _spec(networks: Networks, requests: list[Request]) -> Spec:
     """What a checkpoint of these networks would promise, once it was found to make the requests."""
     with tempfile.TemporaryDirectory() as folder:
         networks.export(Path(folder, "model"), None)
-        spec = Spec(Path(folder, "model"))
+        beside = [Path(folder, controlnet.NAME)] * (controlnet.NAME in networks.modules)
+        for own in beside:
+            controlnet.save(own, networks, None)
+        spec = Spec(Path(folder, "model"), controlnets=beside)
         _ = spec.tokenizers, spec.fingerprint  # read before their files are gone
     try:
         for request in requests:

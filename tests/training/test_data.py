@@ -334,3 +334,67 @@ def test_an_error_of_the_source_arrives():
 
     with pytest.raises(DataError, match="broken"):
         list(_loader(Broken(16, 10), 2).batches(0, 3))
+
+
+ORIGINS = {key: 255 - pixels for key, pixels in PICTURES.items()}
+
+
+def _same_pairs(source):
+    for i in range(len(source)):
+        key = source.caption(i, RNG).removeprefix("picture ")
+        np.testing.assert_array_equal(source.image(i), PICTURES[key])
+        np.testing.assert_array_equal(source.conditioning(i), ORIGINS[key])
+
+
+@pytest.mark.parametrize("column", ["conditioning_image", "control_image", "input_image"])
+def test_a_folder_says_what_each_image_is_made_from(tmp_path, column):
+    _folder(str(tmp_path))
+    rows = [
+        {"file_name": f"{key}.png", "text": f"picture {key}", f"{column}_file_name": f"{key}.in"} for key in PICTURES
+    ]
+    for key, pixels in ORIGINS.items():
+        (tmp_path / f"{key}.in").write_bytes(_png(pixels))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Data(folder=str(tmp_path), size=24)
+    _same_pairs(open_source(data, conditioned=True))
+    whole, plain = ({name for name, *_ in open_source(data, conditioned=c).files()} for c in (True, False))
+    assert whole - plain == {f"{key}.in" for key in PICTURES}
+    (tmp_path / "003.in").unlink()
+    with pytest.raises(DataError, match=r"003\.in is not there"):
+        open_source(data, conditioned=True)
+    del rows[2][f"{column}_file_name"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    needed = r"metadata\.jsonl line 3 needs file_name, conditioning_image_file_name and one of .*, as strings"
+    with pytest.raises(DataError, match=needed):
+        open_source(data, conditioned=True)
+    _same(_read(open_source(data)))
+
+
+def test_a_tar_holds_what_each_image_is_made_from(tmp_path):
+    def write(name, lacks=()):
+        with webdataset.TarWriter(str(tmp_path / name)) as writer:
+            for key, pixels in PICTURES.items():
+                origin = {} if key in lacks else {"conditioning_image.png": _png(ORIGINS[key])}
+                writer.write({"__key__": key, "png": _png(pixels), "txt": f"picture {key}", **origin})
+
+    write("whole.tar")
+    write("lacking.tar", lacks=["003"])
+    data = Data(shards=f"{tmp_path}/whole.tar", size=24)
+    _same_pairs(open_source(data, conditioned=True))
+    places, plain = (list(open_source(data, conditioned=c).files()) for c in (True, False))
+    assert [len(row) for row in places] == [len(row) + 2 for row in plain]
+    with pytest.raises(DataError, match=r"lacking\.tar has no 003\.conditioning_image\.png"):
+        open_source(Data(shards=f"{tmp_path}/lacking.tar", size=24), conditioned=True)
+    assert len(open_source(Data(shards=f"{tmp_path}/lacking.tar", size=24))) == len(PICTURES)
+
+
+class Plain(Endless):
+    def __len__(self):
+        return 1
+
+
+def test_a_generator_without_such_pictures_is_refused():
+    with pytest.raises(DataError, match=r"test_data:Plain has no conditioning\(index\)"):
+        open_source(Data(generator="tests.training.test_data:Plain"), conditioned=True)
+    source = open_source(Data(generator="sdjax.training.data:Scenes", options={"count": 3}, size=32), conditioned=True)
+    np.testing.assert_array_equal(source.conditioning(2), scenes.outlines(scenes.scene(2), 32))

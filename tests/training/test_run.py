@@ -163,9 +163,10 @@ def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_p
         text_encoders=(),
         xl=None,
         inpaints=False,
+        edits=False,
         configs={"vae": {"scaling_factor": 0.625}},
     )
-    run = SimpleNamespace(config=loaded, devices=ONE, networks=made, source=None)
+    run = SimpleNamespace(config=loaded, devices=ONE, networks=made, source=None, _conditioned=False)
     told = {}
     monkeypatch.setattr(loop.objective, "denoising", lambda *_, **options: told.update(options))
     Run._objective(run)
@@ -244,7 +245,7 @@ def test_networks_are_made_as_the_configuration_says(tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "_started", lambda name, params: params)
     for remat in (False, True):
         loaded = dataclasses.replace(config.load(write(tmp_path)), remat=remat, dtype="bfloat16")
-        networks.prepare(loaded, open_source(loaded.data))
+        networks.prepare(loaded, open_source(loaded.data), None)
         assert told["unet"]["remat"] == remat
     assert {name: str(options["dtype"]) for name, options in told.items()} == {
         "vae": "float32",

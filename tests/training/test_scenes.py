@@ -68,6 +68,18 @@ def test_a_picture_has_its_colours_and_soft_edges():
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
 
 
+def test_outlines_are_thin_and_where_things_end():
+    scene = scenes.scene(0)
+    lines = scenes.outlines(scene)
+    assert {tuple(colour) for colour in np.unique(lines.reshape(-1, 3), axis=0)} == {(0, 0, 0), (255, 255, 255)}
+    covered = sum(scenes.coverage(thing, 64) for thing in scene.things)
+    is_line = lines[..., 0] == 255
+    assert covered[is_line].min() > 0.5
+    around = np.stack([np.roll(covered, shift, axis) for shift in (-1, 1) for axis in (0, 1)])
+    assert around.min(0)[is_line].max() <= 0.5
+    assert (around.min(0)[(covered > 0.5) & ~is_line] > 0.5).all()
+
+
 @given(index=st.integers(0, 2**31), phrasing=st.integers(0, 2**31))
 def test_a_caption_says_what_is_to_be_seen(index, phrasing):
     scene = scenes.scene(index)

@@ -14,6 +14,7 @@ from sdjax.training.config import TrainConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = {"task": "vae", "output": "x", "steps": 10, "batch_size": 2, "data": {"folder": "y"}}
+CONTROL = {"task": "controlnet", "init": "x"}
 
 
 def _load(tmp_path, text):
@@ -101,6 +102,25 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
         ),
         ({"diffusion": 3}, "diffusion is a table, not 3"),
         ({"sheet_prompts": ["a", 3]}, "sheet_prompts is 3"),
+        ({"task": "controlnet"}, "init is missing: the model that the ControlNet is for"),
+        (CONTROL | {"lora": {"rank": 4}}, "lora.rank does nothing where task is 'controlnet'; take it out"),
+        (
+            CONTROL | {"diffusion": {"train_text_encoder": True}},
+            "diffusion.train_text_encoder does nothing where task is 'controlnet'",
+        ),
+        (CONTROL | {"data": {"latents": "y"}}, "task controlnet does not go with data.latents"),
+        (CONTROL | {"sheet_prompts": ["a"]}, "sheet_images has 0 for 1 sheet_prompts; give one for each"),
+        ({"task": "unet", "sheet_images": ["a.png"]}, "sheet_images has 1 for 0 sheet_prompts; give one for each"),
+        ({"task": "unet", "controlnet": {"init": "x"}}, "controlnet.init does nothing where task is 'unet'"),
+        ({"task": "unet", "diffusion": {"in_channels": 0}}, "diffusion.in_channels is 0; it must be at least 1"),
+        (
+            {"task": "unet", "diffusion": {"in_channels": 8}, "lora": {"rank": 4}},
+            "diffusion.in_channels does not go with lora.rank: it widens the whole UNet of init",
+        ),
+        (
+            {"task": "unet", "diffusion": {"in_channels": 8}, "model": {"unet": {}}},
+            "diffusion.in_channels does not go with model.unet",
+        ),
         ({"dtype": "float8"}, "dtype is 'float8'; it can be 'float32' or 'bfloat16'"),
     ],
 )

@@ -1,0 +1,125 @@
+"""UNets that edit by instruction: what they are told in training is what they are told when a picture is made."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax import programs
+from sdjax.generate import StableDiffusion
+from sdjax.models.unet import UNet2DCondition
+from sdjax.request import Request
+from sdjax.training import config
+from sdjax.training.config import TrainConfigError
+from sdjax.training.data import Scenes, open_source
+from sdjax.training.loader import Loader
+from sdjax.training.loop import Run
+from sdjax.training.networks import bind
+from sdjax.weights.safetensors import CheckpointError
+from tests import checkpoints
+from tests.training import pairs
+from tests.training.runs import ONE
+
+CALL = UNet2DCondition.__call__
+
+
+@pytest.fixture(scope="module", params=["SD", "SDXL"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    checkpoints.saved(folder, pairs.KINDS[request.param])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return pairs.write(tmp_path_factory.mktemp("pictures"))
+
+
+def settings(folder, model, pictures, **changes):
+    widened = config.Diffusion(in_channels=8, caption_dropout=0.0)
+    return pairs.settings(folder, model, pictures, **{"task": "unet", "diffusion": widened, **changes})
+
+
+def test_the_unet_is_told_what_it_is_told_when_a_picture_is_edited(model, pictures, tmp_path):
+    run, seen = Run(settings(tmp_path, model, pictures), ONE), {}
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[0, 0], next(run._batches(0, None)))
+    assert not batch["is_unseen"].any()
+    batch["is_unseen"] = jnp.array([False, True, False, False])
+    params = jax.tree.map(jnp.asarray, run.networks.params)
+
+    def recorded(unet, x, t, *told):
+        seen.update(x=x)
+        return CALL(unet, x, t, *told)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DCondition, "__call__", recorded)
+        losses, _ = run._objective()({}, params, batch, jax.random.key(3))
+    assert np.isfinite(losses).all()
+    order = [np.asarray(open_source(run.config.data, conditioned=True).conditioning(i)) for i in range(pairs.COUNT)]
+    given = np.asarray(batch["conditioning"])
+    assert sorted(map(bytes, given)) == sorted(map(bytes, order))
+    vae = bind(run.networks.modules["vae"], params["vae"])
+    mean = np.array(programs.encode_mean(vae, jnp.asarray(given) / 127.5 - 1, tiled=None))
+    mean[1] = 0
+    np.testing.assert_allclose(seen["x"][..., 4:], mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["SDXL"], indirect=True)
+def test_a_model_that_draws_learns_to_edit(model, pictures, tmp_path):
+    """Its UNet is widened, begins as it was, and ends as one that diffusers and `generate` edit with."""
+    run = Run(settings(tmp_path, model, pictures), ONE)
+    kernel = run.state.params["unet"]["conv_in.kernel"]
+    assert kernel.shape[2] == 8
+    assert not kernel[:, :, 4:].any()
+    plain = Run(pairs.settings(tmp_path / "plain", model, pictures, task="unet"), ONE).state.params["unet"]
+    np.testing.assert_array_equal(kernel[:, :, :4], plain["conv_in.kernel"])
+    assert run.train()
+    assert np.abs(run.state.params["unet"]["conv_in.kernel"][:, :, 4:]).min(axis=(0, 1, 3)).all()
+    run.export(tmp_path / "model")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    xl = "XL" if "text_encoder_2" in run.networks.modules else ""
+    assert type(theirs).__name__ == f"StableDiffusion{xl}InstructPix2PixPipeline"
+    pipe = StableDiffusion.from_pretrained(tmp_path / "model", devices=jax.devices()[:1])
+    assert pipe.spec.family.edits
+    [result] = pipe.generate([Request(prompt="a", image=str(pictures / "from" / "0.png"), num_inference_steps=2)])
+    assert result.pixels.shape == (pairs.SIDE, pairs.SIDE, 3)
+    assert result.flags == ()
+
+
+@pytest.mark.parametrize("model", ["SD"], indirect=True)
+def test_a_lora_of_one_that_edits_is_trained_and_shown(model, pictures, tmp_path):
+    editing = tmp_path / "editing"
+    checkpoints.saved(editing, unet={"in_channels": 8})
+    image = str(pictures / "from" / "1.png")
+    shown = {"sheet_prompts": ("a red circle",), "sheet_images": (image,)}
+    run = Run(
+        settings(tmp_path, editing, pictures, lora=config.Lora(rank=2), diffusion=config.Diffusion(), **shown), ONE
+    )
+    assert run.train()
+    assert (tmp_path / "run" / "sheets" / "000002.png").exists()
+
+
+def test_captions_and_pictures_are_dropped_as_often_as_asked():
+    """As in diffusers' trainer: a part without a caption, as much without a picture, half of that without both."""
+    loader = Loader(
+        Scenes(8, 64), 64, 0, images=False, captions=True, caption_dropout=0.2, workers=1, conditioning=True
+    )
+    batches = [loader.batch(step) for step in range(20)]
+    empty, unseen = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("empty", "is_unseen"))
+    for found, wanted in ((empty, 0.2), (unseen, 0.2), (empty & unseen, 0.1)):
+        assert abs(found.mean() - wanted) < 0.03
+    assert batches[0].conditioning.shape == (64, 8, 8, 3)
+
+
+@pytest.mark.parametrize("model", ["SD"], indirect=True)
+def test_what_does_not_go_together_is_refused(model, pictures, tmp_path):
+    data = config.Data(folder=str(pictures), size=pairs.SIDE, cache_latents=True)
+    with pytest.raises(TrainConfigError, match=r"data\.cache_latents does not go with a UNet that edits pictures"):
+        Run(settings(tmp_path, model, pictures, data=data), ONE)
+    with pytest.raises(TrainConfigError, match="in_channels 8, to edit pictures by instruction, or 9, to paint"):
+        Run(settings(tmp_path, model, pictures, diffusion=config.Diffusion(in_channels=7)), ONE)
+    inpainting = tmp_path / "inpainting"
+    checkpoints.saved(inpainting, unet={"in_channels": 9})
+    with pytest.raises(CheckpointError, match=r"conv_in.weight has shape \[32, 9, 3, 3\]; the configuration makes it"):
+        Run(settings(tmp_path, inpainting, pictures), ONE)
