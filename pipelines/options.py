@@ -9,8 +9,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from pipelines import sinks
 from sdjax.images import FORMATS
 from sdjax.model_options import add_model_options
-from sdjax.request import field_types
-from sdjax.request_options import add_request_options
+from sdjax.request_options import add_request_options, request_fields
 from sdjax.values import DTYPES
 
 # In this process, with nothing to fetch. Beam's own DirectRunner first tries to download the Prism runner.
@@ -131,7 +130,7 @@ class GenerateOptions(JobOptions):
         add_request_options(parser, "values for rows that leave them open")
 
     def request_defaults(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name in field_types()}
+        return request_fields(self)
 
 
 class EncodeOptions(JobOptions):

@@ -22,7 +22,7 @@ from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
 from sdjax.files import check_file
 from sdjax.request import Request
-from sdjax.request_options import add_request_options
+from sdjax.request_options import add_request_options, request_fields
 from sdjax.spec import Spec
 from sdjax.values import DTYPES, one_line
 
@@ -174,7 +174,7 @@ def _check(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     sizes = _sizes(options.batch_size)
-    given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
+    given = request_fields(options)
     _check(options, given)
     request, _ = Request.from_row({"prompt": "a photo of a red circle", **given})
     with architectures.checkpoint(options.model) as source, tempfile.TemporaryDirectory() as temporary:

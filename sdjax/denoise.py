@@ -170,7 +170,7 @@ class Denoiser:
             return None
         images = self._devices.split(controls.images(batch.control_images, size, len(networks)))
         seen = tuple(self._embed_control(*each) for each in zip(networks, images, strict=True))
-        # As in diffusers the first one that pools leaves the negative prompt uncontrolled.
+        # As in diffusers, where the first of them pools, the negative prompt is not controlled.
         pools = self._spec.configs[self._spec.controlnets[0]].global_pool_conditions
         guess_mode = np.array([pools or request.guess_mode for request in batch.requests])
         return programs.Controls(networks, seen, self._devices.split(guess_mode))

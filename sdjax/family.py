@@ -56,10 +56,9 @@ class Family:
 
     def check(self, request: Request) -> None:
         """Raise RequestError where a request asks for what such a checkpoint does not do, or lacks what it needs."""
-        masked = request.mask_image is not None or request.outpaint is not None
-        if self.inpaints and not masked:
+        if self.inpaints and not request.is_masked:
             raise RequestError("this checkpoint paints inside masks; give image and mask_image, or image and outpaint")
-        if self.edits and (request.image is None or masked):
+        if self.edits and (request.image is None or request.is_masked):
             raise RequestError("this checkpoint edits images; give image, without mask_image and outpaint")
         if self.edits and request.hires_scale > 1:
             raise RequestError("hires_scale does not go with a checkpoint that edits images; leave it out")

@@ -166,7 +166,7 @@ class StableDiffusion:
             raise ValueError("a model with textual inversions cannot be saved; load it without them")
         source = self.spec.checkpoint
         own = {name: self._networks[name] for name in (*self.spec.family.text_encoders, "unet", "vae")}
-        first = jax.tree.map(lambda array: array[0], own)
+        first = jax.tree.map(lambda array: np.asarray(array.addressable_data(0))[0], own)
         checkpoint.save(
             folder_here(folder),
             index=self.spec.index,
@@ -230,7 +230,7 @@ class StableDiffusion:
                 yield batch
 
     def launch(self, batch: list[Request]) -> "_Flight":
-        """Give the devices a batch; returns at once, with arrays that they will fill."""
+        """Give the devices a batch, and return without waiting for them, with arrays that they will fill."""
         padding = self.batch_size * len(self.devices) - len(batch)
         canvases = self._read(self.spec.prepare, batch, "image")
         controls = zip(canvases, self._read(self.spec.control_images, batch, "control_image"), strict=True)
@@ -250,14 +250,12 @@ class StableDiffusion:
         split, spec, rows = self.devices.split, self.spec, shared.requests
         pictures = Pictures(boards, (program.height, program.width), spec.scale)
         tables = [spec.table(request) for request in rows]
-        # diffusers does not encode an image that neither the start nor the blending needs.
-        encoded = [
-            board is not None
-            and spec.family.draws_latents
-            and not spec.family.edits
-            and not (spec.family.inpaints and request.strength == 1)
+        # As in diffusers, an image that neither the start nor the blending needs is not encoded.
+        needed = [
+            board is not None and not spec.family.edits and not (spec.family.inpaints and request.strength == 1)
             for board, request in zip(boards, rows, strict=True)
         ]
+        encoded = [each and spec.family.draws_latents for each in needed]
         masked = [board is not None and spec.family.draws_latents and board.mask is not None for board in boards]
         drawn = HostNoise(rows, tables, self._shape(program.height, program.width), encoded=encoded, masked=masked)
 
@@ -276,8 +274,7 @@ class StableDiffusion:
             told = (self._encode_mean(self._networks["vae"], split(pictures.image)),)
         if spec.family.inpaints:
             told = (mask, encode(pictures.unmasked, drawn.unmasked))
-        needed = pictures.there.any() and not spec.family.edits
-        image = encode(pictures.image, drawn.posterior) if needed else split(np.zeros_like(drawn.start))
+        image = encode(pictures.image, drawn.posterior) if any(needed) else split(np.zeros_like(drawn.start))
         state, known = self._denoiser.start(shared, tables, drawn, image, mask)
         known = None if told else known  # a UNet that is told further channels needs no blending
         latents, ticks = self._denoiser.run(shared, tables, drawn, state, known=known, told=told)

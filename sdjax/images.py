@@ -42,6 +42,7 @@ def parameters(request: Request, model: str) -> str:
     if request.hires_scale > 1:
         facts["Hires upscale"] = f"{request.hires_scale:g}"
         facts["Hires upscaler"] = request.hires_upscaler.capitalize()
+        facts.setdefault("Denoising strength", f"{request.hires_strength:g}")
     if request.clip_skip:
         facts["Clip skip"] = request.clip_skip + 1  # A1111 counts the last layer as 1
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))

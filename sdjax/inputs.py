@@ -2,12 +2,17 @@
 
 import hashlib
 import io
+import os
+import stat
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -18,6 +23,29 @@ MAX_BYTES = 2**26
 MAX_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ATTEMPTS = 4  # two seconds: of a million rows many may name hosts that are no longer there
+
+
+class _Room:
+    """So many pixels are decoded at once, whatever the number of threads: a file of 300 KB may take a gigabyte."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Hold the room of a picture, once there is so much."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room(2 * MAX_PIXELS)
 
 
 class Input(NamedTuple):
@@ -64,7 +92,10 @@ def read(url: str, attempts: int = _ATTEMPTS) -> bytes:
     """A file's bytes, or of a larger one the first `MAX_BYTES` + 1; raises what its file system does."""
 
     def whole() -> bytes:
-        with fsspec.open(url, "rb") as file:
+        fs, path = fsspec.core.url_to_fs(url)
+        if isinstance(fs, LocalFileSystem) and stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError("it is a pipe, of which nothing may ever come")
+        with fs.open(path, "rb") as file:
             return b"".join(_parts(file))
 
     return retry(whole, attempts)
@@ -86,9 +117,10 @@ def decode(data: bytes, what: str, *, mask: bool = False) -> Image.Image:
             raise RequestError(f"{what} has {image.width} x {image.height} pixels; the most is {MAX_PIXELS:,} in all")
         if isinstance(image, TiffImageFile):
             _check_tiles(image, data, what)
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        return _lightness(image) if mask else _colours(image)
+        with _ROOM.of(image.width * image.height):
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            return _lightness(image) if mask else _colours(image)
     except RequestError:
         raise
     except UnidentifiedImageError:

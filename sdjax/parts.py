@@ -34,7 +34,8 @@ class Parts:
 
     Args:
         source: a checkpoint's folder, hub id or URL, or a single file in the original layout.
-        dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint.
+        dtype: `float32`, `bfloat16` or `float16`, in which the networks compute; part of the fingerprint. How float32
+            products are rounded on TPUs and GPUs is JAX's: see `jax_default_matmul_precision`.
         variant: see `Checkpoint`; also of the refiner, and of a VAE or ControlNet that has it.
         loras: files that are added to the networks, each a path or URL, or one and its weight (1); see `Lora`.
         controlnets: folders, hub ids or URLs of ControlNets in the diffusers layout, or single files in either layout,

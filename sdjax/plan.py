@@ -24,7 +24,7 @@ from sdjax.planning.fit import Fit, Fitted
 from sdjax.planning.gpu import GPUS, Gpu, GpuCompiler
 from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
-from sdjax.request_options import add_request_options
+from sdjax.request_options import add_request_options, request_fields
 from sdjax.spec import Spec
 from sdjax.values import DTYPES
 
@@ -76,8 +76,7 @@ def make(options: argparse.Namespace) -> tuple[Fitted | None, Request]:
     Raises:
         ValueError: something asked for cannot be; the message names it.
     """
-    given = {name: value for name, value in vars(options).items() if name in Request.__dataclass_fields__}
-    request, _ = Request.from_row({"prompt": "a photo", **given})
+    request, _ = Request.from_row({"prompt": "a photo", **request_fields(options)})
     with architectures.checkpoint(options.model) as source:
         spec = Spec(source, dtype=options.dtype, controlnets=options.controlnet)
         resolved = spec.resolve(request)

@@ -193,7 +193,7 @@ class Request:
         for name in ("strength", "denoising_end", "hires_strength"):
             if getattr(self, name) == 0:
                 raise RequestError(f"{name}=0 leaves no step to run; allowed is above 0 and up to 1")
-        if self.hires_scale > 1 and (self.mask_image is not None or self.outpaint is not None):
+        if self.hires_scale > 1 and self.is_masked:
             raise RequestError("hires_scale would enlarge what mask_image and outpaint keep; leave it out")
         size = "1x1" if self.resize is None else self.resize
         if not (SIZE.fullmatch(size) and all(1 <= side <= MAX_SIDE for side in size_of(size))):
@@ -210,7 +210,9 @@ class Request:
         if self.outpaint is not None:
             if self.mask_image is not None:
                 raise RequestError("outpaint makes its own mask; leave out mask_image, or repaint in a second request")
-            if not (SIZE.fullmatch(self.outpaint) or _MARGINS.fullmatch(self.outpaint)):
+            sides = [margin.partition("=")[0] for margin in self.outpaint.split(",")]
+            is_margins = _MARGINS.fullmatch(self.outpaint) and len(set(sides)) == len(sides)
+            if not (SIZE.fullmatch(self.outpaint) or is_margins):
                 raise RequestError(
                     f"outpaint={shown(self.outpaint)} is not understood; give margins such as 'left=128,top=64', or "
                     "a size such as '768x512'"
@@ -279,8 +281,13 @@ class Request:
             raise RequestError(_EMPTY)
         return cls(**values), extras
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether a part of the picture is to stay as it is."""
+        return self.mask_image is not None or self.outpaint is not None
+
     def canonical(self) -> str:
-        """The request as JSON with sorted keys: equal text exactly where the requests are equal.
+        """The request as JSON with sorted keys: equal text exactly where the requests ask for the same.
 
         Fields at their default are left out, so that the text stays when a later version adds a field; so is a picture
         whose content is known by its hash: where it lies is no part of what is asked.
@@ -337,7 +344,7 @@ _NEEDS = {
     "padding_mask_crop": "mask_image",
     "outpaint": "image",
 }
-_MARGINS = re.compile(r"(?!.*\b(\w+)=.*\b\1=)((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
+_MARGINS = re.compile(r"((left|top|right|bottom)=\d{1,5}(,|$))+(?<!,)")
 _ZEROS = re.compile(r"(?<!\d)0+(?=\d)")  # that a number begins with
 
 

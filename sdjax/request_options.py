@@ -5,8 +5,9 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from typing import Any
 
-from sdjax.request import Request
+from sdjax.request import Request, field_types
 
 
 def add_request_options(
@@ -22,6 +23,11 @@ def add_request_options(
             shown = "" if field.default in (None, MISSING) else f" (default: {field.default})"
             option = f"--{field.name.replace('_', '-')}"
             group.add_argument(option, default=argparse.SUPPRESS, help=f"{meanings.get(field.name, '')}{shown}")
+
+
+def request_fields(options: object) -> dict[str, Any]:
+    """The fields of a Request that were given, as text."""
+    return {name: value for name, value in vars(options).items() if name in field_types()}
 
 
 def _meanings() -> dict[str, str]:

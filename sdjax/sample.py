@@ -19,7 +19,7 @@ from sdjax import images
 from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
-from sdjax.request_options import add_request_options
+from sdjax.request_options import add_request_options, request_fields
 from sdjax.values import DTYPES, RequestError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's exit status."""
     options = parser().parse_args(argv)
-    given = {name: value for name, value in vars(options).items() if name in field_types()}
+    given = request_fields(options)
     try:
         if options.describe:
             return _describe(options)

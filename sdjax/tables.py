@@ -29,8 +29,7 @@ def refiner(schedule: sampling.Schedule, request: Request) -> sampling.Table:
 
 
 def _strength(request: Request, edits: bool) -> float | None:
-    masked = request.mask_image is not None or request.outpaint is not None
-    if request.image is None or edits or (masked and request.strength == 1):
+    if request.image is None or edits or (request.is_masked and request.strength == 1):
         return None  # noise alone, as in diffusers: what is known comes in by the mask
     return request.strength
 

@@ -97,7 +97,7 @@ def coerce(name: str, value: Any, expected: tuple[type, bool]) -> Any:
 def shown(value: Any) -> str:
     """A value for an error's one line."""
     try:
-        text = re.sub(r"\s*\n\s*", " ", repr(value))
+        text = re.sub(r"\s*\n\s*", " ", repr(value)[:1000])
     except ValueError:  # a whole number of more digits than Python writes
         text = "a number of too many digits"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -246,6 +246,14 @@ def test_a_model_is_not_saved_to_a_url(pipe, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_model_that_is_saved_takes_no_second_copy_on_the_device(pipe, tmp_path, monkeypatch):
+    held = []
+    monkeypatch.setattr(generate.checkpoint, "save", lambda *_, **__: held.append(len(jax.live_arrays())))
+    before = len(jax.live_arrays())
+    pipe.save_pretrained(tmp_path / "model")
+    assert held == [before]
+
+
 def test_type_checkers_are_told_that_there_are_types():
     root = Path(sdjax.__file__).parents[1]
     data = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]

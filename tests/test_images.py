@@ -37,6 +37,9 @@ def test_parameters_are_the_lines_that_a1111_writes():
     assert "Negative" not in parameters(plain, "m")
     changed = dataclasses.replace(plain, image="a.png", strength=0.6)
     assert "Model: m, Denoising strength: 0.6, Clip skip: 2" in parameters(changed, "m")
+    enlarged = dataclasses.replace(plain, hires_scale=2, hires_strength=0.4)
+    second = "Hires upscale: 2, Hires upscaler: Lanczos, Denoising strength: 0.4, Clip skip: 2"
+    assert second in parameters(enlarged, "m")
     listed = dataclasses.replace(plain, num_inference_steps=2, guidance_scales=(9, 5))
     assert "Sampler: dpmpp_2m, Seed: 3" in parameters(listed, "m")  # guidance_scale is not what was used
 

@@ -2,9 +2,12 @@
 
 import base64
 import io
+import os
 import struct
 import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -13,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from sdjax import inputs, retrying
@@ -256,3 +260,37 @@ def test_an_array_that_is_no_picture_is_refused():
     for bad in (RGB.astype(np.float32), RGB[None], np.zeros((4, 6, 7), np.uint8)):
         with pytest.raises(RequestError, match="an array is uint8"):
             Request(prompt="a", image=bad)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(RequestError, match=r"pipe\.png cannot be read: it is a pipe"):
+        inputs.load(str(tmp_path / "pipe.png"), "image")
+
+
+def test_no_more_pixels_are_decoded_at_once_than_there_is_room_for(monkeypatch):
+    """However many threads ask: of pictures that take half of it two, and of small ones all."""
+    monkeypatch.setattr(inputs, "_ROOM", inputs._Room(2 * GREY.size))
+    held, most, load = 0, 0, PngImageFile.load
+    lock = threading.Lock()
+
+    def slow(image):
+        nonlocal held, most
+        with lock:
+            held += 1
+            most = max(most, held)
+        time.sleep(0.02)
+        with lock:
+            held -= 1
+        return load(image)
+
+    monkeypatch.setattr(PngImageFile, "load", slow)
+    data = io.BytesIO()
+    Image.fromarray(RGB).save(data, "png")
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: inputs.decode(data.getvalue(), "image"), range(8)))
+    assert most == 2
+    assert all(np.array_equal(image, RGB) for image in found)
+    with pytest.raises(RequestError, match="is broken"):
+        inputs.decode(data.getvalue()[:-30], "image")
+    assert inputs._ROOM._free == 2 * GREY.size

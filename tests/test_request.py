@@ -107,6 +107,16 @@ def test_a_number_of_too_many_digits_to_be_shown_is_refused():
         Request(prompt="a", seed=10**5000)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": " " * 10**6 + "x"}, {"image": "a.png", "outpaint": ",".join(f"x{i}={i}" for i in range(10**5))}],
+)
+def test_a_cell_of_a_megabyte_is_refused(values):
+    """At once: read backwards from every place, it would take hours."""
+    with pytest.raises(RequestError, match=r"is not (a whole number|understood)"):
+        Request(prompt="a", **values)
+
+
 def test_lists_of_numbers_are_one_text_however_they_are_written():
     for written in ("14.6,6,0.5", " [14.6, 6.0, .5] ", "14.6 6 0.5", [14.6, 6, 0.5], np.array([14.6, 6, 0.5])):
         request, _ = Request.from_row({"prompt": "a", "sigmas": written})

@@ -175,8 +175,8 @@ class _Norm(nnx.Module):
 def _moments(parts: Sequence[Array], mean_of: Callable[[Sequence[Array]], Array]) -> tuple[Array, Array]:
     """Mean and variance of channels that come in parts, in float32.
 
-    The variance takes a second pass over them. Of bfloat16 it does not: what the difference of two large numbers loses
-    in float32 is less than the parts themselves have lost, and one pass is a part of the operation before it.
+    The variance takes a second pass over them. Of bfloat16 one is enough, and fuses with the operation before: what the
+    mean of squares less the square of the mean loses in float32 is below bfloat16's own rounding.
     """
     wide = [part.astype(jnp.float32) for part in parts]
     mean = mean_of(wide)
