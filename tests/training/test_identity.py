@@ -40,6 +40,9 @@ def test_a_run_goes_on_where_its_data_lies_elsewhere_and_its_end_is_later(tmp_pa
     identity.write(tmp_path / "run", _made({"folder": str(a)}))
     other = {"output": "y", "steps": 20, "log_every": 7, "sheet_every": 9, "checkpoint_every": 8}
     identity.check(tmp_path / "run", _made({"folder": str(tmp_path / "b"), "workers": 5}, **other))
+    less_memory = {"task": "unet", "remat": True, "optimizer": {"accumulate": 2}}
+    identity.write(tmp_path / "other", _made({"folder": str(a)}, task="unet"))
+    identity.check(tmp_path / "other", _made({"folder": str(a)}, **less_memory))
 
 
 @pytest.mark.parametrize(
