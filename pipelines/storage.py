@@ -1,7 +1,6 @@
 """One folder on a disk or in a bucket, through fsspec: whole-or-absent writes, listings."""
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import os
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from fsspec.config import conf
 from fsspec.implementations.local import LocalFileSystem
 
-from sdjax.files import write_whole
+from sdjax.files import held, write_whole
 from sdjax.retrying import retry
 from sdjax.values import one_line
 
@@ -147,21 +146,10 @@ class Store:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps the folder from others that would hold it, until the context or the process ends; a bucket it does not.
-
-        Raises:
-            BlockingIOError: another process holds it.
-        """
-        if not self.is_local:
+        """See `sdjax.files.held`; a bucket is kept from nobody."""
+        busy = f"another job is writing to {self.url}; wait until it has ended"
+        with held(self.path(), busy) if self.is_local else contextlib.nullcontext():
             yield
-            return
-        os.makedirs(self.path(), exist_ok=True)
-        folder = os.open(self.path(), os.O_RDONLY)
-        try:
-            _lock(folder, self.url)
-            yield
-        finally:
-            os.close(folder)
 
     def delete(self, names: list[str]) -> None:
         """Remove files; an absent one is no error."""
@@ -203,12 +191,3 @@ class Store:
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _lock(folder: int, name: str) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(f"another job is writing to {name}; wait until it has ended") from None
-    except OSError:
-        pass  # some disks of networks have no locks

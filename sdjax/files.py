@@ -1,8 +1,10 @@
-"""Files that are there whole or not at all, where what is kept from run to run goes, and what lies below a folder."""
+"""Files that are there whole or not at all, folders that one process holds, and where and what they are."""
 
+import fcntl
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,28 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: str | os.PathLike[str], busy: str) -> Iterator[None]:
+    """Keeps a folder, which is made, from others that would hold it, until the context or the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it; `busy` says so.
+    """
+    os.makedirs(folder, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(opened)
+        raise BlockingIOError(busy) from None
+    except OSError:
+        pass  # some disks of networks have no locks
+    try:
+        yield
+    finally:
+        os.close(opened)
 
 
 def user_cache(name: str) -> Path:

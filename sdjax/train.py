@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
-from sdjax.files import folder_here
+from sdjax.files import folder_here, held
 from sdjax.training import config as training_config
 
 
@@ -57,10 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     before = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if not run.train(stop):
-            print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
-            return 130
-        run.export(model, arguments.export_dtype)
+        with held(output, f"another run is writing to {output}; wait until it has ended, or name another --output"):
+            if not run.train(stop):
+                print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
+                return 130
+            run.export(model, arguments.export_dtype)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -17,7 +18,7 @@ import pytest
 from flax import nnx
 from transformers import CLIPTokenizer
 
-from sdjax import train
+from sdjax import files, train
 from sdjax.generate import StableDiffusion
 from sdjax.parallel import Devices
 from sdjax.request import Request
@@ -324,3 +325,13 @@ def test_an_output_that_is_a_file_is_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert str(path) in error
         assert error.count("\n") == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "Devices", lambda: ONE)
+    path = write(tmp_path, "vae")
+    output = Path(config.load(path).output)
+    with files.held(output, "the first"):
+        assert train.main(["--config", str(path)]) == 1
+    assert f"another run is writing to {output}; wait until it has ended, or name another" in capsys.readouterr().err
+    assert not any(output.iterdir())
