@@ -139,12 +139,9 @@ class Tokenizer:
     def clauses(self, prompt: str, negative_prompt: str, language: str) -> list[tuple[float, list[list[Token]]]]:
         """Each joined prompt, then the negative one: its weight and its tokens in chunks.
 
-        language: `a1111`, that of `sdjax.prompts`; `compel`, that of `sdjax.compel`, here without its weights;
-            or `plain`, in which every character is text, in one chunk, cut where it is too long.
+        language: `a1111`, that of `sdjax.prompts`; or `plain`, in which every character is text, in one chunk, cut
+            where it is too long.
         """
-        if language == "compel":
-            read = [self.encodings(text) for text in (prompt, negative_prompt)]
-            return [(1.0, [[Token(id, 1.0) for id, _ in first.tokens] for first, *_ in chunks]) for chunks in read]
         if language == "plain":
             return [(1.0, [[Token(id, 1.0) for id in self.tokens(text)]]) for text in (prompt, negative_prompt)]
         return [
@@ -177,12 +174,17 @@ def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], 
     Args:
         tokenizers: one a text encoder, of equal length.
         prompts: the prompt and the negative prompt that each of them reads.
-        language: see `Tokenizer.clauses`.
+        language: see `Tokenizer.clauses`; or `compel`, that of `sdjax.compel`.
 
     Raises:
         ValueError: the encoders' prompts join different numbers of prompts.
     """
-    read = [tokenizer.clauses(*pair, language) for tokenizer, pair in zip(tokenizers, prompts, strict=True)]
+    pairs, weighted = list(zip(tokenizers, prompts, strict=True)), None
+    if language == "compel":
+        weighted = [[tokenizer.encodings(text) for text in pair] for tokenizer, pair in pairs]
+        read = [[(1.0, _unweighted(chunks)) for chunks in pair] for pair in weighted]
+    else:
+        read = [tokenizer.clauses(*pair, language) for tokenizer, pair in pairs]
     if len(set(map(len, read))) > 1:
         first, second = (len(clauses) - 1 for clauses in read)
         raise ValueError(f"prompt joins {first} prompts by AND, prompt_2 joins {second}; give as many")
@@ -198,13 +200,22 @@ def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], 
         for part, dtype in ((0, np.int32), (1, np.float32))
     )
     clauses = np.array([weight for weight, _ in read[0][:-1]], np.float32)
-    variants = _variants(tokenizers, prompts, count) if language == "compel" else None
+    variants = None if weighted is None else _variants(tokenizers, weighted, count)
     return Text(ids, weights, clauses, cut or longest > MAX_CHUNKS, variants)
 
 
-def _variants(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], count: int) -> Variants | None:
-    """What the weights of prompts in compel's language need, for `count` chunks; None where all of them are 1."""
-    read = [[tokenizer.encodings(text) for text in pair] for tokenizer, pair in zip(tokenizers, prompts, strict=True)]
+def _unweighted(chunks: list[list[Encoding]]) -> list[list[Token]]:
+    """The tokens of a prompt in compel's language."""
+    return [[Token(id, 1.0) for id, _ in first.tokens] for first, *_ in chunks]
+
+
+def _variants(
+    tokenizers: Sequence[Tokenizer], read: Sequence[Sequence[list[list[Encoding]]]], count: int
+) -> Variants | None:
+    """What the weights of prompts in compel's language need, for `count` chunks; None where all of them are 1.
+
+    read: for each encoder and prompt `Tokenizer.encodings`.
+    """
     if all(one.is_plain() for pair in read for text in pair for encodings in text for one in encodings):
         return None
     most = 1 + max(len(encodings) for pair in read for text in pair for encodings in text)
