@@ -15,6 +15,7 @@ from apache_beam.runners.runner import PipelineState
 from pipelines import layout, leftovers, progress, report, units
 from pipelines.options import JobOptions
 from pipelines.storage import Store
+from sdjax.console import show
 from sdjax.values import one_line
 
 _MANIFESTS_A_READER = 64
@@ -64,7 +65,7 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
         return 1
     summary = store.read_json(report.SUMMARY)
     if summary and summary["finished"]:
-        print(report.text(summary))
+        show(report.text(summary))
     return 0
 
 

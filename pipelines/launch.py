@@ -30,6 +30,7 @@ from pipelines.job import cancelling, listing
 from pipelines.options import OptionError, parse
 from pipelines.progress import ProgressLine
 from pipelines.storage import Store
+from sdjax.console import show
 from sdjax.values import one_line
 
 _SCOPES = ["https://www.googleapis.com/auth/cloud-platform"]
@@ -196,7 +197,7 @@ def main(
         for line in str(error).splitlines():
             print(f"refused: {line}", file=sys.stderr)
         return 2
-    print(plan(job, options.num_images))
+    show(plan(job, options.num_images))
     if options.dry_run:
         return 0
     try:
@@ -208,7 +209,7 @@ def main(
         print("\nNothing was sent.", file=sys.stderr)
         return 130
     if not agreed:
-        print("Nothing was sent.")
+        show("Nothing was sent.")
         return 0
 
     endpoint = options.dataflow_endpoint
@@ -225,7 +226,7 @@ def main(
         listed = listing(job.deployment.project, job.deployment.region)
         print(f"no answer ({one_line(error)}); whether the job runs says: {listed}", file=sys.stderr)
         return 1
-    print(f"started {job_id}; to stop it: {cancelling(job_id, job.deployment.project, job.deployment.region)}")
+    show(f"started {job_id}; to stop it: {cancelling(job_id, job.deployment.project, job.deployment.region)}")
     try:
         return 0 if follow(service, job, job_id) else 1
     except (KeyboardInterrupt, GoogleAPICallError, GoogleAuthError, requests.RequestException) as stop:

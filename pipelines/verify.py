@@ -19,6 +19,7 @@ from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import REMEDY, Store
 from pipelines.units import unit_name
+from sdjax.console import show
 from sdjax.training.encoded import SHARED, is_whole
 
 _SHOWN = 20
@@ -186,15 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found.units and Store(output).read_json(report.SUMMARY) is None:
         print(f"verify: {output} holds no dataset: neither manifests nor {report.SUMMARY}", file=sys.stderr)
         return 2
-    print(
+    show(
         f"{found.images:,} images in {found.units:,} units, {found.bytes:,} bytes, {found.flagged:,} flagged;"
         f" {found.rejected:,} rows rejected; {len(found.orphans):,} leftovers, {len(found.faults):,} faults"
     )
     for kind, names in (("leftover", found.orphans), ("fault", found.faults)):
         for name in names[:_SHOWN]:
-            print(f"{kind}: {name}")
+            show(f"{kind}: {name}")
         if len(names) > _SHOWN:
-            print(f"{kind}: and {len(names) - _SHOWN:,} more")
+            show(f"{kind}: and {len(names) - _SHOWN:,} more")
     return 1 if found.faults else 0
 
 

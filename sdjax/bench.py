@@ -20,6 +20,7 @@ import jax
 from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
+from sdjax.console import show
 from sdjax.files import check_file
 from sdjax.request import Request
 from sdjax.request_options import add_request_options, request_fields
@@ -191,9 +192,9 @@ def _run(options: argparse.Namespace) -> int:
             found.append(_alone(measure, folder, request, batch_size=size, cache=cache, **same))
     devices = jax.local_devices()
     what = f"{folder.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
-    print(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")
+    show(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")
     if theirs:
-        print(f"\n{ratios(found, theirs)}")
+        show(f"\n{ratios(found, theirs)}")
     if options.json:
         measured = [asdict(m) | {"share_of_peak": m.share_of_peak} for m in found]
         facts = {

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from sdjax import architectures
+from sdjax.console import show
 from sdjax.files import check_file
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import PlanError
@@ -181,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"${found['estimated_dollars_per_1000_images']:.2f} per 1,000 images at ${price:.2f} a chip-hour.\n"
             f"{_ABOUT_TPUS}"
         )
-    print(f"{what}, on {on}")
-    print(f"batch a device: {fitted.batch_size}, in {fitted.memory / _GIB:.2f} of {gib}\n")
-    print(f"{table(found['programs'])}\n\n{said}")
+    show(f"{what}, on {on}")
+    show(f"batch a device: {fitted.batch_size}, in {fitted.memory / _GIB:.2f} of {gib}\n")
+    show(f"{table(found['programs'])}\n\n{said}")
     if options.json:
         asked = {"model": options.model, "target": device.name, "dtype": options.dtype}
         size = {"width": request.width, "height": request.height, "steps": request.num_inference_steps}

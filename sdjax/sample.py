@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
+from sdjax.console import show
 from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
@@ -112,7 +113,7 @@ def _describe(options: argparse.Namespace) -> int:
     from sdjax.parts import BUNDLED
     from sdjax.spec import Spec
 
-    print(describe(Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))))
+    show(describe(Spec(options.model or BUNDLED, dtype=options.dtype, **model_options(options))))
     return 0
 
 

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "sdjax/parallel.py": set(),
     "sdjax/architectures.py": {"sdjax.family", "sdjax.parts"},
     "sdjax/files.py": set(),
+    "sdjax/console.py": set(),
     "sdjax/retrying.py": set(),
     "sdjax/compile_cache.py": {"sdjax.files"},
     "sdjax/flops.py": set(),
@@ -78,26 +79,26 @@ MAY_IMPORT = {
     "sdjax/model_options.py": set(),
     "sdjax/request_options.py": {"sdjax.request"},
     "sdjax/sample.py": {
-        *("sdjax.compile_cache", "sdjax.describe", "sdjax.files", "sdjax.generate", "sdjax.images"),
-        *("sdjax.model_options", "sdjax.parts", "sdjax.planning", "sdjax.request", "sdjax.request_options"),
-        *("sdjax.spec", "sdjax.values"),
+        *("sdjax.compile_cache", "sdjax.console", "sdjax.describe", "sdjax.files", "sdjax.generate"),
+        *("sdjax.images", "sdjax.model_options", "sdjax.parts", "sdjax.planning", "sdjax.request"),
+        *("sdjax.request_options", "sdjax.spec", "sdjax.values"),
     },
     "sdjax/train.py": {"sdjax.files", "sdjax.training"},
     "sdjax/plan.py": {
-        *("sdjax.architectures", "sdjax.files", "sdjax.planning", "sdjax.request", "sdjax.request_options"),
-        *("sdjax.spec", "sdjax.values"),
+        *("sdjax.architectures", "sdjax.console", "sdjax.files", "sdjax.planning", "sdjax.request"),
+        *("sdjax.request_options", "sdjax.spec", "sdjax.values"),
     },
     "sdjax/bench.py": {
-        *("sdjax.architectures", "sdjax.benchmark", "sdjax.files", "sdjax.request", "sdjax.request_options"),
-        *("sdjax.spec", "sdjax.values"),
+        *("sdjax.architectures", "sdjax.benchmark", "sdjax.console", "sdjax.files", "sdjax.request"),
+        *("sdjax.request_options", "sdjax.spec", "sdjax.values"),
     },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
 NO_JAX = ("sdjax/config", "sdjax/training/config.py") + tuple(
     f"sdjax/{name}.py"
     for name in (
-        *("__init__", "canvas", "compel", "files", "images", "inputs", "model_options", "prompts", "request"),
-        *("request_options", "retrying", "values"),
+        *("__init__", "canvas", "compel", "console", "files", "images", "inputs", "model_options", "prompts"),
+        *("request", "request_options", "retrying", "values"),
     )
 )
 

@@ -1,7 +1,10 @@
 """verify finds whatever is done to a dataset."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +51,18 @@ def test_a_dataset_is_proven(made, capsys):
     assert found.bytes > 0
     assert verify.main([str(made)]) == 0
     assert "20 images in 3 units" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_its_report_ends_in_silence_where_nobody_reads_on(made, buffered):
+    """As under `head`; the exit status is what was found all the same."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-m", "pipelines.verify", str(made)]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def break_bytes(dataset):
