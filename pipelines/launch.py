@@ -27,10 +27,11 @@ from google.cloud import dataflow_v1beta3 as api
 from pipelines import estimates, generate_images
 from pipelines.dataflow import Deployment, Job, LaunchError, Preset, arguments, faults, flex_request
 from pipelines.job import cancelling, listing
-from pipelines.options import OptionError, parse
+from pipelines.options import parse
 from pipelines.progress import ProgressLine
 from pipelines.storage import Store
 from sdjax.console import show
+from sdjax.request_options import refuse_empty
 from sdjax.values import one_line
 
 _SCOPES = ["https://www.googleapis.com/auth/cloud-platform"]
@@ -140,8 +141,9 @@ def prepare(options: argparse.Namespace) -> Job:
         wrong.append(f"--num-images={options.num_images} are none; give how many the prompts ask for")
     if not wrong:
         try:
+            refuse_empty(options)
             parse(arguments(job))
-        except OptionError as error:
+        except ValueError as error:
             wrong = [str(error)]
     if wrong:
         raise LaunchError("\n".join(wrong))

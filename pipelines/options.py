@@ -9,7 +9,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from pipelines import sinks
 from sdjax.images import FORMATS
 from sdjax.model_options import add_model_options
-from sdjax.request_options import add_request_options, request_fields
+from sdjax.request_options import add_request_options, refuse_empty, request_fields
 from sdjax.values import DTYPES
 
 # In this process, with nothing to fetch. Beam's own DirectRunner first tries to download the Prism runner.
@@ -70,8 +70,12 @@ class JobOptions(argparse.Namespace):
             OptionError: naming the option and what is allowed.
         """
         for name in self.needed:
-            if not getattr(self, name):
+            if getattr(self, name) is None:
                 raise OptionError(f"--{name} is missing")
+        try:
+            refuse_empty(self)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
         for name, values in self.choices.items():
             if getattr(self, name) not in values:
                 option = name.replace("_", "-")

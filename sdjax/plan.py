@@ -25,7 +25,7 @@ from sdjax.planning.fit import Fit, Fitted
 from sdjax.planning.gpu import GPUS, Gpu, GpuCompiler
 from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
-from sdjax.request_options import add_request_options, request_fields
+from sdjax.request_options import add_request_options, refuse_empty, request_fields
 from sdjax.spec import Spec
 from sdjax.values import DTYPES
 
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chip = CHIPS.get(options.target)
     device = chip or GPUS[options.target]
     try:
+        refuse_empty(options)
         if chip is None and (options.topology, options.price) != (None, None):
             raise PlanError(f"a {device.name}'s time is not estimated: --topology and --price are for TPUs")
         if options.batch_size is not None and options.batch_size < 1:

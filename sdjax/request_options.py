@@ -1,4 +1,4 @@
-"""The options with which commands take a Request's fields. Knows no JAX."""
+"""The options with which commands take a Request's fields, and a check of their others. Knows no JAX."""
 
 import argparse
 import inspect
@@ -28,6 +28,19 @@ def add_request_options(
 def request_fields(options: object) -> dict[str, Any]:
     """The fields of a Request that were given, as text."""
     return {name: value for name, value in vars(options).items() if name in field_types()}
+
+
+def refuse_empty(options: argparse.Namespace, *, leave_out: Sequence[str] = ()) -> None:
+    """Raise ValueError where an option holds no text: a shell's variable that is not set would be taken for a default.
+
+    A request's fields, some of which may be empty, are left to Request.
+    """
+    for name, value in vars(options).items():
+        if name in field_types() or name in leave_out:
+            continue
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise ValueError(f"--{name.replace('_', '-')} is empty; give it a value, or leave it out")
 
 
 def _meanings() -> dict[str, str]:

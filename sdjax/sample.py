@@ -20,7 +20,7 @@ from sdjax.console import show
 from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
-from sdjax.request_options import add_request_options, request_fields
+from sdjax.request_options import add_request_options, refuse_empty, request_fields
 from sdjax.values import DTYPES, RequestError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     given = request_fields(options)
     try:
+        refuse_empty(options, leave_out=("prompts",))
         if options.describe:
             return _describe(options)
         options.output = folder_here(options.output)

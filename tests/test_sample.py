@@ -73,6 +73,8 @@ def test_every_request_field_is_an_option():
         (["--batch-size", "auto"], "does not say how much memory it has"),
         (["--sweep", "strenght=0.4,0.6"], "--sweep strenght=0.4,0.6 is not understood"),
         (["--image", ""], "image='' is no path or URL"),
+        (["--model", ""], "--model is empty; give it a value, or leave it out"),
+        (["--lora", " "], "--lora is empty"),
         (["--seed", ""], "seed='' is not a whole number"),
         (["--sweep", "eta"], "--sweep eta is not understood; give a request's field and values"),
         (["--sweep", "eta=0,2"], "eta=2.0 is out of range"),

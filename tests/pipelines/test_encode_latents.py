@@ -278,6 +278,8 @@ def test_sets_that_no_job_can_run_on_are_refused(tmp_path, tiny, capsys):
         assert message in line
     assert encode_latents.main(["--images", str(tmp_path), "--output", "o", "--model", str(tiny), "--size", "17"]) == 2
     assert "--size=17 is not a multiple of" in capsys.readouterr().err
+    assert run(tiny, "--images", "", "--output", tmp_path / "out", load=no_load) == 2  # it is not the folder here
+    assert "--images is empty; give it a value, or leave it out" in capsys.readouterr().err
     for option, value, message in [
         ("--lora", "x.safetensors", "--lora would change the text encoder"),
         ("--variant", "fp16", "--variant may read other weights than training does"),

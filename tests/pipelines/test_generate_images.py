@@ -250,6 +250,11 @@ def test_many_files_and_templates_in_one_job(tmp_path):
     ("arguments", "message"),
     [
         ((), "--output is missing"),
+        (("--output", ""), "--output is empty; give it a value, or leave it out"),
+        (("--output", "o", "--model", ""), "--model is empty"),
+        (("--output", "o", "--lora", "", "--lora", "x"), "--lora is empty"),
+        (("--output", "o", "--prompts", ""), "--prompts is empty"),
+        (("--output", "o", "--prompt-column", " "), "--prompt-column is empty"),
         (("--output", "o", "--format", "zip"), "--format='zip' is unknown; allowed are tar, files"),
         (("--output", "o", "--image-format", "gif"), "--image-format='gif' is unknown; allowed are"),
         (("--output", "o", "--dtype", "int8"), "--dtype='int8' is unknown"),

@@ -140,6 +140,7 @@ def test_plan_invents_nothing(terraform, capsys):
     [
         (["--zone=us-west1-c"], "refused: worker_zone us-west1-c is not in region us-central1"),
         (["--model=runwayml/sd15"], "refused: model 'runwayml/sd15' would come from a hub"),
+        (["--model="], "refused: --model is empty; give it a value, or leave it out"),
         (["--max-workers=0"], "refused: num_workers 1 must be 1 to max_num_workers, 0"),
         (["--price-per-chip-hour=-1"], "refused: price_per_chip_hour -1.0 is none; give dollars, 0 or more"),
         (["--price-per-chip-hour=nan"], "refused: price_per_chip_hour nan is none"),

@@ -254,6 +254,8 @@ def test_the_batch_size_is_that_of_the_largest_request(tiny, monkeypatch):
 def test_what_the_command_refuses(capsys):
     assert plan.main(["--topology", "2by2"]) == 2
     assert "topology '2by2' is not chips by chips" in capsys.readouterr().err
+    assert plan.main(["--topology", ""]) == 2
+    assert "--topology is empty" in capsys.readouterr().err
     assert plan.main(["--model", "/nowhere"]) == 2
     assert plan.main(["--batch-size", "0"]) == 2
     assert "--batch-size=0 makes nothing; allowed is 1 or more" in capsys.readouterr().err
