@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import fsspec
 
@@ -51,10 +52,10 @@ def _temporary(store: Store, names: Iterable[str]) -> list[str]:
 def sweep(store: Store, *, everything: bool = False) -> str:
     """Make the output ready for a job: delete what no manifest commits, the last job's rejects and its progress.
 
-    Looks for leftovers only where a job has begun. Where it has finished those are shards whose manifest somebody has
-    deleted, as `pipelines.verify` may advise: an image in a file of its own is made again under its name. With
-    `everything`, deletes what jobs wrote and nothing else; manifests go first, so that a reader never meets one whose
-    images are gone. What jobs wrote is known by its name: other files in the same folders stay.
+    Looks for leftovers only where a job has begun, and among images in files of their own only where it has not
+    finished, or somebody has deleted manifests since, as `pipelines.verify` may advise. With `everything`, deletes what
+    jobs wrote and nothing else; manifests go first, so that a reader never meets one whose images are gone. What jobs
+    wrote is known by its name: other files in the same folders stay.
 
     Returns:
         What was deleted, in words; empty where nothing worth a word was.
@@ -71,13 +72,20 @@ def sweep(store: Store, *, everything: bool = False) -> str:
         progress.clear(store)
         return f"--overwrite deleted {len(names):,} files of earlier jobs" if names else ""
     last = store.read_json(report.SUMMARY)
-    left = [] if last is None else layout.find(store, "shards") if last.get("finished") else orphans(store)
+    left = [] if last is None else _left(store, last)
     if left:  # a worker of the last job that still runs may have committed some while manifests were read
         units = {layout.unit_of(name) for name in layout.find(store, "manifest")}
         left = [name for name in left if not (name.startswith("shards/") and layout.unit_of(name) in units)]
     store.delete(left + layout.find(store, "rejected"))
     progress.clear(store)
     return f"deleted {len(left):,} files that no manifest commits" if left else ""
+
+
+def _left(store: Store, last: dict[str, Any]) -> list[str]:
+    """What may be left over of jobs, of which the last wrote this summary."""
+    if last.get("finished") and last.get("manifests") == len(layout.find(store, "manifest")):
+        return layout.find(store, "shards")
+    return orphans(store)
 
 
 def refuse_inputs(store: Store, files: Iterable[str]) -> None:

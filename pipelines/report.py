@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import apache_beam as beam
 
-from pipelines import contact_sheet, progress
+from pipelines import contact_sheet, layout, progress
 from pipelines.storage import Store
 
 SUMMARY = "summary.json"
@@ -115,6 +115,7 @@ class WriteReport(beam.DoFn):
         if limit and (summary["images"] or self._job.stale or not self._store.exists(contact_sheet.NAME)):
             contact_sheet.write(self._store, limit)
         progress.clear(self._store)
+        summary["manifests"] = len(layout.find(self._store, "manifest"))  # fewer than these say that some are gone
         self._store.write_json(SUMMARY, summary)
         yield summary
 

@@ -3,6 +3,7 @@
 import shutil
 import threading
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import encode_latents, layout, leftovers, verify
@@ -79,6 +80,27 @@ def test_a_shard_whose_manifest_was_deleted_goes(output, capsys):
     assert not (output / shard).exists()
     assert verify.verify(str(output)).orphans == []
     assert own(output) == OWN
+
+
+def test_images_whose_manifest_was_deleted_go(output, capsys):
+    """Made again in another form they would stay beside it for good."""
+    (output.parent / "p.txt").write_text("one\ntwo\nthree\n")
+    run(output, "--format", "files", "--unit-size", "2")
+    manifest = next(name for name in sorted(files(output)) if name.startswith("manifest/") and name not in OWN)
+    lost = pq.read_table(output / manifest)["file"].to_pylist()
+    (output / manifest).unlink()
+    run(output)
+    assert f"deleted {len(lost)} files that no manifest commits" in capsys.readouterr().err
+    assert [name for name in lost if (output / name).exists()] == []
+    found = verify.verify(str(output))
+    assert (found.images, found.orphans, found.faults) == (3, [], [])
+    assert own(output) == OWN
+
+
+def test_what_a_finished_job_left_whole_is_not_looked_through(output, monkeypatch):
+    run(output, "--format", "files")
+    monkeypatch.delattr(leftovers, "orphans")
+    run(output, "--format", "files")
 
 
 def test_nothing_is_left_over_where_no_job_ever_ran(output):
