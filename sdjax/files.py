@@ -52,10 +52,10 @@ def user_cache(name: str) -> Path:
 
 
 def folder_here(path: str | os.PathLike[str]) -> Path:
-    """A folder on this machine. Raises ValueError for a URL, of which `Path` would make one named `gs:`."""
+    """A folder on this machine, `~` its user's. Raises ValueError for a URL, of which `Path` makes one named `gs:`."""
     if "://" in os.fspath(path):
         raise ValueError(f"{path} is a URL; give a folder on this machine")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def check_file(option: str, path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import os
 import pwd
+from pathlib import Path
 from unittest.mock import Mock
 
 import fsspec
 import pytest
 
-from sdjax.files import below, user_cache, write_whole
+from sdjax.files import below, folder_here, user_cache, write_whole
 
 
 def test_write_whole_leaves_the_old_file_or_the_new(tmp_path, monkeypatch):
@@ -30,6 +31,14 @@ def test_a_user_without_a_home_has_caches_that_cannot_be_made(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError))
     assert str(user_cache("compiled")) == "/~/.cache/sdjax/compiled"
+
+
+def test_a_folder_may_begin_with_the_users(monkeypatch):
+    """As an option of a shell that leaves --output=~/out as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert folder_here("~/out") == Path("/home/me/out")
+    with pytest.raises(ValueError, match="gs://bucket/~ is a URL"):
+        folder_here("gs://bucket/~")
 
 
 def test_links_are_what_they_name_and_lead_nowhere_twice(tmp_path):

@@ -65,7 +65,7 @@ class Checkpoint:
     ) -> None:
         self.source, self.variant = os.fspath(source), variant
         self._endings = tuple(_STEMS) if allow_pickle else (".safetensors",)
-        folder = self.source
+        folder = os.path.expanduser(self.source)
         if "://" not in folder and not os.path.isdir(folder):
             folder = hub.folder(folder, self._wanted)
         self._fs, self._root = fsspec.core.url_to_fs(folder)

@@ -168,7 +168,7 @@ class SingleFile(_File):
         prediction_type: str | None = None,
         allow_pickle: bool = False,
     ) -> None:
-        self._tokenizer = CLIP if tokenizer is None else os.fspath(tokenizer)
+        self._tokenizer = CLIP if tokenizer is None else os.path.expanduser(os.fspath(tokenizer))
         self._prediction_type = prediction_type
         super().__init__(source, allow_pickle=allow_pickle)
 

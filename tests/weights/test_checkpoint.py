@@ -56,6 +56,12 @@ def test_a_url_loads_like_its_folder(tiny, loaded):
     assert pipe.spec.tokenizers[0].tokens("a red circle") == loaded.spec.tokenizers[0].tokens("a red circle")
 
 
+def test_a_path_may_begin_with_the_users_folder(copy, loaded, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    spec = Spec("~/copy", vae="~/copy/vae")
+    assert spec.checkpoint.fingerprint(["unet"]) == loaded.spec.checkpoint.fingerprint(["unet"])
+
+
 def test_folders_may_be_links(tiny, loaded, tmp_path):
     for path in tiny.iterdir():
         (tmp_path / path.name).symlink_to(path)
