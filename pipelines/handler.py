@@ -351,12 +351,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _too_large(unit: Unit, model: LazyModel) -> list[dict[str, Any]]:
     """The rows of a unit that no device has memory for, as rejections."""
     pipe = model.get(first=None)  # raises where it is the model itself that finds no room
-    lines = []
-    for row in unit.rows:
-        size = f"{row.request.width}x{row.request.height} at a batch of {pipe.batch_size}"
-        error = RequestError(f"a device has no memory for {size}; give a smaller size, or --batch-size")
-        lines.append(rejection(row.place, vars(row.request), error))
-    return lines
+    return [rejection(row.place, vars(row.request), _no_memory(pipe, row.request)) for row in unit.rows]
+
+
+def _no_memory(pipe: Any, request: Request) -> RequestError:
+    size = f"{request.width}x{request.height} at a batch of {pipe.batch_size}"
+    return RequestError(f"a device has no memory for {size}; give a smaller size, or --batch-size")
 
 
 def _heartbeat(model: LazyModel) -> Heartbeat:
@@ -365,14 +365,20 @@ def _heartbeat(model: LazyModel) -> Heartbeat:
 
 
 def _made(pipe: Any, requests: list[Request]) -> list[Any]:
-    """A result for each request; the RequestError of one whose picture is gone since it was checked."""
+    """A result for each request; the RequestError of one whose picture is gone by now, or that is too large."""
     try:
         return pipe.generate(requests)
     except RequestError as error:
-        if len(requests) == 1:
-            return [error]
-        middle = len(requests) // 2
-        return _made(pipe, requests[:middle]) + _made(pipe, requests[middle:])
+        failed = error
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        failed = _no_memory(pipe, requests[0])
+    # From here on nothing holds what lay on the devices: the traceback of an exception that is handled would.
+    if len(requests) == 1:
+        return [failed]
+    middle = len(requests) // 2
+    return _made(pipe, requests[:middle]) + _made(pipe, requests[middle:])
 
 
 def _timed(call: Callable[..., Any], *args: Any) -> tuple[float, Any]:

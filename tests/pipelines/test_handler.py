@@ -172,6 +172,25 @@ def test_a_row_that_no_device_has_memory_for_costs_its_unit_alone(units_of_two, 
     assert rejected(tmp_path) == {2: says, 3: says}
 
 
+def test_a_request_that_no_device_has_memory_for_is_alone(monkeypatch):
+    def stream(pipe, requests):
+        for request in requests:
+            if request.width == 4096:
+                raise JaxRuntimeError("RESOURCE_EXHAUSTED: Attempting to allocate 22.00G")
+            if request.prompt == "broken":
+                raise JaxRuntimeError("INTERNAL: of no request's fault")
+            yield standin.picture(pipe.spec, request)
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    handler = SdjaxModelHandler("my/model", load=load_by_name)
+    examples = ["one", Request(prompt="two", width=4096), "three"]
+    one, two, three = (result.inference for result in handler.run_inference(examples, handler.load_model()))
+    assert str(two) == "a device has no memory for 4096x16 at a batch of 4; give a smaller size, or --batch-size"
+    assert [one.request.prompt, three.request.prompt] == ["one", "three"]
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        list(handler.run_inference(["one", "broken"], handler.load_model()))
+
+
 def test_a_model_that_no_device_has_memory_for_fails_the_job(units_of_two, tmp_path):
     packed, handler = units_of_two
 
