@@ -24,6 +24,7 @@ from pipelines.generate_images import load_spec
 from pipelines.handler import UnitHandler
 from pipelines.options import EncodeOptions, parse
 from pipelines.storage import Store
+from sdjax.console import says_why
 from sdjax.model_options import model_options
 
 
@@ -43,7 +44,9 @@ def main(
         sets = image_sets.find(job.images)
         leftovers.refuse_inputs(Store(job.output), sets)
         shards = units.shard_count(sum(map(image_sets.count, sets)))
-    except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
+    except Exception as error:
+        if not says_why(error):
+            raise
         return jobs.refuse(EncodeOptions.command, error)
     except KeyboardInterrupt:
         return jobs.interrupted(EncodeOptions.command)

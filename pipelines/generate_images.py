@@ -24,6 +24,7 @@ from pipelines.options import GenerateOptions, parse
 from pipelines.sinks import Images
 from pipelines.sources import Source
 from pipelines.storage import Store
+from sdjax.console import says_why
 from sdjax.model_options import model_options
 from sdjax.request import Request
 from sdjax.values import RequestError
@@ -53,7 +54,9 @@ def main(
         leftovers.refuse_inputs(Store(job.output), [source.file for source in files])
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         _check_defaults(model, job.request_defaults())
-    except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
+    except Exception as error:
+        if not says_why(error):
+            raise
         return jobs.refuse(GenerateOptions.command, error)
     except KeyboardInterrupt:
         return jobs.interrupted(GenerateOptions.command)

@@ -15,7 +15,7 @@ from apache_beam.runners.runner import PipelineState
 from pipelines import layout, leftovers, progress, report, units
 from pipelines.options import JobOptions
 from pipelines.storage import Store
-from sdjax.console import show
+from sdjax.console import says_why, show
 from sdjax.values import one_line
 
 _MANIFESTS_A_READER = 64
@@ -39,7 +39,9 @@ def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> i
             swept = leftovers.sweep(store, everything=job.overwrite)
             begun = {"finished": False, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             store.write_json(report.SUMMARY, begun)
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            if not says_why(error):
+                raise
             return refuse(job.command, error)
         except KeyboardInterrupt:
             return interrupted(job.command)

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from pipelines import tables
 from pipelines.records import MAX_RECORD, RowError, records
 from pipelines.templates import Template, TemplateError
-from sdjax.retrying import retry
+from sdjax.console import says_why
+from sdjax.retrying import is_absent, retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import json_object
 from sdjax.values import coerce, one_line
@@ -114,12 +115,11 @@ def _look_into(source: Source, prompt_column: str | None) -> Source:
         raise SourceError(f"{file!r}: its name is not valid UTF-8, as which manifests keep it; rename it")
     try:
         source, row = _first_row(source)
-    except FileNotFoundError:
-        raise SourceError(f"{file}: no such file") from None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, SourceError):
+    except Exception as error:
+        if isinstance(error, SourceError) or not (says_why(error) or isinstance(error, pa.ArrowException)):
             raise
-        raise SourceError(f"{file}: {one_line(error)}") from None
+        said = "no such file" if is_absent(error) else one_line(error.__cause__ or error)
+        raise SourceError(f"{file}: {said}") from None
     if isinstance(row, dict):
         try:
             select_prompt(row, prompt_column)

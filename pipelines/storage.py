@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 from sdjax.files import held, write_whole
 from sdjax.retrying import retry
 from sdjax.values import one_line
+
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs, with a traceback, it also raises
 
 READERS = 32  # files that are fetched at once: a bucket answers in tens of milliseconds, however small they are
 

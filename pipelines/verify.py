@@ -19,8 +19,9 @@ from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import REMEDY, Store
 from pipelines.units import unit_name
-from sdjax.console import show
+from sdjax.console import says_why, show
 from sdjax.training.encoded import SHARED, is_whole
+from sdjax.values import one_line
 
 _SHOWN = 20
 
@@ -183,7 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipelines.verify", description="Prove a dataset.")
     parser.add_argument("output", help="the --output of a job: a folder or an fsspec URL")
     output = parser.parse_args(argv).output
-    found = verify(output)
+    try:
+        found = verify(output)
+    except Exception as error:
+        if not says_why(error):
+            raise
+        print(f"verify: {output} cannot be read: {one_line(error)}", file=sys.stderr)
+        return 2
     if not found.units and Store(output).read_json(report.SUMMARY) is None:
         print(f"verify: {output} holds no dataset: neither manifests nor {report.SUMMARY}", file=sys.stderr)
         return 2

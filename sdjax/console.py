@@ -1,7 +1,14 @@
-"""What commands print for others to read. Knows no JAX."""
+"""What commands print for others to read, and what they end with a line for. Knows no JAX."""
 
 import os
 import sys
+
+from sdjax.retrying import is_of_a_network
+
+
+def says_why(error: Exception) -> bool:
+    """Whether a command ends with the one line of this error: what was asked for or the world is at fault, not we."""
+    return isinstance(error, (ValueError, OSError, ImportError)) or is_of_a_network(error)  # an import for a protocol
 
 
 def show(text: str) -> None:

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sdjax.retrying import is_absent
+from sdjax.values import one_line
+
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, whenever the process or the machine stops."""
@@ -64,6 +67,16 @@ def check_file(option: str, path: Path) -> None:
         raise ValueError(f"{option}: there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give a file")
+
+
+def is_file(fs: Any, path: str) -> bool:
+    """Whether a file of an fsspec filesystem is there. OSError where that cannot be told: `isfile` says no."""
+    try:
+        return fs.info(path)["type"] == "file"
+    except Exception as error:
+        if is_absent(error) or isinstance(error, (NotADirectoryError, ValueError)):  # ValueError of a NUL
+            return False
+        raise OSError(f"{path} cannot be read: {one_line(error.__cause__ or error)}") from None
 
 
 def below(fs: Any, root: str, within: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sdjax.retrying import is_transient, retry
+from sdjax.retrying import is_absent, retry
 from sdjax.values import RequestError, one_line
 
 MAX_BYTES = 2**26
@@ -77,7 +77,7 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     try:
         data = read(url)
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        if isinstance(error, FileNotFoundError) and not is_transient(error):
+        if is_absent(error):
             raise RequestError(f"{name} {shown} is not there") from None
         raise RequestError(f"{name} {shown} cannot be read: {one_line(error.__cause__ or error)}") from None
     if len(data) > MAX_BYTES:

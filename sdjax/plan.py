@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from sdjax import architectures
-from sdjax.console import show
+from sdjax.console import says_why, show
 from sdjax.files import check_file
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import PlanError
@@ -161,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlanError(f"--price={options.price} is no price; allowed is 0 or more")
         chips = chips_of(options.topology or "2x2")
         fitted, request = make(options)
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not says_why(error):
+            raise
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
     what = f"{options.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"

@@ -12,6 +12,7 @@ FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
 
 _PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NUMBERS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_OF_NETWORKS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
 T = TypeVar("T")
@@ -25,10 +26,24 @@ def is_transient(error: Exception) -> bool:
         return False
     if isinstance(error, OSError) and error.errno in _PERMANENT_NUMBERS:
         return False
+    if isinstance(status := getattr(error, "status", None), int):  # a web server's, whatever it is to gcsfs
+        return status in _TRANSIENT_CODES
     gcs = sys.modules.get("gcsfs.retry")  # only where some path is a gs:// one
     if gcs is not None and gcs.is_retriable(error):
         return True
     return isinstance(error, OSError) or str(getattr(error, "code", "")) in map(str, _TRANSIENT_CODES)
+
+
+def is_absent(error: Exception) -> bool:
+    """Whether a file is truly not there; fsspec says so of any answer of a web server but a good one."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    return getattr(error.__cause__, "status", 404) in (404, 410) and not is_transient(error)
+
+
+def is_of_a_network(error: Exception) -> bool:
+    """Whether a library that reads and writes URLs raised it: the errors of some are no OSError."""
+    return type(error).__module__.partition(".")[0] in _OF_NETWORKS
 
 
 def retry(call: Callable[[], T], attempts: int = ATTEMPTS) -> T:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.console import show
+from sdjax.console import says_why, show
 from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
@@ -88,8 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the files that are there are whole", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:  # an import of what a URL's protocol needs
-        print(f"{parser().prog}: {error}", file=sys.stderr)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # as XLA says that memory is
+            less = "a smaller --batch-size, --width or --height, or --vae-tiling, take less"
+            print(f"{parser().prog}: the devices have too little memory; {less}", file=sys.stderr)
+            return 1
+        if not says_why(error):
+            raise
+        print(f"{parser().prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

@@ -210,6 +210,13 @@ def test_a_server_may_give_a_file_in_parts_and_fail_at_times(served, monkeypatch
         inputs.load(served, "image")
 
 
+def test_only_what_is_not_found_is_not_there(served):
+    for code, message in ((403, "cannot be read: 403"), (404, "is not there"), (410, "is not there")):
+        _Server.failures[:] = [code] * 99
+        with pytest.raises(RequestError, match=message):
+            inputs.load(served, "image")
+
+
 @pytest.mark.parametrize("url", ["nowhere://a/b.png", "data:image/png;base64,###", "/", "file:///no/such", "a\nb"])
 def test_any_url_gives_a_picture_or_a_request_error(url):
     with pytest.raises(RequestError) as refused:

@@ -148,6 +148,16 @@ def test_an_output_that_is_a_file_is_said_before_anything_is_made(tiny, tmp_path
     assert "File exists" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_said_in_a_line(tiny, tmp_path, capsys, monkeypatch):
+    def launch(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nin all")
+
+    monkeypatch.setattr(StableDiffusion, "launch", launch)
+    assert sample.main(["red", "--model", str(tiny), "--output", str(tmp_path), *SMALL]) == 1
+    said = "the devices have too little memory; a smaller --batch-size, --width or --height, or --vae-tiling, take less"
+    assert said in capsys.readouterr().err
+
+
 def test_an_output_that_is_a_url_is_refused(capsys):
     """As a path it would be a folder named gs:."""
     assert sample.main(["red", "--output", "gs://bucket/out"]) == 2

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import fsspec
 import numpy as np
 
+from sdjax.files import is_file
 from sdjax.weights import hub, torch_zip
 from sdjax.weights.safetensors import CheckpointError, read_header_and_metadata, read_tensors
 
@@ -46,7 +47,7 @@ class AddonFile:
         if self._fs.isdir(self._path):
             paths = map(posixpath.basename, self._fs.ls(self._path, detail=False))
             self._path = posixpath.join(self._path, chosen(paths))
-        if not self._fs.isfile(self._path):
+        if not is_file(self._fs, self._path):
             raise CheckpointError(f"{self.source} is no file")
         with self._fs.open(self._path, "rb") as stream:
             if hub.path_of(self._path).endswith(".safetensors"):

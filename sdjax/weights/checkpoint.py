@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sdjax.files import below
+from sdjax.files import below, is_file
 from sdjax.weights import hub, names, torch_zip
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header, read_tensors, write_tensors
 
@@ -69,7 +69,7 @@ class Checkpoint:
         if "://" not in folder and not os.path.isdir(folder):
             folder = hub.folder(folder, self._wanted)
         self._fs, self._root = fsspec.core.url_to_fs(folder)
-        if not self._fs.isfile(self._path(self.first)):
+        if not is_file(self._fs, self._path(self.first)):
             raise CheckpointError(f"{self.source} holds no {self.first}; {self.kind} has one")
         self._check_variant()
 

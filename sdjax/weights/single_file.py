@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 
 from sdjax.config import ConfigError
+from sdjax.files import is_file
 from sdjax.weights import families, hub, ldm, torch_zip
 from sdjax.weights.checkpoint import Checkpoint, Component
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header_and_metadata, read_tensors
@@ -82,7 +83,7 @@ class _File(Checkpoint):
     def __init__(self, source: str | os.PathLike[str], *, allow_pickle: bool = False) -> None:
         self.source, self.variant = os.fspath(source), None
         self._fs, self._root = fsspec.core.url_to_fs(hub.file(self.source))
-        if not self._fs.isfile(self._root):
+        if not is_file(self._fs, self._root):
             raise CheckpointError(f"{self.source} is no file")
         with self._fs.open(self._root, "rb") as stream:
             metadata: Mapping[str, str] = {}

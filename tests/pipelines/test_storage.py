@@ -9,6 +9,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import aiohttp
 import fsspec
 import pytest
 
@@ -160,6 +161,15 @@ def test_what_a_web_server_answered_says_whether_a_file_that_is_not_found_may_be
     error = FileNotFoundError("https://host/a.png")
     error.__cause__ = HttpError(code)
     assert is_transient(error) is transient
+
+
+@pytest.mark.parametrize(("status", "transient"), [(503, True), (429, True), (404, False), (403, False)])
+def test_a_web_servers_answer_is_the_same_beside_buckets(status, transient):
+    """gcsfs, once it is imported, takes every one of them for what may pass."""
+    import gcsfs  # noqa: F401
+
+    asked = SimpleNamespace(real_url="https://host/a.png")
+    assert is_transient(aiohttp.ClientResponseError(asked, (), status=status)) is transient
 
 
 def test_retrying_ends(monkeypatch):
