@@ -284,8 +284,27 @@ def _is_text(text: str) -> bool:
 
 
 def _open(file: str) -> IO[bytes]:
+    def opened() -> Any:
+        fs, path = fsspec.core.url_to_fs(file)
+        if file.startswith(("http://", "https://")) and not _is_given_in_parts(file):
+            return io.BytesIO(fs.cat_file(path))  # type: ignore[arg-type]
+        return fs.open(path, "rb")
+
     # Buffered, because the readline of fsspec's own files for buckets takes no limit.
-    return retry(lambda: io.BufferedReader(fsspec.open(file, "rb").open()))  # pyright: ignore[reportAttributeAccessIssue]
+    return retry(lambda: io.BufferedReader(opened()))
+
+
+@lru_cache(maxsize=1024)
+def _is_given_in_parts(file: str) -> bool:
+    """Whether a web server gives a file from within, where pieces begin; a plain one sends all of it each time."""
+    try:
+        fs, path = fsspec.core.url_to_fs(file)
+        with fs.open(path, "rb") as stream:
+            stream.seek(1)
+            stream.read(1)
+    except ValueError:
+        return False
+    return True
 
 
 def _template(source: Source) -> Template:

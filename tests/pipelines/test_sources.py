@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pyarrow as pa
@@ -42,6 +43,47 @@ def test_text_lines_are_prompts_with_their_places(tmp_path):
         (Place(str(path), 3), {"prompt": ""}),
         (Place(str(path), 4), {"prompt": "ein Bär, rot"}),
     ]
+
+
+class _Sender(BaseHTTPRequestHandler):
+    """Sends each file whole whatever part is asked for, with its length or in chunks."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        folder, chunked = self.server.folder, self.path.startswith("/chunked/")
+        data = (folder / self.path.rpartition("/")[2]).read_bytes()
+        self.send_response(200)
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(data)))))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data) if chunked else data)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("how", ["whole", "chunked"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.parquet", "a.toml"])
+def test_a_web_server_may_know_no_parts(tmp_path, monkeypatch, how, name):
+    table = [{"prompt": f"a cat {i}"} for i in range(7)]
+    lines = "".join(f"{row['prompt']}\n" for row in table)
+    written(tmp_path / "a.txt", lines)
+    written(tmp_path / "a.csv", f"prompt\n{lines}")
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet", row_group_size=4)
+    written(tmp_path / "a.toml", f"prompts = {[row['prompt'] for row in table]}")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Sender)
+    server.folder = tmp_path
+    monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a client that waits for no file's end
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        read = values(f"http://127.0.0.1:{server.server_port}/{how}/{name}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [row["prompt"] for row in read] == [row["prompt"] for row in table]
 
 
 def test_csv_tsv_jsonl_and_parquet_give_the_same_rows(tmp_path):
