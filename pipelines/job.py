@@ -80,7 +80,7 @@ def _has_ended(result: Any) -> bool:
 
 
 def _there(job: JobOptions, model: Any, store: Store) -> list[str]:
-    """In what form what is there was written, and by which model, where this job's are others; it stays so.
+    """In what form and size what is there was written, and by which model, where this job's are others; it stays so.
 
     Raises:
         ValueError: it is another job's, or cannot be read.
@@ -88,7 +88,7 @@ def _there(job: JobOptions, model: Any, store: Store) -> list[str]:
     manifests = layout.find(store, "manifest")
     if not manifests:
         return []
-    there = store.read_table(manifests[0], ["file", "shard", "model", "model_fingerprint", "dtype"])
+    there = store.read_table(manifests[0], ["file", "shard", "model", "model_fingerprint", "dtype", "size"])
     images = "format" in job.defaults()
     if images != ("file" in there.column_names):
         kinds = ("latents", "images") if images else ("images", "latents")
@@ -101,6 +101,9 @@ def _there(job: JobOptions, model: Any, store: Store) -> list[str]:
     if row.get("model_fingerprint", model.fingerprint) != model.fingerprint or row.get("dtype", job.dtype) != job.dtype:
         made = f"made by another model or dtype ({row.get('model')}), and stays"
         said.append(f"what is there was {made}; its rows are made anew beside it; --overwrite deletes it")
+    if not images and row.get("size", model.size) != model.size:
+        stays = "stays, and training takes one size alone; --overwrite deletes it"
+        said.append(f"what is there was made with --size {row['size']}; it {stays}")
     if images:
         was = {"format": "tar" if row["shard"] else "files", "image_format": row["file"].rpartition(".")[2]}
         other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]

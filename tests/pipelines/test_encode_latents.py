@@ -187,6 +187,16 @@ def test_another_dtypes_latents_stay_and_the_job_says_so(encoded, tiny, tmp_path
     assert before.items() < files(tmp_path / "out").items()
 
 
+def test_latents_of_another_size_stay_and_the_job_says_so(encoded, tiny, tmp_path, capsys):
+    """Training refuses the two in one folder."""
+    shutil.copytree(encoded / "folder", tmp_path / "out")
+    arguments = ("--images", encoded / "folder-set", "--output", tmp_path / "out", "--unit-size", 4)
+    assert run(tiny, *arguments, load=no_load) == 0
+    assert "--size" not in capsys.readouterr().err
+    assert encode_latents.main([*map(str, arguments), "--model", str(tiny), "--size", str(2 * SIZE)]) == 0
+    assert f"what is there was made with --size {SIZE}; it stays, and" in capsys.readouterr().err
+
+
 def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(encoded / "metadata-set", folder)
