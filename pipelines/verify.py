@@ -8,8 +8,8 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -17,9 +17,9 @@ from safetensors.numpy import load
 
 from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
-from pipelines.storage import REMEDY, Store
+from pipelines.storage import REMEDY, Store, spread
 from pipelines.units import unit_name
-from sdjax.console import says_why, show
+from sdjax.console import interrupted, says_why, show
 from sdjax.training.encoded import SHARED, is_whole
 from sdjax.values import one_line
 
@@ -48,14 +48,13 @@ def verify(output: str) -> Findings:
     found = Findings(orphans=leftovers.orphans(store, tolerant=True))
     manifests = layout.find(store, "manifest")
     ids: Counter[str] = Counter()
-    with ThreadPoolExecutor(4) as pool:
-        for name, (rows, faults) in zip(manifests, pool.map(lambda n: _unit(store, n), manifests), strict=True):
-            found.faults += [f"{name}: {fault}" for fault in faults]
-            found.units += 1
-            found.images += len(rows)
-            found.bytes += sum(row["bytes"] for row in rows)
-            found.flagged += sum(bool(row["flags"]) for row in rows)
-            ids.update(row["id"] for row in rows)
+    for name, (rows, faults) in zip(manifests, spread(partial(_unit, store), manifests, 4), strict=True):
+        found.faults += [f"{name}: {fault}" for fault in faults]
+        found.units += 1
+        found.images += len(rows)
+        found.bytes += sum(row["bytes"] for row in rows)
+        found.flagged += sum(bool(row["flags"]) for row in rows)
+        ids.update(row["id"] for row in rows)
     found.faults += [f"image {id} is in {n} manifests" for id, n in ids.items() if n > 1]
     found.rejected = sum(len(store.read(name).splitlines()) for name in layout.find(store, "rejected"))
     summary = store.read_json(report.SUMMARY)
@@ -186,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = parser.parse_args(argv).output
     try:
         found = verify(output)
+    except KeyboardInterrupt:
+        return interrupted("verify")
     except Exception as error:
         if not says_why(error):
             raise

@@ -6,6 +6,7 @@ Weights are random unless a checkpoint is named: no time depends on them.
 import argparse
 import json
 import multiprocessing
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ import jax
 from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
-from sdjax.console import show
+from sdjax.console import interrupted, show
 from sdjax.files import check_file
 from sdjax.request import Request
 from sdjax.request_options import add_request_options, request_fields
@@ -76,7 +77,9 @@ def _say(what: str) -> None:
 
 def _alone(measuring: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What it finds in a process of its own: after other work the memory of a process, or its peak, tells little."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    # Ctrl-C, which a terminal sends to both, ends it at once and without a word: the command has one.
+    quietly = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), **quietly) as process:
         return process.submit(measuring, *args, **options).result()
 
 
@@ -139,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         return _run(options)
+    except KeyboardInterrupt:
+        return interrupted(parser().prog)
     except (ValueError, OSError, ImportError) as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,12 @@ def says_why(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError)) or is_of_a_network(error)  # an import for a protocol
 
 
+def interrupted(command: str) -> int:
+    """The exit status of a command that Ctrl-C ended, as shells have it."""
+    print(f"{command}: interrupted", file=sys.stderr)
+    return 130
+
+
 def show(text: str) -> None:
     """Print to stdout; where whoever read it has gone, as `head` does, this and all that follows is dropped unsaid."""
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from sdjax import architectures
-from sdjax.console import says_why, show
+from sdjax.console import interrupted, says_why, show
 from sdjax.files import check_file
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import PlanError
@@ -161,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PlanError(f"--price={options.price} is no price; allowed is 0 or more")
         chips = chips_of(options.topology or "2x2")
         fitted, request = make(options)
+    except KeyboardInterrupt:
+        return interrupted(parser().prog)
     except Exception as error:
         if not says_why(error):
             raise

@@ -1,8 +1,12 @@
-"""What commands print."""
+"""What commands print, and end with."""
 
 import io
 import os
 
+import pytest
+
+from pipelines import verify
+from sdjax import bench, plan
 from sdjax.console import show
 
 
@@ -22,3 +26,16 @@ def test_what_is_read_comes_at_once(monkeypatch):
         show("one")
         assert os.read(read, 100) == b"one\n"
     os.close(read)
+
+
+@pytest.mark.parametrize(
+    ("module", "part", "arguments"), [(plan, "make", []), (bench, "measure", []), (verify, "verify", ["out"])]
+)
+def test_an_interrupt_is_a_line(module, part, arguments, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, part, interrupt)
+    monkeypatch.setattr(bench, "_alone", lambda measuring, *_, **__: measuring())
+    assert module.main(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith(": interrupted")
