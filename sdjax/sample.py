@@ -233,7 +233,8 @@ def _memory(devices: Sequence[Any]) -> str:
 
 if __name__ == "__main__":
     status = main()
-    if status == INTERRUPTED:
-        # Python's orderly end takes away the arrays that devices are still at work on, which can crash it.
+    if status:
+        # Python's orderly end waits for all that is being compiled, and takes away the arrays that devices are still at
+        # work on, which can crash it.
         os._exit(status)
     sys.exit(status)
