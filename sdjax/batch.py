@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -167,21 +168,20 @@ class HostNoise:
                 self.unmasked[i] = noise.torch_latent(generator, shape)
         self._rows = self._of_rows(tables)
 
-    def _of_rows(self, tables: Sequence[Table]) -> dict[int, np.ndarray]:
-        drawing = {i: generator for i, generator in self._generators.items() if tables[i].uses_noise.any()}
+    def _of_rows(self, tables: Sequence[Table]) -> dict[int, Iterator[np.ndarray]]:
         shape = self.start.shape[1:]
-        return {i: noise.torch_step_noise(tables[i], generator, shape) for i, generator in drawing.items()}
+        return {i: noise.torch_step_noise(tables[i], generator, shape) for i, generator in self._generators.items()}
 
     def then(self, tables: Sequence[Table]) -> "HostNoise":
-        """The noise of tables that go on where those end."""
+        """The noise of tables that go on where those end, all of whose rows were asked for."""
         following = copy.copy(self)
         following._rows = self._of_rows(tables)
         return following
 
-    def rows(self, first: int, count: int) -> Float32[np.ndarray, "batch count h w c"]:
-        """The noise of `count` sampler rows from `first` on; zeros past the end of a table."""
+    def rows(self, count: int) -> Float32[np.ndarray, "batch count h w c"]:
+        """The noise of the next `count` sampler rows; zeros past the end of a table."""
         result = np.zeros((len(self.start), count, *self.start.shape[1:]), np.float32)
         for i, drawn in self._rows.items():
-            part = drawn[first : first + count]
-            result[i, : len(part)] = part
+            for place, row in enumerate(islice(drawn, count)):
+                result[i, place] = row
         return result

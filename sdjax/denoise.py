@@ -155,7 +155,7 @@ class Denoiser:
                 programs.Rows(*split(jax.tree.map(lambda column, rows=rows: column[:, rows], stacked))),
                 batch.keys,
                 batch.rescale,
-                scan.Given(split(drawn.rows(first, SCAN_ROWS)), batch.is_given),
+                scan.Given(split(drawn.rows(SCAN_ROWS)), batch.is_given),
                 known,
                 told,
                 control,

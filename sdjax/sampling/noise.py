@@ -10,7 +10,7 @@ Neither depends on the batch, on the position in it, or on what else is in it.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,25 +82,24 @@ def torch_latent(generator: TorchGenerator, shape: Sequence[int]) -> Float32[np.
     return generator.normal((1, channels, height, width))[0].transpose(1, 2, 0)
 
 
-def torch_step_noise(table: Table, generator: TorchGenerator, shape: Sequence[int]) -> Float32[np.ndarray, "R H W C"]:
-    """Every row's noise as diffusers would draw it; zeros where a row uses none.
+def torch_step_noise(
+    table: Table, generator: TorchGenerator, shape: Sequence[int]
+) -> Iterator[Float32[np.ndarray, "H W C"]]:
+    """Each row's noise in turn, drawn when it is asked for, as diffusers would draw it; zeros where a row uses none.
 
-    Call it after the start latent has been drawn from the same generator. Draws that diffusers makes and does not use
+    Begin it after the start latent has been drawn from the same generator. Draws that diffusers makes and does not use
     are made too where a used one follows. A Brownian motion is of the generator's seed, as in diffusers where
     noise_sampler_seed is that. shape: (H, W, C).
     """
-    noise = np.zeros((table.calls, *shape), np.float32)
-    used = table.uses_noise
+    nothing, used = np.zeros(tuple(shape), np.float32), table.uses_noise
     if table.walk:
-        if used.any():
-            steps = brownian_steps(generator.initial_seed, table.walk, shape)[: table.calls]
-            noise[: len(steps)] = steps
-        return noise
-    for row in range(int(np.max(np.nonzero(used)[0], initial=-1)) + 1):
-        if table.draws[row]:
-            drawn = torch_latent(generator, shape)
-            noise[row] = drawn if used[row] else 0
-    return noise
+        steps = brownian_steps(generator.initial_seed, table.walk, shape) if used.any() else ()
+        yield from itertools.islice(itertools.chain(steps, itertools.repeat(nothing)), table.calls)
+        return
+    last = int(np.max(np.nonzero(used)[0], initial=-1))
+    for row in range(table.calls):
+        drawn = torch_latent(generator, shape) if row <= last and table.draws[row] else nothing
+        yield drawn if used[row] else nothing
 
 
 def brownian_steps(seed: int, walk: Sequence[float], shape: Sequence[int]) -> Float32[np.ndarray, "N H W C"]:

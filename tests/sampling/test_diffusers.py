@@ -171,7 +171,7 @@ def test_dpmpp_sde_is_diffusers_on_the_same_brownian_motion(n, prediction):
     table = make_table(schedule, sampler="dpmpp_sde", num_inference_steps=n)
     generator = TorchGenerator(3)
     start = table.start_noise * torch_latent(generator, SHAPE).astype(np.float64)
-    noises = torch_step_noise(table, generator, SHAPE).astype(np.float64)
+    noises = np.array(list(torch_step_noise(table, generator, SHAPE)), np.float64)
     drawn, walked = iter(noises), {}
 
     def brownian(high, low):

@@ -35,7 +35,7 @@ def test_a_latent_is_drawn_channels_first():
 
 def test_torch_noise_is_drawn_only_where_rows_use_it():
     table = make_table(Schedule.from_config(config()), sampler="euler_ancestral", num_inference_steps=4)
-    drawn = noise.torch_step_noise(table, noise.TorchGenerator(0), (8, 8, 4))
+    drawn = np.stack(list(noise.torch_step_noise(table, noise.TorchGenerator(0), (8, 8, 4))))
     assert drawn.shape == (4, 8, 8, 4)
     assert [bool(np.any(row)) for row in drawn] == [True, True, True, False]
 

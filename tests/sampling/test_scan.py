@@ -143,7 +143,7 @@ def test_an_unneeded_half_cannot_reach_an_image():
 
 def test_given_step_noise_replaces_the_keys():
     table = make_table(SCHEDULE, sampler="euler_ancestral", num_inference_steps=6)
-    given = noise.torch_step_noise(table, noise.TorchGenerator(5), SHAPE)
+    given = np.stack(list(noise.torch_step_noise(table, noise.TorchGenerator(5), SHAPE)))
     latent = np.ones((1, *SHAPE), np.float32)
     out = sample(network(0.0), stack([table]), latent, given=Given(given[None], np.ones(1, bool)), **plain(1, 6))
     assert relative(out[0], run_table(table, Toy(SCHEDULE), latent[0].astype(np.float64), given)) < 2e-5

@@ -76,7 +76,7 @@ def torch_run(table: Table, network, seed=0, image=None):
     start = table.start_noise * torch_latent(generator, SHAPE).astype(np.float64)
     if image is not None:
         start = start + table.start_signal * image
-    return run_table(table, network, start, torch_step_noise(table, generator, SHAPE))
+    return run_table(table, network, start, np.stack(list(torch_step_noise(table, generator, SHAPE))))
 
 
 def diffusers_run(scheduler, network, n, seed=0, strength=None, image=None, timesteps=None, sigmas=None, **step):
