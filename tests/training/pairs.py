@@ -1,4 +1,4 @@
-"""Pictures beside those that they are made from, in folders and models that are trained on them."""
+"""Pictures beside those that they are made from, and a run on them."""
 
 import json
 
@@ -6,10 +6,8 @@ import numpy as np
 from PIL import Image
 
 from sdjax.training import config
-from tests import checkpoints
 
 SIDE, COUNT = 32, 4
-KINDS = {"SD": checkpoints.pipeline, "SDXL": checkpoints.pipeline_xl}
 
 
 def write(folder):

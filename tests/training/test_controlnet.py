@@ -28,18 +28,6 @@ UNSEEN = UNet2DCondition.__call__
 FRESH = "controlnet_cond_embedding."
 
 
-@pytest.fixture(scope="module", params=["SD", "SDXL"])
-def model(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "model"
-    checkpoints.saved(folder, pairs.KINDS[request.param])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return pairs.write(tmp_path_factory.mktemp("pictures"))
-
-
 def settings(folder, model, pictures, **changes):
     return pairs.settings(folder, model, pictures, **{"task": "controlnet", **changes})
 

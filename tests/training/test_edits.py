@@ -24,18 +24,6 @@ from tests.training.runs import ONE
 CALL = UNet2DCondition.__call__
 
 
-@pytest.fixture(scope="module", params=["SD", "SDXL"])
-def model(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "model"
-    checkpoints.saved(folder, pairs.KINDS[request.param])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return pairs.write(tmp_path_factory.mktemp("pictures"))
-
-
 def settings(folder, model, pictures, **changes):
     widened = config.Diffusion(in_channels=8, caption_dropout=0.0)
     return pairs.settings(folder, model, pictures, **{"task": "unet", "diffusion": widened, **changes})
