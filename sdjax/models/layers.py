@@ -12,7 +12,7 @@ milliseconds. Images are NHWC. Statistics, softmax and timestep embeddings are f
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,10 @@ def _param(
     return nnx.Param(jnp.full(shape, init, param_dtype))
 
 
+Change: TypeAlias = Callable[[Array], Array]
+"""Of an array along its last axis."""
+
+
 def _project(x: Array, kernel: Array, bias: Array | None, dtype: DTypeLike) -> Array:
     y = x.astype(dtype) @ kernel.astype(dtype)
     return y if bias is None else y + bias.astype(dtype)
@@ -84,7 +88,21 @@ class Linear(nnx.Module):
         self.bias = _param(0.0, (out_features,), param_dtype, rngs) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        return _project(x, self.kernel[...], None if self.bias is None else self.bias[...], self.dtype)
+        return self.project(x)
+
+    def project(
+        self, x: Float[Array, "*batch rows"], *, rows: Change | None = None, columns: Change | None = None
+    ) -> Float[Array, "*batch columns"]:
+        """The output of a kernel of which `rows` or `columns` makes other rows, or other columns, bias included.
+
+        Both are functions of an array along its last axis.
+        """
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        if rows is not None:
+            kernel = rows(kernel.T).T
+        if columns is not None:
+            kernel, bias = columns(kernel), None if bias is None else columns(bias)
+        return _project(x, kernel, bias, self.dtype)
 
     def split(self, x: Float[Array, "*batch in"], count: int) -> list[Float[Array, "*batch part"]]:
         """The output in equal parts.
@@ -274,14 +292,11 @@ class Attention(nnx.Module):
             return jnp.pad(apart, room).reshape(*leaf.shape[:-1], -1)
 
         def made(linear: Linear, y: Array) -> Array:
-            bias = None if linear.bias is None else more(linear.bias[...])
-            y = _project(y, more(linear.kernel[...]), bias, linear.dtype)
+            y = linear.project(y, columns=more)
             return y.reshape(*y.shape[:2], heads, width)
 
         y: Any = flash_attention(made(self.to_q, x), made(self.to_k, context), made(self.to_v, context), dim)
-        out = self.to_out[0]
-        bias = None if out.bias is None else out.bias[...]
-        return _project(y.reshape(*y.shape[:2], -1), more(out.kernel[...].T).T, bias, out.dtype)
+        return self.to_out[0].project(y.reshape(*y.shape[:2], -1), rows=more)
 
 
 def timestep_embedding(

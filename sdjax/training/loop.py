@@ -219,6 +219,8 @@ class Run:
         config, modules = self.config, self.networks.modules
         if config.task == "vae":
             return objective.reconstruction(modules, config.reconstruction)
+        if rank := config.lora.rank:
+            modules = modules | {name: lora.adapted(modules[name], rank) for name in self.state.params}
         return objective.denoising(
             modules,
             Schedule.from_config(self.networks.scheduler),

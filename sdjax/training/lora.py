@@ -1,16 +1,23 @@
 """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): two small factors trained beside each kernel that stays.
 
 Those of attention's projections, as in diffusers' trainers. Factors are named and laid out as in the files that
-diffusers writes: `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], whose product is added to a kernel as it
-is. They lie among what is trained under their network's name.
+diffusers writes: `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank]. They lie among what is trained under their
+network's name.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
 
+from sdjax.models.layers import Change, Linear
 from sdjax.training.networks import Params
 from sdjax.weights.lora import NAMES
 from sdjax.weights.safetensors import write_tensors
@@ -32,8 +39,52 @@ def start(params: Params, rank: int, rng: np.random.Generator) -> Params:
     return factors
 
 
+class _Factor(nnx.Module):
+    def __init__(self, *shape: int) -> None:
+        self.weight = nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class _Adapted(Linear):
+    """A layer whose output is that of its kernel and, beside it, that of its factors, each rounded by itself."""
+
+    def __init__(self, linear: Linear, rank: int) -> None:
+        self.dtype, self.kernel, self.bias = linear.dtype, linear.kernel, linear.bias
+        into, out = linear.kernel.shape
+        self.lora_A, self.lora_B = _Factor(rank, into), _Factor(out, rank)
+
+    def project(
+        self, x: Float[Array, "*batch rows"], *, rows: Change | None = None, columns: Change | None = None
+    ) -> Float[Array, "*batch columns"]:
+        into, out = self.lora_A.weight[...], self.lora_B.weight[...].T
+        if rows is not None:
+            into = rows(into)
+        if columns is not None:
+            out = columns(out)
+        between = x.astype(self.dtype) @ into.T.astype(self.dtype)
+        return super().project(x, rows=rows, columns=columns) + between @ out.astype(self.dtype)
+
+
+def adapted(module: nnx.Module, rank: int) -> Any:
+    """The network, without parameters, with places for factors beside each kernel that has some."""
+    module = nnx.merge(*nnx.split(module))
+    for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if _KERNEL.fullmatch(".".join(map(str, path))):
+            *parents, name, _ = path
+            parent: Any = functools.reduce(_part, parents, module)
+            made = _Adapted(_part(parent, name), rank)
+            if isinstance(name, int):
+                parent[name] = made
+            else:
+                setattr(parent, str(name), made)
+    return module
+
+
+def _part(module: Any, name: Any) -> Any:
+    return module[name] if isinstance(name, int) else getattr(module, name)
+
+
 def joined(frozen: Mapping[str, Params], trained: Mapping[str, Params]) -> dict[str, Params]:
-    """Return all networks' parameters: trained ones in place of frozen ones, or their factors' products added to those.
+    """All networks' parameters as other programs have them: of those with factors, kernels with the products added.
 
     The sums are float32, whatever the frozen parameters are.
     """

@@ -17,7 +17,6 @@ from sdjax.models import clip, tiling
 from sdjax.sampling.schedule import Schedule
 from sdjax.training import masks
 from sdjax.training.config import Diffusion, Reconstruction
-from sdjax.training.lora import joined
 from sdjax.training.networks import Params, bind
 
 Losses = tuple[Float[Array, " batch"], dict[str, Float[Array, " batch"]]]
@@ -95,7 +94,8 @@ def denoising(
     predicted = schedule.prediction_type
 
     def loss(trained: dict[str, Params], frozen: dict[str, Params], batch: Mapping[str, Any], key: Any) -> Losses:
-        networks = {name: bind(modules[name], params) for name, params in joined(frozen, trained).items()}
+        params = {name: frozen.get(name, {}) | trained.get(name, {}) for name in frozen | trained}
+        networks = {name: bind(modules[name], own) for name, own in params.items()}
         key_latent, key_time, key_noise, key_offset, key_mask, key_known = jax.random.split(key, 6)
         place = batch["place"]
 

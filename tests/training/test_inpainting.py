@@ -74,7 +74,7 @@ def test_the_unet_is_told_what_it_is_told_when_a_picture_is_made(model, pictures
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UNet2DCondition, "__call__", recorded)
-        losses, _ = run._objective()({}, params, batch, key)
+        losses, _ = run._objective()(run.state.params, params, batch, key)
     assert np.isfinite(losses).all()
     *_, key_mask, key_known = jax.random.split(key, 6)
     mask = np.asarray(masks.draw(key_mask, batch["place"], SIDE, SIDE))[..., 0]

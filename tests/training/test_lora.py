@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +16,18 @@ from sdjax import train
 from sdjax.config import CLIPTextConfig, UNetConfig
 from sdjax.generate import StableDiffusion
 from sdjax.models.clip import CLIPTextModel
+from sdjax.models.layers import Linear
 from sdjax.models.unet import UNet2DCondition
 from sdjax.parallel import Devices
 from sdjax.training import config, lora
 from sdjax.training.config import TrainConfigError
 from sdjax.training.loop import Run
-from sdjax.training.networks import flat
+from sdjax.training.networks import bind, flat
 from sdjax.weights.safetensors import CheckpointError
 from tests.training.runs import ONE, write
 
 RANK = 3
+DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,70 @@ def test_joined_is_the_papers_formula():
     assert made["a"] | {"m.to_q.kernel": base["m.to_q.kernel"]} == base
     assert made["b"] is base
     assert made["c"] is base
+
+
+def networks_in_small(dtype=jnp.float32):
+    unet = UNetConfig(block_out_channels=(32, 32), cross_attention_dim=8, down_block_types=DOWN, up_block_types=UP)
+    text = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
+    return [partial(UNet2DCondition, unet, dtype=dtype), partial(CLIPTextModel, text, dtype=dtype)]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["unet", "text encoder"])
+def test_factors_beside_kernels_say_what_joined_ones_say(number):
+    build = networks_in_small()[number]
+    rng = np.random.default_rng(0)
+    base = flat(build(rngs=nnx.Rngs(0)))
+    factors = {name: rng.normal(0, 0.3, leaf.shape) for name, leaf in lora.start(base, 2, rng).items()}
+    factors = {name: leaf.astype(np.float32) for name, leaf in factors.items()}
+    inputs = [
+        (rng.standard_normal((2, 8, 8, 4)), np.array([3.0, 900.0]), rng.standard_normal((2, 5, 8))),
+        (rng.integers(0, 9, (2, 6)),),
+    ][number]
+    inputs = [jnp.asarray(array) for array in inputs]
+    plain = build(rngs=None)
+
+    def said(module, params):
+        return jax.tree.leaves(jax.jit(lambda params: bind(module, params)(*inputs))(params))
+
+    beside = said(lora.adapted(plain, 2), base | factors)
+    for one, other in zip(beside, said(plain, lora.joined({"a": base}, {"a": factors})["a"]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert max(np.abs(one - without).max() for one, without in zip(beside, said(plain, base), strict=True)) > 0.01
+    assert len(nnx.to_flat_state(nnx.state(plain))) == len(base)  # it has no factors itself
+
+
+def test_factors_follow_the_rows_and_columns_that_a_kernel_is_given():
+    rng = np.random.default_rng(0)
+
+    class One(nnx.Module):
+        def __init__(self, rngs):
+            self.m = nnx.List([])
+            self.attn = nnx.Module()
+            self.attn.to_q = Linear(6, 4, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+
+    base = flat(One(nnx.Rngs(0)))
+    factors = {name: rng.standard_normal(leaf.shape) for name, leaf in lora.start(base, 2, rng).items()}
+    factors = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in factors.items()}
+    beside = bind(lora.adapted(One(None), 2), base | factors).attn.to_q
+    whole = bind(One(None), lora.joined({"a": base}, {"a": factors})["a"]).attn.to_q
+
+    def wider(leaf):
+        return jnp.pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(1, 2)])
+
+    x = jnp.asarray(rng.standard_normal((3, 9)), jnp.float32)
+    for way, given in (({"columns": wider}, x[:, :6]), ({"rows": wider}, x)):
+        np.testing.assert_allclose(beside.project(given, **way), whole.project(given, **way), rtol=1e-4, atol=1e-5)
+
+
+def test_a_small_change_of_a_large_kernel_counts_in_half_precision():
+    linear = Linear(2, 1, bias=False, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=None)
+    layer = lora._Adapted(linear, 1)
+    ones = {
+        "kernel": jnp.full((2, 1), 1024.0),
+        "lora_A.weight": jnp.array([[0.5, 0]]),
+        "lora_B.weight": jnp.ones((1, 1)),
+    }
+    assert float(bind(layer, ones)(jnp.array([[1.0, -1.0]]))[0, 0]) == 0.5  # 1024.5 is none of bfloat16's numbers
 
 
 def test_a_base_in_half_precision_keeps_the_whole_of_a_change():

@@ -18,7 +18,7 @@ from sdjax.sampling.schedule import Schedule
 from sdjax.spec import Spec
 from sdjax.training import config, latents, lora, objective
 from sdjax.training.config import TrainConfigError
-from sdjax.training.data import Folder, framed
+from sdjax.training.data import DataError, Folder, framed
 from sdjax.training.loop import Run
 from sdjax.training.networks import bind, flat
 from sdjax.weights.safetensors import CheckpointError
@@ -202,7 +202,7 @@ def test_what_is_not_the_base_is_refused(tmp_path, xl, pictures):
         Run(settings(tmp_path, refiner, pictures), ONE)
     editing = tmp_path / "editing"
     checkpoints.saved(editing, checkpoints.pipeline_xl, unet={"in_channels": 8})
-    with pytest.raises(TrainConfigError, match="in_channels and out_channels 4"):
+    with pytest.raises(DataError, match=r"needs a metadata.jsonl that says each image's conditioning_image_file_name"):
         Run(settings(tmp_path, editing, pictures), ONE)
     tokenizer = config.Model(tokenizer={"merges": 10, "max_length": 20})
     with pytest.raises(TrainConfigError, match=r"model.tokenizer does not go with the UNet of .*, Stable Diffusion XL"):
