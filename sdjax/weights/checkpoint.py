@@ -161,7 +161,8 @@ class Checkpoint:
     @cached_property
     def name(self) -> str:
         """The last part of the source: what metadata calls the model."""
-        return posixpath.basename(self.source.rstrip("/"))
+        name = posixpath.basename(self.source.rstrip("/"))
+        return os.path.basename(os.path.abspath(self._root)) if name in (".", "..", "~") else name
 
     def fingerprint(self, components: Iterable[str]) -> str:
         """SHA-256 over the names and contents of every file that the components are read from."""

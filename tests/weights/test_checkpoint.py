@@ -62,6 +62,13 @@ def test_a_path_may_begin_with_the_users_folder(copy, loaded, monkeypatch):
     assert spec.checkpoint.fingerprint(["unet"]) == loaded.spec.checkpoint.fingerprint(["unet"])
 
 
+@pytest.mark.parametrize(("at", "source"), [("", "."), ("", "./"), ("unet", ".."), ("", "../copy"), ("..", "copy")])
+def test_a_checkpoint_is_called_as_its_folder(copy, monkeypatch, at, source):
+    """Manifests and pictures name the model."""
+    monkeypatch.chdir(copy / at)
+    assert Spec(source).name == "copy"
+
+
 def test_folders_may_be_links(tiny, loaded, tmp_path):
     for path in tiny.iterdir():
         (tmp_path / path.name).symlink_to(path)
