@@ -18,9 +18,14 @@ def interrupted(command: str) -> int:
 
 
 def show(text: str) -> None:
-    """Print to stdout; where whoever read it has gone, as `head` does, this and all that follows is dropped unsaid."""
+    """Print to stdout; where whoever read it has gone, as `head` does, this and all that follows is dropped unsaid.
+
+    Where it cannot be written for another reason, that is said: what the command did is done all the same.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"what was to be printed is lost: {error}", file=sys.stderr)
         # What is left in the buffer Python writes once more as it ends, and says so if it cannot.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

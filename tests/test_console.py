@@ -19,6 +19,15 @@ def test_what_nobody_reads_is_dropped_unsaid(monkeypatch):
         show("two")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has one")
+def test_what_finds_no_place_is_said_once(monkeypatch, capsys):
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        show("one")
+        show("two")
+    assert capsys.readouterr().err == "what was to be printed is lost: [Errno 28] No space left on device\n"
+
+
 def test_what_is_read_comes_at_once(monkeypatch):
     read, write = os.pipe()
     with io.TextIOWrapper(os.fdopen(write, "wb")) as stdout:
