@@ -28,6 +28,8 @@ def is_transient(error: Exception) -> bool:
         return False
     if isinstance(status := getattr(error, "status", None), int):  # a web server's, whatever it is to gcsfs
         return status in _TRANSIENT_CODES
+    if type(error).__module__.startswith("aiohttp."):  # a connection was cut, or, of a ValueError, the URL is none
+        return not isinstance(error, ValueError)
     gcs = sys.modules.get("gcsfs.retry")  # only where some path is a gs:// one
     if gcs is not None and gcs.is_retriable(error):
         return True

@@ -171,7 +171,12 @@ class _Server(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.failures:
-            return self.send_error(self.failures.pop())
+            failure = self.failures.pop()
+            if failure:
+                return self.send_error(failure)
+            self.close_connection = True
+            half = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\ncut"
+            return self.wfile.write(half if self.path.endswith("?half") else b"")
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -208,6 +213,18 @@ def test_a_server_may_give_a_file_in_parts_and_fail_at_times(served, monkeypatch
     _Server.failures[:] = [503] * 99
     with pytest.raises(RequestError, match="cannot be read: 503"):
         inputs.load(served, "image")
+
+
+@pytest.mark.parametrize("half", ["", "?half"])
+def test_a_connection_that_is_cut_is_tried_again(served, monkeypatch, half):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "teal").save(buffer, "PNG")
+    monkeypatch.setattr(_Server, "data", buffer.getvalue())
+    _Server.failures[:] = [0] * 2
+    assert inputs.load(served + half, "image").image.size == (8, 8)
+    _Server.failures[:] = [0] * 99
+    with pytest.raises(RequestError, match="cannot be read: "):
+        inputs.load(served + half, "image")
 
 
 def test_only_what_is_not_found_is_not_there(served):
