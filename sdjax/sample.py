@@ -174,6 +174,8 @@ def _load(requests: Sequence[Request], options: argparse.Namespace) -> tuple["St
 
         batch_size = largest_here(spec, resolved, lambda text: print(text, file=sys.stderr))
     options.output.mkdir(parents=True, exist_ok=True)
+    if not os.access(options.output, os.W_OK):
+        raise PermissionError(f"--output={options.output} may not be written to")
     return StableDiffusion.from_pretrained(spec, batch_size=batch_size, first=min(resolved, key=spec.rank)), resolved
 
 

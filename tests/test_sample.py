@@ -148,6 +148,13 @@ def test_an_output_that_is_a_file_is_said_before_anything_is_made(tiny, tmp_path
     assert "File exists" in capsys.readouterr().err
 
 
+def test_an_output_that_is_for_reading_only_is_said_before_anything_is_made(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(StableDiffusion, "from_pretrained", lambda *_, **__: pytest.fail("the weights are read"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # to root every folder is for writing
+    assert sample.main(["red", "--model", str(tiny), "--output", str(tmp_path)]) == 2
+    assert f"--output={tmp_path} may not be written to" in capsys.readouterr().err
+
+
 def test_too_little_memory_is_said_in_a_line(tiny, tmp_path, capsys, monkeypatch):
     def launch(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nin all")
