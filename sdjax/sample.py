@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         requests = []
         for prompt, *values in itertools.product(options.prompts, *sweeps.values()):
             first = Request(**{"prompt": prompt, **given, **dict(zip(sweeps, values, strict=True))})
+            dataclasses.replace(first, seed=first.seed + options.num_images - 1)  # refused before all are listed
             requests += [dataclasses.replace(first, seed=first.seed + i) for i in range(options.num_images)]
         return _make(requests, options)
     except KeyboardInterrupt:

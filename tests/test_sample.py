@@ -67,6 +67,7 @@ def test_every_request_field_is_an_option():
         (["--width", "100"], "width=100 is not a multiple of 8"),
         (["--sampler", "magic"], "unknown sampler 'magic'"),
         (["--seed", "4294967295", "--num-images", "2"], "seed=4294967296 is out of range"),
+        (["--num-images", "1000000000000000"], "seed=999999999999999 is out of range"),
         (["--model", "/no/such/folder"], "/no/such/folder is neither a folder, nor a hub id"),
         (["--batch-size", "0"], "--batch-size=0 makes nothing"),
         (["--quality", "0"], "--quality=0 is out of range; allowed is 1 to 100"),
