@@ -280,6 +280,17 @@ def test_a_picture_in_memory_travels_as_text(picture):
     assert Request(prompt="a", image=request.image) == request
 
 
+def test_a_picture_in_memory_is_the_one_of_its_file(tmp_path):
+    """Opened and not read, as a Pillow image that a script hands on may be; PNG has no place for its colours."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6
+    path = saved(tmp_path, noise.convert("CMYK"), "image.jpg", exif=exif)
+    opened = Image.open(path)
+    assert Request(prompt="a", image=opened).image.startswith("data:")
+    assert np.array_equal(read(Request(prompt="a", image=opened).image), read(path))
+
+
 def test_an_array_that_is_no_picture_is_refused():
     for bad in (RGB.astype(np.float32), RGB[None], np.zeros((4, 6, 7), np.uint8)):
         with pytest.raises(RequestError, match="an array is uint8"):
