@@ -12,7 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
+from sdjax.console import says_why
 from sdjax.files import folder_here, held
+from sdjax.request_options import refuse_empty
 from sdjax.training import config as training_config
 
 
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--export-dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
     try:
+        refuse_empty(arguments)
         config = training_config.load(
             arguments.config, output=arguments.output, init=arguments.init, steps=arguments.steps
         )
@@ -51,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted before the first step", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not says_why(error):
+            raise
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     stop = threading.Event()
@@ -62,14 +67,14 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
                 return 130
             run.export(model, arguments.export_dtype)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says that memory is
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in said:  # as XLA says that memory is
+            less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
+            said = f"the devices have too little memory; {less}"
+        elif not (isinstance(error, FloatingPointError) or says_why(error)):
             raise
-        less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
-        print(f"{parser.prog}: the devices have too little memory; {less}", file=sys.stderr)
+        print(f"{parser.prog}: {said}", file=sys.stderr)
         return 1
     finally:
         for name, handler in before.items():

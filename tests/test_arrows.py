@@ -67,8 +67,8 @@ MAY_IMPORT = {
     },
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec"},
     "sdjax/training": {
-        *("sdjax.config", "sdjax.controls", "sdjax.family", "sdjax.files", "sdjax.generate", "sdjax.images"),
-        "sdjax.inputs",
+        *("sdjax.config", "sdjax.console", "sdjax.controls", "sdjax.family", "sdjax.files", "sdjax.generate"),
+        *("sdjax.images", "sdjax.inputs"),
         *("sdjax.models", "sdjax.parallel", "sdjax.parts", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
         *("sdjax.text", "sdjax.training", "sdjax.values", "sdjax.weights"),
     },
@@ -83,7 +83,7 @@ MAY_IMPORT = {
         *("sdjax.images", "sdjax.model_options", "sdjax.parts", "sdjax.planning", "sdjax.request"),
         *("sdjax.request_options", "sdjax.spec", "sdjax.values"),
     },
-    "sdjax/train.py": {"sdjax.files", "sdjax.training"},
+    "sdjax/train.py": {"sdjax.console", "sdjax.files", "sdjax.request_options", "sdjax.training"},
     "sdjax/plan.py": {
         *("sdjax.architectures", "sdjax.console", "sdjax.files", "sdjax.planning", "sdjax.request"),
         *("sdjax.request_options", "sdjax.spec", "sdjax.values"),

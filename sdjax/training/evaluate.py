@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax import images
+from sdjax.console import show
 from sdjax.files import check_file, write_whole
 from sdjax.generate import StableDiffusion
 from sdjax.parts import BUNDLED
@@ -90,11 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     columns = [column for column, _ in measured]
-    print("| held-out captions | of | " + " | ".join(f"guidance {scale:g}" for scale in arguments.guidance) + " |")
-    print("| --- | --- |" + " --- |" * len(columns))
+    show("| held-out captions | of | " + " | ".join(f"guidance {scale:g}" for scale in arguments.guidance) + " |")
+    show("| --- | --- |" + " --- |" * len(columns))
     for fact, (_, total) in columns[0].items():
         cells = [f"{100 * column[fact][0] / total:.1f}%" for column in columns]
-        print(f"| {fact} | {total} | " + " | ".join(cells) + " |")
+        show(f"| {fact} | {total} | " + " | ".join(cells) + " |")
     if arguments.picture is not None:
         shown = [Image.fromarray(pixels) for _, pictures in measured for pixels in pictures[:_SHOWN]]
         captions = [f"{scale:g}: {caption}" for scale in arguments.guidance for _, caption in asked[:_SHOWN]]

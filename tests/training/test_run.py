@@ -335,3 +335,8 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_
         assert train.main(["--config", str(path)]) == 1
     assert f"another run is writing to {output}; wait until it has ended, or name another" in capsys.readouterr().err
     assert not any(output.iterdir())
+
+
+def test_an_empty_option_is_no_default(tmp_path, capsys):
+    assert train.main(["--config", str(write(tmp_path)), "--init", ""]) == 2
+    assert capsys.readouterr().err == "python -m sdjax.train: --init is empty; give it a value, or leave it out\n"
