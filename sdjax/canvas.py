@@ -16,6 +16,7 @@ from sdjax.values import RequestError, size_of
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
+_LONGEST = 16_383  # side that a WebP can have
 _BLUR = 8  # pixels; smooths the stripes that repeating an edge makes
 
 
@@ -116,6 +117,11 @@ def measured(request: Request, multiple: int) -> Request:
             for name, side in zip(("width", "height"), loaded.image.size, strict=True)
             if getattr(request, name) is None
         }
+    elif request.resize is None and max(loaded.image.size) > _LONGEST:
+        raise RequestError(
+            f"image has {loaded.image.width}x{loaded.image.height} pixels; with padding_mask_crop, which keeps all of "
+            f"them, a side has at most {_LONGEST}; resize makes them fewer"
+        )
     if 0 in size.values():
         raise RequestError(
             f"image has {loaded.image.width}x{loaded.image.height} pixels; a side needs {multiple}, or "

@@ -154,3 +154,13 @@ def test_growing_twice_keeps_the_first_pixels():
 def test_what_cannot_be_laid_out_is_refused(fields, message):
     with pytest.raises(RequestError, match=message):
         board(**fields)
+
+
+def test_a_picture_that_is_kept_whole_is_none_that_a_format_cannot_hold():
+    long = np.zeros((8, 16_384, 3), np.uint8)
+    mask = np.zeros((8, 16_384), np.uint8)
+    mask[:, :64] = 255
+    asked = {"prompt": "a", "image": long, "mask_image": mask, "padding_mask_crop": 4, "width": 64, "height": 64}
+    with pytest.raises(RequestError, match=r"image has 16384x8 pixels; .* at most 16383; resize"):
+        canvas.measured(Request(**asked), 8)
+    assert canvas.measured(Request(**asked, resize="640x8"), 8).width == 64
