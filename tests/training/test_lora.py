@@ -113,7 +113,8 @@ def test_joined_is_the_papers_formula():
 
 
 def networks_in_small(dtype=jnp.float32):
-    unet = UNetConfig(block_out_channels=(32, 32), cross_attention_dim=8, down_block_types=DOWN, up_block_types=UP)
+    sizes = {"block_out_channels": (32, 32), "layers_per_block": 1, "cross_attention_dim": 8}
+    unet = UNetConfig(**sizes, down_block_types=DOWN, up_block_types=UP)
     text = CLIPTextConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=2, vocab_size=9)
     return [partial(UNet2DCondition, unet, dtype=dtype), partial(CLIPTextModel, text, dtype=dtype)]
 
@@ -131,14 +132,14 @@ def test_factors_beside_kernels_say_what_joined_ones_say(number):
     ][number]
     inputs = [jnp.asarray(array) for array in inputs]
     plain = build(rngs=None)
-
-    def said(module, params):
-        return jax.tree.leaves(jax.jit(lambda params: bind(module, params)(*inputs))(params))
-
-    beside = said(lora.adapted(plain, 2), base | factors)
-    for one, other in zip(beside, said(plain, lora.joined({"a": base}, {"a": factors})["a"]), strict=True):
+    beside, without = (
+        jax.jit(lambda params, module=module: jax.tree.leaves(bind(module, params)(*inputs)))
+        for module in (lora.adapted(plain, 2), plain)
+    )
+    found, expected = beside(base | factors), without(lora.joined({"a": base}, {"a": factors})["a"])
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
-    assert max(np.abs(one - without).max() for one, without in zip(beside, said(plain, base), strict=True)) > 0.01
+    assert max(np.abs(one - other).max() for one, other in zip(found, without(base), strict=True)) > 0.01
     assert len(nnx.to_flat_state(nnx.state(plain))) == len(base)  # it has no factors itself
 
 
