@@ -25,6 +25,7 @@ from pipelines.units import (
     unpack,
     write_rejected,
 )
+from sdjax.console import is_out_of_memory
 from sdjax.request import Request
 from sdjax.values import RequestError
 from sdjax.weights.safetensors import CheckpointError
@@ -228,7 +229,7 @@ class UnitHandler(SdjaxModelHandler):
         except RequestError as error:  # such as an image to start from that is gone since the plan was made
             failed = error
         except Exception as error:
-            if not (_is_out_of_memory(error) and isinstance(left[0].unit.rows[0].request, Request)):
+            if not (is_out_of_memory(error) and isinstance(left[0].unit.rows[0].request, Request)):
                 raise
         else:
             yield from accounts
@@ -343,11 +344,6 @@ def sift(unit: Unit, planner: Planner) -> tuple[Unit, list[dict[str, Any]]]:
     return Unit(unit_name(row.id for row in rows), rows), rejected
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a device had too little; by the error's name, because a launcher imports no JAX."""
-    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
-
-
 def _too_large(unit: Unit, model: LazyModel) -> list[dict[str, Any]]:
     """The rows of a unit that no device has memory for, as rejections."""
     pipe = model.get(first=None)  # raises where it is the model itself that finds no room
@@ -371,7 +367,7 @@ def _made(pipe: Any, requests: list[Request]) -> list[Any]:
     except RequestError as error:
         failed = error
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         failed = _no_memory(pipe, requests[0])
     # From here on nothing holds what lay on the devices: the traceback of an exception that is handled would.

@@ -11,6 +11,11 @@ def says_why(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError)) or is_of_a_network(error)  # an import for a protocol
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device had too little; by the error's name, because not all who ask import JAX."""
+    return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def interrupted(command: str) -> int:
     """The exit status of a command that Ctrl-C ended, as shells have it."""
     print(f"{command}: interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.console import says_why, show
+from sdjax.console import is_out_of_memory, says_why, show
 from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the files that are there are whole", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # as XLA says that memory is
+        if is_out_of_memory(error):
             less = "a smaller --batch-size, --width or --height, or --vae-tiling, take less"
             print(f"{parser().prog}: the devices have too little memory; {less}", file=sys.stderr)
             return 1

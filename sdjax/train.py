@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
-from sdjax.console import says_why
+from sdjax.console import is_out_of_memory, says_why
 from sdjax.files import folder_here, held
 from sdjax.request_options import refuse_empty
 from sdjax.training import config as training_config
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             run.export(model, arguments.export_dtype)
     except Exception as error:
         said = str(error)
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in said:  # as XLA says that memory is
+        if is_out_of_memory(error):
             less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
             said = f"the devices have too little memory; {less}"
         elif not (isinstance(error, FloatingPointError) or says_why(error)):

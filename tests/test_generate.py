@@ -1,8 +1,6 @@
 """Whole images: diffusers' on the same weights and seed, the same in any company, and one program for every request."""
 
 import dataclasses
-import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +17,6 @@ import sdjax
 from sdjax import Request, RequestError, StableDiffusion, generate, programs
 from sdjax.parallel import Devices
 from sdjax.spec import Spec
-from sdjax.weights.checkpoint import CheckpointError
 from tests import checkpoints
 
 SCHEDULERS = {
@@ -298,48 +295,6 @@ def test_a_nan_is_flagged_and_hurts_nothing_else(tiny):
     assert np.array_equal(good.pixels, fine.pixels)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"sampler": "magic"}, "unknown sampler 'magic'; there are ddim,"),
-        ({"sampler": "ddim", "sigmas": "karras"}, "karras"),
-        ({"sampler": "euler", "sigmas": "wavy"}, "wavy"),
-        ({"hires_scale": 1.05}, "hires_scale=1.05 makes no larger image: sides are multiples of 8"),
-        ({"sampler": "deis", "sigmas": "14.6,5,-1"}, "sigmas must lie in 0.0001 to 10000, which -1 does not"),
-        ({"clip_skip": 2}, "clip_skip=2 leaves no layer; the text encoder has 2"),
-    ],
-)
-def test_what_the_checkpoint_cannot_make_is_refused_in_one_line(tiny, changes, message):
-    with pytest.raises(RequestError) as refused:
-        Spec(tiny).resolve(dataclasses.replace(RED, **changes))
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("config", "key", "value", "message"),
-    [
-        ("unet", "out_channels", 8, "the UNet gives 8 channels, the VAE's latents have 4"),
-        ("vae", "out_channels", 4, "the VAE takes 3 channels and gives 4; an image has 3"),
-        ("unet", "cross_attention_dim", [32, 64], "the UNet attends to 64 channels, the text encoder gives 32"),
-    ],
-)
-def test_networks_that_do_not_fit_each_other_are_refused(tiny, tmp_path, config, key, value, message):
-    folder = shutil.copytree(tiny, tmp_path / "model")
-    path = folder / config / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(CheckpointError, match=message):
-        Spec(folder)
-
-
-def test_a_width_of_text_a_block_is_one(tiny, tmp_path):
-    folder = shutil.copytree(tiny, tmp_path / "model")
-    path = folder / "unet" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"cross_attention_dim": [config["cross_attention_dim"]] * 2}))
-    assert Spec(folder).name == "model"
-
-
 def test_a_list_of_guidance_scales_is_heeded_step_by_step(pipe):
     def pixels(**changes):
         return pipe.generate([dataclasses.replace(RED, **changes)])[0].pixels
@@ -347,25 +302,6 @@ def test_a_list_of_guidance_scales_is_heeded_step_by_step(pipe):
     assert np.array_equal(pixels(guidance_scales=[7.5] * 5), pixels())
     assert np.array_equal(pixels(guidance_scales=[1, 1, 7.5, 7.5, 7.5]), pixels(guidance_start=0.4))
     assert difference(pixels(guidance_scales=[9, 8, 7, 6, 5]), pixels()) > 0
-
-
-def test_a_distilled_model_s_sampler_on_another_is_warned_of_once(tiny, caplog):
-    spec = Spec(tiny)
-    for _ in range(2):
-        spec.resolve(dataclasses.replace(RED, sampler="lcm", seed=5))
-    spec.resolve(RED)
-    assert [record.getMessage() for record in caplog.records] == [
-        "sampler=lcm is for models distilled for it, which tiny does not say that it is"
-    ]
-
-
-def test_a_model_that_is_told_its_guidance_takes_no_list_and_no_warning(tmp_path, caplog):
-    checkpoints.saved(tmp_path / "model", unet={"time_cond_proj_dim": 8})
-    spec = Spec(tmp_path / "model")
-    spec.resolve(dataclasses.replace(RED, sampler="lcm"))
-    assert not caplog.records
-    with pytest.raises(RequestError, match="is told one guidance_scale for all steps"):
-        spec.resolve(dataclasses.replace(RED, guidance_scales=[5, 4, 3, 2, 1]))
 
 
 def test_what_is_asked_for_first_is_compiled_while_the_weights_are_read(tiny, pipe, compilations):

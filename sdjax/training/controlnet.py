@@ -17,10 +17,13 @@ from sdjax.models.controlnet import ControlNet
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.networks import Networks, Params, bind, flat
 from sdjax.weights import checkpoint
+from sdjax.weights.checkpoint import CheckpointError, Component
 from sdjax.weights.safetensors import write_tensors
 
 NAME = "controlnet"
-FILE = "diffusion_pytorch_model.safetensors"
+
+_CLASS = "ControlNetModel"
+_FILE = "diffusion_pytorch_model.safetensors"
 
 _EMBEDDING = (16, 32, 96, 256)  # channels of the control image at its own size, at half of it, and so on
 _ZERO = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
@@ -63,7 +66,7 @@ def _settings(unet: UNetConfig, vae: VAEConfig) -> dict[str, Any]:
     shared = {field.name: getattr(unet, field.name) for field in dataclasses.fields(DownConfig)}
     halvings = round(math.log2(vae.downscale))
     channels = (_EMBEDDING + _EMBEDDING[-1:] * halvings)[: halvings + 1]
-    return {"_class_name": "ControlNetModel", **shared, "conditioning_embedding_out_channels": channels}
+    return {"_class_name": _CLASS, **shared, "conditioning_embedding_out_channels": channels}
 
 
 def _copied(params: Params, unet: Params) -> Params:
@@ -78,4 +81,12 @@ def save(folder: Path, networks: Networks, params: Params | None, dtype: str | N
     config = json.dumps(networks.configs[NAME], indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(config, encoding="utf-8")
     if params is not None:
-        write_tensors(folder / FILE, checkpoint.tensors_of(bind(networks.modules[NAME], params), dtype))
+        write_tensors(folder / _FILE, checkpoint.tensors_of(bind(networks.modules[NAME], params), dtype))
+
+
+def is_one(folder: Path) -> bool:
+    """Whether a folder is what `save` wrote, and no other network of diffusers', which have a file of the same name."""
+    try:
+        return Component(folder).json("", "config.json").get("_class_name") == _CLASS
+    except CheckpointError:
+        return False

@@ -57,7 +57,7 @@ class Loader:
         seed: of the order, the captions' phrasing and their dropout.
         images, captions, conditioning: whether to read them.
         caption_dropout: the part of captions that become empty, 0 to 1. As many conditioning pictures are unseen, half
-            them with an empty caption too (https://arxiv.org/abs/2211.09800, where the part is 0.1).
+            of those with an empty caption too (https://arxiv.org/abs/2211.09800, where the part is 0.1).
         workers: threads that read.
     """
 

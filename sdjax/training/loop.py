@@ -249,12 +249,12 @@ class Run:
 
 def check_replaceable(folder: Path, config: Train) -> None:
     """Raise TrainConfigError where an export into `folder` would take away something other than what it writes."""
-    what, mark = {
-        "model": ("model", "model_index.json"),
-        "lora": ("LoRA", lora.FILE),
-        "controlnet": ("ControlNet", controlnet.FILE),
+    what, is_one = {
+        "model": ("model", lambda: (folder / "model_index.json").exists()),
+        "lora": ("LoRA", lambda: (folder / lora.FILE).exists()),
+        "controlnet": ("ControlNet", lambda: controlnet.is_one(folder)),
     }[config.result]
-    if folder.is_dir() and ((folder / mark).exists() or not any(folder.iterdir())):
+    if folder.is_dir() and (not any(folder.iterdir()) or is_one()):
         return
     if folder.exists():
         raise TrainConfigError(f"{folder} holds something other than a {what}; name another folder")

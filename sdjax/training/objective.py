@@ -135,14 +135,14 @@ def denoising(
             zero = batch["is_zero"][:, None]
             context = jnp.where(zero[..., None], 0, context)
             added = {"text_embeds": jnp.where(zero, 0, pooled), "time_ids": batch["time_ids"]}
-        seen, asked = jnp.concatenate([alpha * x + sigma * noise, *told], axis=-1), t.astype(jnp.float32)
+        seen, times = jnp.concatenate([alpha * x + sigma * noise, *told], axis=-1), t.astype(jnp.float32)
         residuals = {}
         if (net := networks.get("controlnet")) is not None:
             condition = net.embed(batch["conditioning"].astype(jnp.float32) / 255)
             plain = jnp.ones(len(t)), jnp.zeros(len(t), bool)
-            skips, middle = net(seen, asked, context, condition, *plain, added)
+            skips, middle = net(seen, times, context, condition, *plain, added)
             residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
-        output = networks["unet"](seen, asked, context, added, **residuals)
+        output = networks["unet"](seen, times, context, added, **residuals)
         error = _mean((output.astype(jnp.float32) - target) ** 2)
         weight = jnp.ones_like(error)
         if options.min_snr_gamma is not None:

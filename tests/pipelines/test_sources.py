@@ -4,13 +4,11 @@ import csv
 import io
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -43,47 +41,6 @@ def test_text_lines_are_prompts_with_their_places(tmp_path):
         (Place(str(path), 3), {"prompt": ""}),
         (Place(str(path), 4), {"prompt": "ein Bär, rot"}),
     ]
-
-
-class _Sender(BaseHTTPRequestHandler):
-    """Sends each file whole whatever part is asked for, with its length or in chunks."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        folder, chunked = self.server.folder, self.path.startswith("/chunked/")
-        data = (folder / self.path.rpartition("/")[2]).read_bytes()
-        self.send_response(200)
-        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(data)))))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data) if chunked else data)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.parametrize("how", ["whole", "chunked"])
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.parquet", "a.toml"])
-def test_a_web_server_may_know_no_parts(tmp_path, monkeypatch, how, name):
-    table = [{"prompt": f"a cat {i}"} for i in range(7)]
-    lines = "".join(f"{row['prompt']}\n" for row in table)
-    written(tmp_path / "a.txt", lines)
-    written(tmp_path / "a.csv", f"prompt\n{lines}")
-    pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet", row_group_size=4)
-    written(tmp_path / "a.toml", f"prompts = {[row['prompt'] for row in table]}")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Sender)
-    server.folder = tmp_path
-    monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a client that waits for no file's end
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        read = values(f"http://127.0.0.1:{server.server_port}/{how}/{name}")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert [row["prompt"] for row in read] == [row["prompt"] for row in table]
 
 
 def test_csv_tsv_jsonl_and_parquet_give_the_same_rows(tmp_path):
@@ -371,31 +328,3 @@ def test_the_estimate_of_long_rows_is_near_too(tmp_path, lengths):
     path = written(tmp_path / "p.txt", "".join("y" * length + "\n" for length in lengths))
     [source] = sources.find([str(path)])
     assert sources.count(source) == pytest.approx(len(lengths), rel=0.6)
-
-
-class _BucketFile(AbstractBufferedFile):
-    """A file as fsspec's bucket filesystems give it, whose readline takes no limit."""
-
-    def _fetch_range(self, start, end):
-        return self.fs.content[start:end]
-
-
-class _Bucket(AbstractFileSystem):
-    protocol = "bucketlike"
-    content = b"prompt,seed\na red circle,1\n" + "ein Kreis 円,2\n".encode() + b"x" * 9 + b",3\n"
-
-    def info(self, path, **_):
-        return {"name": path, "size": len(self.content), "type": "file"}
-
-    def ls(self, path, detail=True, **_):
-        return [self.info(path)] if detail else [path]
-
-    def _open(self, path, mode="rb", **options):
-        return _BucketFile(self, path, mode, size=len(self.content), block_size=7)
-
-
-def test_a_csv_in_a_bucket_is_read_line_by_line():
-    fsspec.register_implementation("bucketlike", _Bucket, clobber=True)
-    (source,) = sources.find(["bucketlike://b/prompts.csv"], None)
-    rows = [values for piece in sources.cut(source) for _, values in sources.read(piece)]
-    assert [row["prompt"] for row in rows] == ["a red circle", "ein Kreis 円", "xxxxxxxxx"]

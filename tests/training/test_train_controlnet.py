@@ -172,3 +172,5 @@ def test_what_cannot_be_trained_is_refused(model, pictures, tmp_path):
         Run(lost, ONE)
     with pytest.raises(TrainConfigError, match="model holds something other than a ControlNet"):
         check_replaceable(model, settings(tmp_path, model, pictures))
+    with pytest.raises(TrainConfigError, match="unet holds something other than a ControlNet"):
+        check_replaceable(model / "unet", settings(tmp_path, model, pictures))

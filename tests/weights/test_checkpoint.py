@@ -1,9 +1,6 @@
 """Checkpoints in the diffusers layout: every way to name one, every way for one to be broken, and the way back."""
 
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -20,7 +17,6 @@ from sdjax.config import ConfigError
 from sdjax.spec import Spec
 from sdjax.weights.checkpoint import Checkpoint, CheckpointError, tensors_of
 from tests import checkpoints
-from tests.weights import fake_hub
 
 ONE = {"devices": jax.devices()[:1]}
 
@@ -75,21 +71,6 @@ def test_folders_may_be_links(tiny, loaded, tmp_path):
     spec = Spec(tmp_path)
     assert spec.fingerprint == loaded.spec.fingerprint
     assert same(StableDiffusion.from_pretrained(spec, **ONE), loaded)
-
-
-def test_a_hub_id_loads_from_the_hubs_cache(tiny, loaded, tmp_path):
-    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "0123abc"
-    shutil.copytree(tiny, snapshot)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0123abc")
-    code = "import sys; from sdjax.spec import Spec; print(Spec(sys.argv[1]).fingerprint)"
-
-    def run(name):
-        environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "JAX_PLATFORMS": "cpu"}
-        return subprocess.run([sys.executable, "-c", code, name], env=environment, capture_output=True, text=True)
-
-    assert run("someone/tiny").stdout.strip() == loaded.spec.fingerprint
-    assert "someone/other is no folder here, and the hub did not give it" in run("someone/other").stderr
 
 
 def test_sharded_weights_load_like_whole_ones(copy, loaded):
@@ -163,66 +144,6 @@ def test_a_vae_of_its_own_has_the_variant_or_not(tiny, copy):
     safetensors.torch.save_file({"other": torch.ones(1)}, half)
     assert [*Spec(copy, vae=plain, variant="fp16").entries("vae")] == ["other"]
     assert len(Spec(copy, vae=plain).entries("vae")) > 1
-
-
-def test_a_repository_is_read_at_the_revision_that_is_named(tiny, tmp_path):
-    old = shutil.copytree(tiny, tmp_path / "old")
-    config = old / "unet" / "config.json"
-    config.write_text(config.read_text() + "\n")
-    repositories = {"some/model": Path(tiny), "some/model@v1.0": old}
-    commit = fake_hub.commit("some/model@v1.0")
-    code = (
-        "from sdjax.spec import Spec\n"
-        f"for revision in ('', '@v1.0', '@{commit}'):\n"
-        "    print(Spec(f'some/model{revision}').fingerprint)\n"
-    )
-    expected = [Spec(tiny).fingerprint, Spec(old).fingerprint, Spec(old).fingerprint]
-    with fake_hub.serve(repositories) as (address, _):
-        assert fake_hub.run(code, tmp_path / "cache", address).splitlines() == expected
-    assert fake_hub.run(code, tmp_path / "cache", None).splitlines() == expected
-
-
-def test_of_a_repository_the_files_that_are_read_are_fetched(tiny, loaded, tmp_path):
-    def renamed(name, change):
-        for file in shutil.copytree(tiny, tmp_path / name).rglob("*.safetensors"):
-            change(file, file.with_name(f"{file.stem}.fp16.safetensors"))
-        return tmp_path / name
-
-    half, both = renamed("half", Path.rename), renamed("both", shutil.copy)
-    (both / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
-    (both / "unet" / "diffusion_pytorch_model.bin").touch()
-    (both / "unet" / "diffusion_pytorch_model.non_ema.safetensors").touch()
-    sharded = renamed("sharded", lambda file, other: None)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet")
-    for options in ({}, {"variant": "fp16"}):
-        unet.save_pretrained(sharded / "unet", max_shard_size="900KB", **options)
-    (sharded / UNET).unlink()
-    vae = shutil.copytree(tiny / "vae", tmp_path / "vae")
-    repositories = {f"some/{path.name}": path for path in (half, both, sharded, vae)}
-    asked = [("half", None), ("both", None), ("both", "fp16"), ("sharded", None), ("sharded", "fp16"), ("both", "bf16")]
-    code = (
-        "from sdjax.spec import Spec\n"
-        "from sdjax.weights.safetensors import CheckpointError\n"
-        f"for name, variant in {asked}:\n"
-        "    try:\n"
-        "        print(len(Spec(f'some/{name}', variant=variant, vae='some/vae').entries('unet')))\n"
-        "    except CheckpointError as error:\n"
-        "        print(error)\n"
-    )
-    with fake_hub.serve(repositories) as (address, fetched):
-        lines = fake_hub.run(code, tmp_path / "cache", address).splitlines()
-    count = len(Spec(tiny).entries("unet"))
-    assert lines == [*[str(count)] * 5, "some/both has no safetensors file of the variant 'bf16'"]
-    assert fake_hub.run(code, tmp_path / "cache", None).splitlines() == lines
-    of_unet = {name for name in fetched if "/unet/" in name and "config.json" not in name}
-    stem = "unet/diffusion_pytorch_model"
-    expected = {f"some/{name}/{stem}.safetensors" for name in ("both",)}
-    expected |= {f"some/{name}/{stem}.fp16.safetensors" for name in ("half", "both")}
-    expected |= {f"some/sharded/{path.relative_to(sharded)}" for path in (sharded / "unet").glob("*safetensors*")}
-    assert of_unet == expected
-    assert len(expected) > 6
-    assert "some/both/vae/diffusion_pytorch_model.safetensors" in fetched
-    assert "some/vae/diffusion_pytorch_model.safetensors" in fetched
 
 
 @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
@@ -373,19 +294,6 @@ def test_a_broken_checkpoint_is_refused_and_named(copy, name):
     assert "\n" not in str(refused.value)
 
 
-def test_a_branch_may_have_slashes(monkeypatch):
-    asked = []
-
-    def model_info(self, name, *, revision):
-        asked.append((name, revision))
-        raise OSError("not reached")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
-    with pytest.raises(CheckpointError, match="the hub did not give it"):
-        Spec("some/model@refs/pr/3")
-    assert asked == [("some/model", "refs/pr/3")]
-
-
 @pytest.mark.parametrize("source", ["no-such-folder", "/no/such/folder", "a/b/c"])
 def test_what_is_nowhere_is_refused(source):
     with pytest.raises(CheckpointError, match="neither a folder, nor a hub id"):
@@ -397,17 +305,3 @@ def test_the_fingerprint_is_of_content_alone(tiny, copy):
     assert Spec(copy).fingerprint == Spec(tiny).fingerprint
     edit_tensors(copy / UNET, lambda tensors: tensors["conv_out.bias"].add_(1e-3))
     assert Spec(copy).fingerprint != Spec(tiny).fingerprint
-
-
-def test_ids_are_of_the_request_and_the_model(tiny):
-    import pickle
-
-    from sdjax import Request
-
-    spec = Spec(tiny)
-    there = pickle.loads(pickle.dumps(spec))
-    a, b = (spec.resolve(Request(prompt="a", seed=seed)) for seed in (0, 1))
-    assert spec.id(a) != spec.id(b)
-    assert spec.id(a) == there.id(there.resolve(Request(prompt="a")))
-    assert spec.id(a) != Spec(tiny, dtype="bfloat16").id(a)
-    assert json.loads(b.canonical())["width"] == 32
