@@ -18,7 +18,7 @@ class Pictures:
     """A batch's images and masks as the devices take them.
 
     there: bool [batch], which requests have an image.
-    image, unmasked: float32 [batch, height, width, 3] in -1..1; `unmasked` is grey (0) where the mask is.
+    image: float32 [batch, height, width, 3] in -1..1; zeros without one.
     mask: float32 [batch, h, w, 1], at the size of the latents; ones without one.
     """
 
@@ -27,15 +27,22 @@ class Pictures:
         self.there = np.array([canvas is not None for canvas in canvases])
         self.image = np.zeros((batch, *size, 3), np.float32)
         self.mask = np.ones((batch, size[0] // scale, size[1] // scale, 1), np.float32)
-        self.unmasked = np.zeros_like(self.image)
+        self._painted: dict[int, np.ndarray] = {}
         for i, canvas in enumerate(canvases):
             if canvas is None:
                 continue
             self.image[i] = canvas.image / np.float32(255) * 2 - 1
             if canvas.mask is not None:
-                painted = canvas.mask[..., None] >= 128
-                self.unmasked[i] = np.where(painted, 0, self.image[i])
-                self.mask[i] = painted[::scale, ::scale]  # the nearest pixel, as diffusers takes it
+                painted = self._painted[i] = canvas.mask >= 128
+                self.mask[i] = painted[::scale, ::scale, None]  # the nearest pixel, as diffusers takes it
+
+    @property
+    def unmasked(self) -> Float32[np.ndarray, "batch height width 3"]:
+        """The images, grey (0) where their masks are."""
+        result = self.image.copy()
+        for i, painted in self._painted.items():
+            result[i][painted] = 0
+        return result
 
 
 def guidance_weights(
@@ -56,7 +63,7 @@ def guidance_weights(
     guidance = np.stack([_guidance(request, table, rows) for request, table in zip(requests, tables, strict=True)])
     if embedded:
         guidance = np.ones_like(guidance)
-    weights = scan.guidance_weights(guidance, joined)
+    weights = scan.joined_weights(guidance, joined)
     if not edits:
         return weights
     images = np.array([[request.image_guidance_scale] for request in requests], np.float32)
@@ -138,6 +145,7 @@ class HostNoise:
 
     posterior, start, unmasked: [batch, h, w, c], for encoding the image, the start latent, and for encoding what the
     mask leaves.
+    is_drawn: whether one of them asks for it.
 
     Args:
         requests, tables: of the batch.
@@ -155,10 +163,16 @@ class HostNoise:
         encoded: Sequence[bool],
         masked: Sequence[bool],
     ) -> None:
-        self.posterior, self.start, self.unmasked = np.zeros((3, len(requests), *shape), np.float32)
+        latents = np.zeros((3, len(requests), *shape), np.float32)
+        self.posterior, self.start, self.unmasked = latents
         self._generators: dict[int, noise.TorchGenerator] = {}
+        self._copies: list[int] = []
         for i, request in enumerate(requests):
             if request.noise != "torch":
+                continue
+            if i and request is requests[i - 1]:  # what a batch is filled up with
+                self._copies.append(i)
+                latents[:, i] = latents[:, i - 1]
                 continue
             generator = self._generators[i] = noise.TorchGenerator(request.seed)
             if encoded[i]:
@@ -166,6 +180,7 @@ class HostNoise:
             self.start[i] = noise.torch_latent(generator, shape)
             if masked[i]:
                 self.unmasked[i] = noise.torch_latent(generator, shape)
+        self.is_drawn = bool(self._generators)
         self._rows = self._of_rows(tables)
 
     def _of_rows(self, tables: Sequence[Table]) -> dict[int, Iterator[np.ndarray]]:
@@ -184,4 +199,6 @@ class HostNoise:
         for i, drawn in self._rows.items():
             for place, row in enumerate(islice(drawn, count)):
                 result[i, place] = row
+        for i in self._copies:
+            result[i] = result[i - 1]
         return result

@@ -145,6 +145,7 @@ class Denoiser:
         stacked = sampling.stack(tables, padded), weights, scales, fresh
         unet, ratio = self._networks["unet"], batch.requests[0].token_merging_ratio
         unet = programs.Flat(unet.merging(ratio) if ratio else unet)
+        silence = None if drawn.is_drawn else split(drawn.rows(SCAN_ROWS))
         ticks = []
         for first in range(0, length, SCAN_ROWS):
             rows = slice(first, first + SCAN_ROWS)
@@ -155,7 +156,7 @@ class Denoiser:
                 programs.Rows(*split(jax.tree.map(lambda column, rows=rows: column[:, rows], stacked))),
                 batch.keys,
                 batch.rescale,
-                scan.Given(split(drawn.rows(SCAN_ROWS)), batch.is_given),
+                scan.Given(split(drawn.rows(SCAN_ROWS)) if silence is None else silence, batch.is_given),
                 known,
                 told,
                 control,

@@ -96,8 +96,10 @@ class Encoder:
         """
         spec.family.check_trainable(spec.name)
         on = Devices(devices)
+        if batch_size is None:
+            batch_size = 1 if on.platform == "cpu" else 8
         networks = load(spec, on, (*spec.family.text_encoders, "vae"))
-        return cls(spec, networks, batch_size or (1 if on.platform == "cpu" else 8), on)
+        return cls(spec, networks, batch_size, on)
 
     @cached_property
     def unconditional(

@@ -54,6 +54,15 @@ class Family:
     upcasts_vae: bool
     draws_latents: bool
 
+    @property
+    def keeps_steps(self) -> bool:
+        """Whether from an image too all steps are taken, over the strength's share of the timesteps.
+
+        As diffusers' LatentConsistencyModelImg2ImgPipeline does; from an image SDXL, or any model inside a mask, takes
+        the last steps there.
+        """
+        return self.embeds_guidance and not self.is_xl
+
     def check(self, request: Request) -> None:
         """Raise RequestError where a request asks for what such a checkpoint does not do, or lacks what it needs."""
         if self.inpaints and not request.is_masked:

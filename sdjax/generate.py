@@ -77,12 +77,11 @@ class StableDiffusion:
     def __init__(self, spec: Spec, networks: dict[str, Any], batch_size: int, devices: Devices) -> None:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
-        scale = spec.configs["vae"].scaling_factor
         self._denoiser, self._refiner = Denoiser(spec, networks, devices), None
         if spec.refiner is not None:
             own = {name.removeprefix(REFINER): part for name, part in networks.items() if name.startswith(REFINER)}
             self._refiner = Denoiser(spec.refiner, own, devices)
-        vae = {"scale": scale, "tiled": spec.vae_tiling}
+        vae = {"scale": spec.configs["vae"].scaling_factor, "tiled": spec.vae_tiling}
         self._encode_image = devices.pmap(functools.partial(programs.encode_image, **vae))
         self._encode_mean = devices.pmap(functools.partial(programs.encode_mean, tiled=spec.vae_tiling))
         self._enlarge = devices.pmap(functools.partial(programs.enlarge, **vae), static_broadcasted_argnums=6)
@@ -103,7 +102,7 @@ class StableDiffusion:
 
         Args:
             source: a folder, hub id, fsspec URL or single file, or a `Spec` that was made of one.
-            dtype, options: see `Spec` (`controlnets`, `refiner`, `vae` and others); not asked where a Spec is given.
+            dtype, options: see `Spec` (`controlnets`, `refiner`, `vae` and others), where none is given.
             batch_size: images that a device makes at once; default 1 on CPU, 4 elsewhere.
             devices: default all local devices.
             first: what will be asked for first; what it needs is compiled while the weights are read.
@@ -111,8 +110,11 @@ class StableDiffusion:
         Raises:
             RequestError: the checkpoint cannot make `first`.
             CheckpointError, ConfigError, SamplingError: the checkpoint cannot be run; the message names what is wrong.
-            ValueError: `dtype` or `batch_size` is none that there is.
+            ValueError: `dtype` or `batch_size` is none that there is, or a Spec is given others than its own.
         """
+        if isinstance(source, Spec) and (options or dtype not in ("float32", source.dtype)):
+            given = ", ".join(options) or "dtype"
+            raise ValueError(f"{given} cannot be changed for a Spec that is made; give it to Spec(...)")
         spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, **options)
         on = devices if isinstance(devices, Devices) else Devices(devices)
         if batch_size is None:
@@ -125,11 +127,12 @@ class StableDiffusion:
             cls(spec, networks, batch_size, on).launch(batch)
 
         batch = None if first is None else [spec.resolve(first)]
-        with ThreadPoolExecutor(1) as background:
-            loaded = background.submit(load, spec, on)
+        with ThreadPoolExecutor(2) as background:
+            loaded, named = background.submit(load, spec, on), background.submit(lambda: spec.fingerprint)
             if batch is not None:
                 jax.eval_shape(functools.partial(compile_for, batch), build(spec, devices=len(on)))
             networks = loaded.result()
+            named.result()  # for ids, from files that may be gone or others by then
         on.wait()
         return cls(spec, networks, batch_size, on)
 
@@ -214,7 +217,7 @@ class StableDiffusion:
             try:
                 flight.append(self.launch(batch))
             except RequestError as error:
-                refused.append(error)
+                refused.insert(0, error)  # before that of a later one, which may have been met already
                 break
             if len(flight) == IN_FLIGHT:
                 yield from self._land(flight.popleft(), progress)

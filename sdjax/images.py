@@ -1,6 +1,7 @@
 """Pixels to files: encoding with the metadata that other tools read, contact sheets."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -92,7 +93,7 @@ def contact_sheet(
     images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None, cell: int = _CELL
 ) -> Image.Image:
     """The images in rows, each fitted into a square of `cell` pixels above the start of its caption."""
-    columns = columns or min(len(images), max(1, round(len(images) ** 0.5 + 0.49)))
+    columns = columns or math.ceil(len(images) ** 0.5)
     rows = -(-len(images) // columns)
     margin, line = 8, 18
     sheet = Image.new("RGB", (columns * (cell + margin) + margin, rows * (cell + line + margin) + margin), "white")

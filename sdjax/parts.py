@@ -178,7 +178,10 @@ class Parts:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything about the model that pixels depend on, in hex, as it was when first asked for."""
+        """SHA-256 of everything about the model that pixels depend on, in hex, as it was when first asked for.
+
+        Then every file of weights is read.
+        """
         return self.hashed()
 
     def hashed(self) -> str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageStat
 
 from sdjax.values import size_of
 
@@ -14,7 +14,7 @@ def oddities(pixels: UInt8[np.ndarray, "height width 3"]) -> list[str]:
     """`black`, or else `flat`, where it is so: images of which a dataset should know."""
     if pixels.max() < _BLACK:
         return ["black"]
-    return ["flat"] if pixels.std((0, 1)).max() < _FLAT else []
+    return ["flat"] if max(ImageStat.Stat(Image.fromarray(pixels)).stddev) < _FLAT else []
 
 
 def resize(

@@ -71,22 +71,16 @@ def encode_text(
 ) -> Conditions:
     """Text states for joined prompts and the negative one, the encoders' side by side; zeros where `is_zero`.
 
-    variants: what the states are a sum of where a prompt is in compel's language: `sdjax.text.Variants`, batched.
+    variants: what a prompt in compel's language is a sum of: `sdjax.text.Variants`, batched.
 
-    Of Stable Diffusion XL also the last encoder's pooled vector of a prompt's first chunk.
+    Of Stable Diffusion XL also the last encoder's pooled vector of a prompt's first chunk, unweighted but for shares.
     """
+    read, fields = (_encode_text, (ids, weights)) if variants is None else (_blended, variants)
     encoded = [
-        _encode_text(encoder, ids[:, i], weights[:, i], clip_skip, is_xl=is_xl)
+        read(encoder, *(field[:, i] for field in fields), clip_skip=clip_skip, is_xl=is_xl)
         for i, encoder in enumerate(text_encoders)
     ]
-    if variants is None:
-        states = [states for states, _ in encoded]
-    else:
-        states = [
-            _blended(encoder, *(field[:, i] for field in variants), clip_skip=clip_skip, is_xl=is_xl)
-            for i, encoder in enumerate(text_encoders)
-        ]
-    context = jnp.concatenate(states, axis=-1)
+    context = jnp.concatenate([states for states, _ in encoded], axis=-1)
     context = jnp.where(is_zero[..., None, None], 0, context)
     if not is_xl:
         return Conditions(context)
@@ -97,8 +91,8 @@ def _encode_text(
     text_encoder: CLIPTextModel,
     ids: Int[Array, "batch prompts chunks length"],
     weights: Float[Array, "batch prompts chunks length"],
-    clip_skip: Int[Array, "batch prompts"],
     *,
+    clip_skip: Int[Array, "batch prompts"],
     is_xl: bool,
 ) -> tuple[Float[Array, "batch prompts tokens hidden"], Float[Array, "batch prompts pooled"]]:
     """One encoder's states, from the layers that the request asks for, and pooled vectors.
@@ -113,7 +107,7 @@ def _encode_text(
     ratio = states.mean((1, 2), keepdims=True, dtype=jnp.float32) / weighted.mean((1, 2), keepdims=True)
     plain = jnp.all(factors == 1, axis=1, keepdims=True)
     states = jnp.where(plain, states, (weighted * ratio).astype(states.dtype))
-    return states.reshape(batch, prompts, chunks * length, -1), pooled
+    return states.reshape(batch, prompts, chunks * length, -1), pooled[:, :, 0]
 
 
 def _blended(
@@ -125,16 +119,21 @@ def _blended(
     *,
     clip_skip: Int[Array, "batch prompts"],
     is_xl: bool,
-) -> Float[Array, "batch prompts tokens hidden"]:
-    """One encoder's states weighted as compel does it: from the empty text's, the first variant's, and summed."""
+) -> tuple[Float[Array, "batch prompts tokens hidden"], Float[Array, "batch prompts pooled"]]:
+    """One encoder's states weighted as compel does it: from the empty text's, the first variant's, and summed.
+
+    The pooled vectors are summed by the same shares.
+    """
     batch, prompts, count, chunks, length = ids.shape
     rows, seen = (x.reshape(batch, prompts, count * chunks, length) for x in (ids, keep))
-    states, _ = _states(text_encoder, rows, clip_skip, seen, is_xl=is_xl)
+    states, pooled = _states(text_encoder, rows, clip_skip, seen, is_xl=is_xl)
     own = states.astype(jnp.float32).reshape(*ids.shape, -1)
     empty, factors = own[:, :, :1], weights[..., None]
     weighted = jnp.where(factors == 1, own, empty + factors * (own - empty))
     summed = jnp.sum(shares[..., None, None] * weighted, axis=2)
-    return summed.astype(states.dtype).reshape(batch, prompts, chunks * length, -1)
+    states = summed.astype(states.dtype).reshape(batch, prompts, chunks * length, -1)
+    first = pooled.reshape(batch, prompts, count, chunks, -1)[:, :, :, 0]
+    return states, jnp.sum(shares[..., :1] * first, axis=2).astype(pooled.dtype)
 
 
 def _states(
@@ -144,8 +143,8 @@ def _states(
     keep: Bool[Array, "batch prompts chunks length"] | None,
     *,
     is_xl: bool,
-) -> tuple[Float[Array, "rows length hidden"], Float[Array, "batch prompts pooled"]]:
-    """The states of every chunk, unweighted, and the first chunks' pooled vectors."""
+) -> tuple[Float[Array, "rows length hidden"], Float[Array, "batch prompts chunks pooled"]]:
+    """The states and the pooled vector of every chunk, unweighted."""
     batch, prompts, chunks, length = ids.shape
     output = text_encoder(ids.reshape(-1, length), None if keep is None else keep.reshape(-1, length))
     hidden = jnp.stack(output.hidden_states[1:])
@@ -153,7 +152,7 @@ def _states(
     states = hidden[layer, jnp.arange(batch * prompts * chunks)]
     if not is_xl:
         states = text_encoder.text_model.final_layer_norm(states)
-    return states, output.pooled.reshape(batch, prompts, chunks, -1)[:, :, 0]
+    return states, output.pooled.reshape(batch, prompts, chunks, -1)
 
 
 def encode_image(

@@ -49,9 +49,10 @@ class Request:
         num_inference_steps: sampler steps, 1 to 1000; as many as sigmas or timesteps list, where they are lists.
         guidance_scale: classifier-free guidance (https://arxiv.org/abs/2207.12598), 0 to 100; 1 or less runs the
             conditional network alone, as diffusers does. Of prompts joined by AND all run, and the negative one as well
-            where their weights are not 1 together.
+            where their weights do not add up to 1.
         guidance_start, guidance_end: the share of the steps from which and until which guidance_scale holds, 0 to 1;
-            outside the conditional network alone runs (https://arxiv.org/abs/2404.07724).
+            outside the conditional network alone runs (https://arxiv.org/abs/2404.07724). They, negative_prompt and
+            guidance_rescale are nothing to a model that is told the guidance (a full LCM).
         guidance_scales: a guidance_scale for each of the steps in place of the one for all, such as `9,7.5,5`; where an
             image leaves out steps, the last of them count.
         guidance_rescale: share of the rescaled guidance of https://arxiv.org/abs/2305.08891 (section 3.4), 0 to 1.
@@ -83,7 +84,7 @@ class Request:
         overlay: put the image's own pixels back where the mask is black, exactly; false keeps what the VAE made there.
         outpaint: grow the canvas of `image`: margins in pixels (`left=128,top=64`) or a size (`768x512`) around its
             middle. The image's own pixels stay exactly.
-        strength: how far from `image` to go, above 0 and up to 1.
+        strength: how far from `image` to go, above 0 and up to 1; nothing to a checkpoint that edits by instruction.
         control_image: where ControlNets are loaded, a picture for each, in their order, several as a list, also in text
             (`["a.png", "b.png"]`); fitted to width and height, and cut as the image is by padding_mask_crop. Without
             `image`, width and height the first one's size is made. Once in a Request it is text, a line for each.

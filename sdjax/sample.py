@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sdjax.generate import StableDiffusion
 
 INTERRUPTED = 130  # the exit status, as shells have it
+_SHEET = 400  # images on a contact sheet, which is held whole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,21 +132,23 @@ def _make(requests: Sequence[Request], options: argparse.Namespace) -> int:
         pipe, resolved = _load(requests, options)
     if options.verbose:
         print(_facts(pipe, time.perf_counter() - started), file=sys.stderr)
-    made = {}
+    thumbnails: dict[Request, Any] = dict.fromkeys(resolved[:_SHEET])
     with _Bars(len(resolved)) as bars:
         for result in pipe.stream(sorted(resolved, key=pipe.spec.rank), progress=bars.steps):
             text = images.parameters(result.request, pipe.spec.name)
             path = options.output / f"{result.id}.{options.format}"
             write_whole(path, images.encode(result.pixels, options.format, text=text, quality=options.quality))
-            made[result.request] = images.fitted(result.image)  # of thousands, the whole ones are large
+            if result.request in thumbnails:
+                thumbnails[result.request] = images.fitted(result.image)
             bars.image()
             if result.flags:
                 bars.say(f"{path}: {', '.join(result.flags)}")
-    captions = _captions(resolved, ("seed", *options.sweep))
-    sheet = images.contact_sheet([made[request] for request in resolved], captions)
+    captions = _captions(list(thumbnails), ("seed", *options.sweep))
+    sheet = images.contact_sheet(list(thumbnails.values()), captions)
     write_whole(options.output / "sheet.png", images.encode(np.asarray(sheet)))
     seconds = time.perf_counter() - started
-    print(f"{len(made)} images in {options.output}, with sheet.png, in {seconds:.1f} s", file=sys.stderr)
+    sheet_of = f" of the first {_SHEET}" if len(resolved) > _SHEET else ""
+    print(f"{len(resolved)} images in {options.output}, with sheet.png{sheet_of}, in {seconds:.1f} s", file=sys.stderr)
     if options.verbose:
         print(_memory(pipe.devices.devices), file=sys.stderr)
     return 0

@@ -197,11 +197,12 @@ class Spec(Parts):
 
     def table(self, resolved: Request) -> sampling.Table:
         """The sampler table of a resolved request, up to where the refiner takes over."""
-        return tables.run(self.schedule, resolved, edits=self.family.edits, all_steps=self.family.embeds_guidance)
+        all_steps = self.family.keeps_steps and not resolved.is_masked
+        return tables.run(self.schedule, resolved, edits=self.family.edits, all_steps=all_steps)
 
     def hires_table(self, resolved: Request) -> sampling.Table:
         """The sampler table of its second pass."""
-        return tables.second_pass(self.schedule, resolved, all_steps=self.family.embeds_guidance)
+        return tables.second_pass(self.schedule, resolved, all_steps=self.family.keeps_steps)
 
     def refiner_table(self, resolved: Request) -> sampling.Table:
         """The sampler table of the refiner, where its program has one."""

@@ -20,7 +20,10 @@ def run(schedule: sampling.Schedule, request: Request, *, edits: bool, all_steps
 
 def second_pass(schedule: sampling.Schedule, request: Request, *, all_steps: bool) -> sampling.Table:
     """The run from the enlarged first image."""
-    return _of(schedule, request, request.hires_strength, all_steps=all_steps)
+    try:
+        return _of(schedule, request, request.hires_strength, all_steps=all_steps)
+    except sampling.SamplingError as error:
+        raise sampling.SamplingError(f"{error}".replace("strength=", "hires_strength=", 1)) from None
 
 
 def refiner(schedule: sampling.Schedule, request: Request) -> sampling.Table:

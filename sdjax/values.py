@@ -139,6 +139,8 @@ def _picture(name: str, value: Any) -> Any:
         except (TypeError, ValueError):
             raise RequestError(f"{name} is uint8 {list(value.shape)}; an array is uint8 [height, width, 3]") from None
     if isinstance(value, Image.Image):
+        if value.mode == "I":  # of 32 bits, of which PNG would keep 16
+            raise RequestError(f"{name} has mode I, which has no fixed white; convert it to RGB")
         if value.mode in ("CMYK", "YCbCr", "HSV"):  # for which PNG has no place
             value = value.convert("RGB")
         buffer = io.BytesIO()

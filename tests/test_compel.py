@@ -105,3 +105,17 @@ def test_embeddings_are_compel_s(tiny):
         theirs = embed.pad_conditioning_tensors_to_same_length([embed(prompt), embed(negative)])
         np.testing.assert_allclose(np.asarray(context)[0, 0], torch.cat(theirs), atol=2e-5)
     assert (embed(pairs[0][0]) - embed("a red cat circle red")).abs().max() > 0.1
+
+
+def test_a_blend_of_an_xl_model_is_one_of_its_pooled_vectors_too(tmp_path):
+    checkpoints.saved(tmp_path / "model", checkpoints.pipeline_xl)
+    pipe = StableDiffusion.from_pretrained(tmp_path / "model", devices=jax.devices()[:1])
+
+    def pooled(prompt):
+        request = pipe.spec.resolve(Request(prompt=prompt, prompt_language="compel"))
+        return np.asarray(pipe._denoiser._conditions([request], [pipe.spec.text(request)]).pooled)[0, 0, 0]
+
+    circle, cat = pooled("a red circle"), pooled("cat")
+    blend = pooled('("a red circle", "cat").blend(0.3, 0.7)')
+    np.testing.assert_allclose(blend, 0.3 * circle + 0.7 * cat, atol=1e-5)
+    assert np.abs(circle - cat).max() > 0.1

@@ -129,6 +129,18 @@ FAMILIES = {
         [Asked({**IMAGE, "strength": 0.5}), Asked({**IMAGE, "strength": 0.8, "num_inference_steps": 2})],
         unet={"time_cond_proj_dim": 10},
     ),
+    "LCM inside a mask": Family(
+        "StableDiffusionInpaint",
+        "LCMScheduler",
+        [Asked({**INSIDE, "strength": 0.5}), Asked({**INSIDE, "strength": 1.0, "num_inference_steps": 3})],
+        unet={"time_cond_proj_dim": 10},
+    ),
+    "SDXL LCM from an image": Family(
+        "StableDiffusionXLImg2Img",
+        "LCMScheduler",
+        [Asked({**IMAGE, "strength": 0.5}), Asked({**IMAGE, "strength": 0.8})],
+        unet={"time_cond_proj_dim": 10},
+    ),
     "SDXL Turbo, Lightning and Hyper": Family(
         "StableDiffusionXL",
         "EulerDiscreteScheduler",
@@ -173,6 +185,7 @@ FAMILIES = {
 FAST = [
     ("LCM", "small"),
     ("LCM from an image", "small"),
+    ("LCM inside a mask", "small"),
     ("SDXL refiner", "small"),
     ("SD inpainting", "small"),  # nine channels
 ]  # what runs without -m slow, beside the plain families' own tests

@@ -1,6 +1,7 @@
 """Whole images: diffusers' on the same weights and seed, the same in any company, and one program for every request."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import torch
 import sdjax
 from sdjax import Request, RequestError, StableDiffusion, generate, programs
 from sdjax.parallel import Devices
+from sdjax.sampling import noise
 from sdjax.spec import Spec
 from tests import checkpoints
 
@@ -184,6 +186,12 @@ def test_what_came_before_a_request_that_cannot_be_made_is_handed_out(pipe, wron
             next(stream)
 
 
+def test_the_first_request_that_cannot_be_made_is_named(pipe):
+    gone = dataclasses.replace(RED, image="/no/such.png", image_sha256="0" * 64)
+    with pytest.raises(RequestError, match=r"/no/such\.png is not there"):
+        list(pipe.stream([gone, dataclasses.replace(RED, sampler="magic")]))
+
+
 @pytest.mark.parametrize("error", [RuntimeError("the reader broke"), RequestError("prompt is empty"), KeyError("row")])
 def test_what_came_before_an_error_of_the_reader_is_handed_out(pipe, error):
     def requests(count):
@@ -207,6 +215,7 @@ for call in (
     lambda: StableDiffusion.from_pretrained(batch_size=2.0),
     lambda: Spec(controlnets="org/canny"),
     lambda: Spec(loras=Path("a.safetensors")),
+    lambda: StableDiffusion.from_pretrained(Spec(), dtype="bfloat16"),
 ):
     try:
         call()
@@ -219,6 +228,7 @@ for call in (
         "ValueError batch_size=2.0 is no number of images; allowed is an integer of 1 or more",
         "ValueError org/canny is given where a list of files is taken; give ['org/canny']",
         "ValueError a.safetensors is given where a list of files is taken; give ['a.safetensors']",
+        "ValueError dtype cannot be changed for a Spec that is made; give it to Spec(...)",
     ]
 
 
@@ -249,6 +259,26 @@ def test_a_model_that_is_saved_takes_no_second_copy_on_the_device(pipe, tmp_path
     before = len(jax.live_arrays())
     pipe.save_pretrained(tmp_path / "model")
     assert held == [before]
+
+
+def test_images_are_made_and_named_when_the_files_are_gone(tiny, pipe, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    copy = StableDiffusion.from_pretrained(folder, devices=jax.devices()[:1])
+    shutil.rmtree(folder)
+    assert copy.generate([RED])[0].id == pipe.generate([RED])[0].id
+
+
+def test_what_fills_a_batch_up_is_not_drawn_again(tiny, monkeypatch):
+    drawn, own = [], noise.torch_latent
+    monkeypatch.setattr(noise, "torch_latent", lambda *each: drawn.append(each) or own(*each))
+    alone, among = (
+        StableDiffusion.from_pretrained(tiny, devices=jax.devices()[:1], batch_size=size).generate(
+            [dataclasses.replace(RED, noise="torch", sampler="euler_ancestral")]
+        )
+        for size in (1, 3)
+    )
+    assert len(drawn) == 2 * 5  # the start and a row's noise for four of five steps, each time
+    assert difference(alone[0].pixels, among[0].pixels) <= 1
 
 
 def test_type_checkers_are_told_that_there_are_types():

@@ -110,5 +110,5 @@ def test_ways_to_enlarge_mix_in_a_batch(tiny):
 def test_a_second_pass_that_cannot_be_is_refused(pipe):
     with pytest.raises(RequestError, match="hires_scale=3 makes a side longer than 4096"):
         pipe.spec.resolve(dataclasses.replace(RED, width=1400, hires_scale=3))
-    with pytest.raises(RequestError, match=r"strength=0\.1 of 5 steps leaves no step"):
+    with pytest.raises(RequestError, match=r"^hires_strength=0\.1 of 5 steps leaves no step"):
         pipe.spec.resolve(dataclasses.replace(RED, hires_strength=0.1, hires_scale=2))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from sdjax.request import _DEFAULTS, _TYPES, MAX_SEED, Request
 from sdjax.values import RequestError, coerce, numbers
@@ -72,6 +73,7 @@ REFUSED = [
     ({"resize": ""}, "resize='' is no size"),
     ({"resize": "0x64"}, "resize='0x64' is no size"),
     ({"resize": "64x9000"}, "resize='64x9000' is no size"),
+    ({"image": Image.new("I", (8, 8))}, "image has mode I, which has no fixed white; convert it to RGB"),
     ({"image": 7}, "image=7 is not text"),
     ({"image": " "}, "image=' ' is no path or URL"),
     ({"control_image": "[" * 100_000}, "control_image='[[[[[[["),

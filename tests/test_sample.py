@@ -121,6 +121,16 @@ def test_a_sweep_over_sizes_shares_batches_and_the_sheet_keeps_its_order(tiny, t
     assert captions[:4] == [f"seed {seed}, width 32: red" for seed in (1, 2, 3)] + ["seed 1, width 48: red"]
 
 
+def test_the_sheet_is_of_the_first_images(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "_SHEET", 2)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    assert sample.main(["red", "--model", str(tiny), "--output", str(tmp_path), *SMALL, "--num-images", "3"]) == 0
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 264 + 8, 282 + 8)
+    assert len(list(tmp_path.glob("[0-9a-f]*.png"))) == 3
+    assert "3 images in" in (said := capsys.readouterr().err)
+    assert "with sheet.png of the first 2, in" in said
+
+
 def test_a_prompt_may_be_empty_beside_a_picture(tiny, tmp_path, capsys):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     arguments = ["", "--model", str(tiny), "--output", str(tmp_path / "out"), "--num-inference-steps", "2"]

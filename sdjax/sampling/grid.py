@@ -166,7 +166,7 @@ def _free_levels(
     table = schedule.ratios
     index = np.arange(len(table))
     if not isinstance(sigmas, str):
-        ratios = np.array([sigma for sigma in sigmas if sigma != 0], np.float64)
+        ratios = np.array(sigmas, np.float64)
         for beyond in ratios[~((ratios >= _LEAST) & (ratios <= _MOST))]:
             raise SamplingError(f"sigmas must lie in {_LEAST:g} to {_MOST:g}, which {beyond:g} does not")
         return schedule.timestep_of(ratios), ratios

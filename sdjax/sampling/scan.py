@@ -33,7 +33,7 @@ class Known(NamedTuple):
     mask: Float[Array, "B H W 1"]  # 1 where to paint, 0 where the image stays
 
 
-def guidance_weights(
+def joined_weights(
     guidance: Float32[np.ndarray, "B R"], joined: Float32[np.ndarray, "B P"]
 ) -> Float32[np.ndarray, "B R N"]:
     """Weights of the P conditional halves, then of the unconditional one, at each guidance scale; N is P + 1.

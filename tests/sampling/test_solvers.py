@@ -195,6 +195,7 @@ def test_align_your_steps_is_the_published_list_at_ten(name, published):
         ({"sigmas": [5.0, -1.0], "num_inference_steps": None}, "-1"),
         ({"sigmas": [], "num_inference_steps": None}, "0 levels"),
         ({"sigmas": [5.0, 1.0]}, "2 levels"),
+        ({"sigmas": [14.0, 0.0, 5.0, 0.0], "num_inference_steps": None}, "which 0 does not"),
         ({"sigmas": "karras", "timesteps": [900, 100]}, "not both"),
         ({"timesteps": [2000, 100], "num_inference_steps": None}, "0 to 999"),
         ({"sampler": "plms", "timesteps": [900, 20], "num_inference_steps": None}, "plms needs even timesteps"),

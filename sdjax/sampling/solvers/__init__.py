@@ -157,7 +157,7 @@ def make_table(
         (0, 1) ends it, after a whole step, on a latent that has noise left.
     denoising_start: the same share, gone through by a run whose latent this one starts from.
     all_steps: whether samplers of consistency models take all steps from an image too, over the strength's share of
-        the timesteps that they were distilled at, as their own pipelines in diffusers do.
+        the timesteps that they were distilled at, as LatentConsistencyModelImg2ImgPipeline in diffusers does.
 
     Raises SamplingError, in one line, for what cannot be had.
     """
@@ -217,7 +217,9 @@ def _sigmas(
         return grids.default_sigmas(schedule, grid) if timesteps is None else ""
     if timesteps is not None and not (isinstance(sigmas, str) and sigmas == ""):
         raise SamplingError("give sigmas or timesteps, not both")
-    return sigmas if isinstance(sigmas, str) else [sigma for sigma in sigmas if sigma != 0]
+    if isinstance(sigmas, str):
+        return sigmas
+    return list(sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas)
 
 
 def _spacing(schedule: Schedule, grid: Grid, sigmas: str | list[float]) -> str:
