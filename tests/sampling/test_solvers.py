@@ -300,6 +300,8 @@ def test_names_of_all_kinds_are_understood():
     assert canonical("k_euler_a") == canonical("Euler a") == "euler_ancestral"
     assert canonical("uni-pc") == canonical("UniPC") == "uni_pc"
     assert canonical("PNDM") == "plms"
+    with pytest.raises(SamplingError, match="two things; give sampler=dpmpp_2m and sigmas=karras"):
+        canonical("DPM++ 2M Karras")
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -99,6 +99,9 @@ def canonical(name: str) -> str:
         known = ALIASES.get(known, known)
         if known in SAMPLERS:
             return known
+    first, _, last = short.rpartition("_")
+    if first and last in grids.NAMES:  # A1111 joins the two in one name
+        raise SamplingError(f"sampler {name!r} is two things; give sampler={canonical(first)} and sigmas={last}")
     raise SamplingError(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
 
 
