@@ -39,7 +39,10 @@ HEALTHCHECK --interval=10m --timeout=2m \
 ENTRYPOINT ["/opt/apache/beam/boot"]
 
 # tpu and cuda run as root: Dataflow mounts the worker's scratch folders as root's, and /dev/vfio opens for root alone.
+# Each names one platform: a worker without its accelerator fails, where JAX would go on on the processor, as it would
+# with cuda,cpu. Without a GPU all that it says is AssertionError. A launcher asks for no device.
 FROM base AS tpu
+ENV JAX_PLATFORMS=tpu
 COPY docker/requirements-tpu.txt ./
 RUN pip install --no-cache-dir --no-deps --requirement requirements-tpu.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
@@ -47,8 +50,9 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
 ENTRYPOINT ["python", "/opt/sdjax/entrypoint.py"]
 
 FROM base AS cuda
-# Where Dataflow mounts the driver that it installs.
-ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64
+# The second: where Dataflow mounts the driver that it installs.
+ENV JAX_PLATFORMS=cuda \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 COPY docker/requirements-cuda.txt ./
 RUN pip install --no-cache-dir --no-deps --requirement requirements-cuda.txt
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \

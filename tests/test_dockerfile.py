@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -41,6 +42,12 @@ def copies(instructions: list[tuple[str, str]]) -> list[str]:
     return [name for names in each for name in names]
 
 
+def environment(target: str) -> dict[str, str]:
+    """What a target's own ENV lines set."""
+    lines = [rest for word, rest in stages()[target][1] if word == "ENV"]
+    return dict(pair.split("=", 1) for line in lines for pair in line.split())
+
+
 def pins(name: str) -> dict[str, str]:
     return dict(line.split("==") for line in (ROOT / "docker" / name).read_text().splitlines())
 
@@ -61,6 +68,27 @@ def test_targets_and_what_starts_in_them():
     assert ("ENTRYPOINT", '["/opt/apache/beam/boot"]') in found["base"][1]
     assert ("ENTRYPOINT", '["python", "/opt/sdjax/entrypoint.py"]') in found["tpu"][1]
     assert found["cpu"][1][-1] == ("USER", "10001")
+
+
+@pytest.mark.parametrize("target", ["tpu", "cuda"])
+def test_a_worker_without_its_accelerator_fails(target):
+    alone = {"PATH": os.environ["PATH"], "TPU_SKIP_MDS_QUERY": "1", **environment(target)}
+    command = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
+    done = subprocess.run(command, env=alone, capture_output=True, text=True)
+    assert "cpu" not in done.stdout
+
+
+def test_a_launcher_needs_no_accelerator(tmp_path):
+    """It plans the job and asks JAX for no device: the runner draws the pipeline and runs nothing."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    code = (
+        "import sys; import apache_beam.runners.render; from pipelines.generate_images import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    places = [f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out", f"--render_output={tmp_path}/job.dot"]
+    command = [sys.executable, "-c", code, *places, "--runner=apache_beam.runners.render.RenderRunner"]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"}, check=True)
+    assert "Generate" in (tmp_path / "job.dot").read_text()
 
 
 def test_base_images_are_pinned():
@@ -104,12 +132,15 @@ def test_pins_are_what_the_package_asks_for():
 
 @pytest.fixture
 def metadata_server():
-    """Answers as Compute Engine does; set `machine` to a machine type."""
+    """Answers as Compute Engine does; set `machine` to a machine type, and `busy` to how many calls it refuses."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             assert self.path == "/computeMetadata/v1/instance/machine-type"
             assert self.headers["Metadata-Flavor"] == "Google"
+            if server.busy:
+                server.busy -= 1
+                return self.send_error(503)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(f"projects/1/machineTypes/{server.machine}".encode())
@@ -118,7 +149,7 @@ def metadata_server():
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.machine = ""
+    server.machine, server.busy = "", 0
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -153,6 +184,16 @@ def test_entry_point_describes_the_machine_and_becomes_boot(metadata_server, tmp
         always = {"TPU_SKIP_MDS_QUERY": "1", "TPU_HOST_BOUNDS": "1,1,1", "TPU_WORKER_HOSTNAMES": "localhost"}
         expected = {**always, "TPU_WORKER_ID": "0", **expected}
     assert told == expected
+
+
+def test_entry_point_asks_a_busy_metadata_server_again(metadata_server, monkeypatch, capsys):
+    monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{metadata_server.server_port}")
+    machine_type = runpy.run_path(str(ROOT / "docker/entrypoint.py"))["machine_type"]
+    metadata_server.machine, metadata_server.busy = "ct5lp-hightpu-4t", 1
+    assert machine_type() == "ct5lp-hightpu-4t"
+    metadata_server.busy = 1
+    assert machine_type(patience=0) == ""
+    assert "503" in capsys.readouterr().err
 
 
 def test_template_parameters_reach_the_job_in_its_spelling():
