@@ -54,26 +54,26 @@ locals {
 
   # Bindings, not members: a new bucket lets every viewer of the project read it and every editor write it, and only an
   # authoritative binding of those legacy roles takes that away. Owners administer both buckets, and read only staging,
-  # where terraform keeps the template specs.
+  # where terraform keeps the template specs. The worker's right to write is below.
   dataset_readers = concat([local.worker, local.launcher], tolist(var.readers), tolist(var.writers))
   dataset_roles = {
     "roles/storage.legacyBucketOwner"  = ["projectOwner:${var.project}"]
     "roles/storage.legacyBucketReader" = local.dataset_readers
     "roles/storage.legacyObjectOwner"  = [local.worker]
     "roles/storage.legacyObjectReader" = local.dataset_readers
-    "roles/storage.objectUser"         = concat([local.worker], tolist(var.writers))
+    "roles/storage.objectUser"         = tolist(var.writers)
   }
   staging_roles = {
     "roles/storage.legacyBucketOwner"  = ["projectOwner:${var.project}"]
     "roles/storage.legacyBucketReader" = [local.worker, local.launcher]
     "roles/storage.legacyObjectOwner"  = ["projectOwner:${var.project}"]
     "roles/storage.legacyObjectReader" = [local.worker, local.launcher]
-    "roles/storage.objectUser"         = [local.worker, local.launcher]
+    "roles/storage.objectUser"         = [local.launcher]
   }
 }
 
 resource "google_storage_bucket_iam_binding" "dataset" {
-  for_each = local.dataset_roles
+  for_each = { for role, members in local.dataset_roles : role => members if length(members) > 0 }
 
   bucket  = google_storage_bucket.dataset.name
   role    = each.key
@@ -86,4 +86,22 @@ resource "google_storage_bucket_iam_binding" "staging" {
   bucket  = google_storage_bucket.staging.name
   role    = each.key
   members = each.value
+}
+
+# The worker replaces and deletes everything but the weights, and the templates that name the image of every later job.
+# Objects are listed by the bucket's name, which the condition lets pass.
+resource "google_storage_bucket_iam_binding" "worker" {
+  for_each = {
+    dataset = { bucket = google_storage_bucket.dataset.name, kept = "models" }
+    staging = { bucket = google_storage_bucket.staging.name, kept = "templates" }
+  }
+
+  bucket  = each.value.bucket
+  role    = "roles/storage.objectUser"
+  members = [local.worker]
+
+  condition {
+    title      = "all_but_${each.value.kept}"
+    expression = "!resource.name.startsWith(\"projects/_/buckets/${each.value.bucket}/objects/${each.value.kept}/\")"
+  }
 }

@@ -54,6 +54,7 @@ resource "google_dataflow_flex_template_job" "this" {
     google_project_iam_member.this,
     google_storage_bucket_iam_binding.dataset,
     google_storage_bucket_iam_binding.staging,
+    google_storage_bucket_iam_binding.worker,
   ]
 }
 

@@ -11,6 +11,14 @@ mock_provider "google" {
 
 mock_provider "google-beta" {}
 
+override_resource {
+  target = google_service_account.launcher
+  values = {
+    name  = "projects/test-project/serviceAccounts/launcher@test-project.iam.gserviceaccount.com"
+    email = "launcher@test-project.iam.gserviceaccount.com"
+  }
+}
+
 variables {
   project   = "test-project"
   image_tag = "abc1234"
@@ -61,6 +69,25 @@ run "safe_by_default" {
       length(google_monitoring_alert_policy.this) == 0 && length(google_billing_budget.this) == 0
     )
     error_message = "Jobs, schedules, alerts and budgets are made only when asked for."
+  }
+}
+
+run "worker_replaces_no_weights_and_no_template" {
+  command = apply
+
+  assert {
+    condition = toset([for binding in google_storage_bucket_iam_binding.worker : one(binding.condition).expression]) == toset([
+      "!resource.name.startsWith(\"projects/_/buckets/test-project-sdjax-dataset/objects/models/\")",
+      "!resource.name.startsWith(\"projects/_/buckets/test-project-sdjax-staging/objects/templates/\")",
+    ])
+    error_message = "The worker must write neither models/ nor templates/."
+  }
+
+  assert {
+    condition = alltrue([for binding in concat(values(google_storage_bucket_iam_binding.dataset), values(google_storage_bucket_iam_binding.staging)) :
+      !(binding.role == "roles/storage.objectUser" && contains(binding.members, "serviceAccount:worker@test-project.iam.gserviceaccount.com"))
+    ])
+    error_message = "The worker must write by its conditional binding alone."
   }
 }
 
