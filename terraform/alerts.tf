@@ -1,4 +1,6 @@
-# Mail when a job fails, stalls or runs for too long, and when the project's spend nears its budget.
+# Mail when a job fails, stalls or runs for too long, and when the project's spend nears its budget. A job whose workers
+# never come up has produced nothing that could stall: Dataflow fails it after an hour. Missing data does not count as a
+# stall, as every job that ends would raise it.
 
 locals {
   alerts = var.alerts == null ? {} : {
@@ -9,7 +11,7 @@ locals {
       comparison = "COMPARISON_GT"
       threshold  = 0
       duration   = "0s"
-      advice     = "Read the job's log; a second launch with the same prompts and output makes only what is missing."
+      advice     = "Read the job's log; a second launch with the same prompts and output makes only what is missing. No worker activity for an hour points at capacity, quota, zone or image."
     }
     stalled = {
       condition  = "no element produced for ${var.alerts.stall_minutes} minutes"
@@ -18,7 +20,7 @@ locals {
       comparison = "COMPARISON_LT"
       threshold  = 0.000001
       duration   = "${var.alerts.stall_minutes * 60}s"
-      advice     = "Workers that never came up point at capacity, quota, zone or image; workers that stopped, at one request."
+      advice     = "Workers that stopped point at one request, which their logs name. What the job wrote stays when it is cancelled."
     }
     long = {
       condition  = "a job has run for ${var.alerts.max_hours} hours"

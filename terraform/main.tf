@@ -6,6 +6,7 @@ locals {
   services = toset(concat(
     [
       "artifactregistry.googleapis.com",
+      "cloudresourcemanager.googleapis.com",
       "compute.googleapis.com",
       "dataflow.googleapis.com",
       "iam.googleapis.com",

@@ -37,4 +37,7 @@ resource "google_storage_bucket_object" "template" {
     metadata           = jsondecode(file("${path.module}/flex-template-metadata.json"))
     defaultEnvironment = local.environments[each.key]
   })
+
+  # Destroyed before the binding by which owners may delete it.
+  depends_on = [google_storage_bucket_iam_binding.staging]
 }

@@ -62,6 +62,13 @@ def test_its_own_tests_pass():
     assert re.search(r"\b[1-9][0-9]* passed, 0 failed", printed), printed
 
 
+@needs_provider
+def test_templates_are_deleted_while_owners_may():
+    """What depends on a binding is destroyed before it."""
+    edge = '"google_storage_bucket_object.template" -> "google_storage_bucket_iam_binding.staging"'
+    assert edge in run(OFFLINE, TERRAFORM, "graph")
+
+
 @pytest.mark.slow
 def test_policy_checks_find_nothing():
     checkov = shutil.which("checkov")

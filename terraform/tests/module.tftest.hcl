@@ -64,6 +64,11 @@ run "safe_by_default" {
   }
 
   assert {
+    condition     = contains(keys(google_project_service.this), "cloudresourcemanager.googleapis.com")
+    error_message = "The project's roles are given by the Resource Manager API."
+  }
+
+  assert {
     condition = (
       length(google_dataflow_flex_template_job.this) == 0 && length(google_cloud_scheduler_job.this) == 0 &&
       length(google_monitoring_alert_policy.this) == 0 && length(google_billing_budget.this) == 0
@@ -182,6 +187,14 @@ run "alerts_and_budget" {
       google_monitoring_alert_policy.this["long"].conditions[0].condition_threshold[0].threshold_value == 36000
     )
     error_message = "The alerts must use the given times."
+  }
+
+  assert {
+    condition = (
+      strcontains(google_monitoring_alert_policy.this["failed"].documentation[0].content, "capacity, quota, zone or image") &&
+      google_monitoring_alert_policy.this["stalled"].conditions[0].condition_threshold[0].evaluation_missing_data != "EVALUATION_MISSING_DATA_ACTIVE"
+    )
+    error_message = "A job without workers fails, and one that has ended is not stalled."
   }
 
   assert {
