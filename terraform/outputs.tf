@@ -1,4 +1,4 @@
-# What pipelines.launch reads, and no more.
+# What pipelines.launch reads, and for people the launcher's account and the dataset bucket.
 
 output "project" {
   description = "Project that the jobs run in."

@@ -85,7 +85,7 @@ variable "readers" {
 }
 
 variable "writers" {
-  description = "Principals that may also put prompts and models into the dataset bucket, and submit jobs with --direct."
+  description = "Principals that may also put prompts and models into the dataset bucket. The launcher's account must be among them to launch with --direct."
   type        = set(string)
   default     = []
 
@@ -96,7 +96,7 @@ variable "writers" {
 }
 
 variable "cmek" {
-  description = "Customer-managed key for buckets, images and jobs; project_number names the service agents that must use it. Null: Google's keys."
+  description = "Customer-managed key for buckets, images and jobs; project_number names the service agents that must use it, and must be there: see README.md. Null: Google's keys."
   type = object({
     key            = string
     project_number = number
@@ -135,7 +135,7 @@ variable "alerts" {
 }
 
 variable "budget" {
-  description = "Monthly budget of the project: mails at 50, 90 and 100 percent, and when 100 percent is forecast. It warns; it stops nothing."
+  description = "Monthly budget of the project: mails at 50, 90 and 100 percent, and when 100 percent is forecast. It warns; it stops nothing. A person's login needs more for it: see README.md."
   type = object({
     billing_account = string
     amount          = number

@@ -113,6 +113,14 @@ def test_template_declares_every_option_of_the_job():
             re.compile(regex)
 
 
+def test_what_an_example_makes_before_its_job_is_in_the_module():
+    text = (TERRAFORM / "examples/tpu-v5e/main.tf").read_text()
+    targets = re.findall(r"-target=module\.sdjax\.(\w+)\.(\w+)", text)
+    assert len(targets) == 2
+    for resource in targets:
+        assert 'resource "{}" "{}" {{'.format(*resource) in (TERRAFORM / "storage.tf").read_text()
+
+
 def test_example_jobs_name_real_machines():
     for example in sorted(TERRAFORM.glob("examples/*/main.tf")):
         text = example.read_text()

@@ -1,5 +1,11 @@
-# One job on TPU v5e, four chips a worker, started by the apply, and by each later one that finds it ended:
-#   terraform -chdir=terraform/examples/tpu-v5e apply -var project=PROJECT -var image_tag=TAG
+# One job on TPU v5e, four chips a worker, started by the apply, and by each later one that finds it ended. First what
+# image and prompts go into:
+#   export TF_VAR_project=PROJECT TF_VAR_image_tag=TAG
+#   terraform -chdir=terraform/examples/tpu-v5e apply \
+#     -target=module.sdjax.google_artifact_registry_repository.images -target=module.sdjax.google_storage_bucket.dataset
+# then the image us-central1-docker.pkg.dev/PROJECT/sdjax/sdjax-tpu:TAG and gs://PROJECT-sdjax-dataset/prompts.csv, as in
+# terraform/README.md, and then the rest:
+#   terraform -chdir=terraform/examples/tpu-v5e apply
 
 terraform {
   required_version = ">= 1.9"
