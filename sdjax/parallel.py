@@ -1,6 +1,7 @@
 """The local devices: parameters copied to each once, batches split over them by `jax.pmap`."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
@@ -22,6 +23,15 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
 """What XLA is told, by the devices' platform."""
 
 
+def _local() -> list[Device]:
+    try:
+        return jax.local_devices()
+    except (AssertionError, RuntimeError) as error:  # the former, where it finds no GPU, says nothing
+        why = " ".join(str(error).split()) or "there is none"
+        asked = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        raise ValueError(f"JAX finds no device with {asked}: {why}") from None
+
+
 class Devices:
     """The devices of this host that share a batch.
 
@@ -29,10 +39,13 @@ class Devices:
 
     Args:
         devices: which to use; None takes all local devices.
+
+    Raises:
+        ValueError: there are none.
     """
 
     def __init__(self, devices: Sequence[Device] | None = None) -> None:
-        self.devices = list(jax.local_devices() if devices is None else devices)
+        self.devices = list(_local() if devices is None else devices)
         if not self.devices:
             raise ValueError("devices is empty; give some, or None for all")
         # Programs compiled before there was anything to run them on: the shapes of what each returns, and itself.

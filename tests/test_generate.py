@@ -7,6 +7,7 @@ import sys
 import threading
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import diffusers
 import jax
@@ -279,6 +280,12 @@ def test_what_fills_a_batch_up_is_not_drawn_again(tiny, monkeypatch):
     )
     assert len(drawn) == 2 * 5  # the start and a row's noise for four of five steps, each time
     assert difference(alone[0].pixels, among[0].pixels) <= 1
+
+
+def test_a_host_without_the_devices_that_are_asked_for_says_so(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", Mock(side_effect=AssertionError))  # JAX's, with JAX_PLATFORMS=cuda
+    with pytest.raises(ValueError, match="JAX finds no device with JAX_PLATFORMS=cpu: there is none"):
+        Devices()
 
 
 def test_type_checkers_are_told_that_there_are_types():
