@@ -68,7 +68,7 @@ MAY_IMPORT = {
     "sdjax/encode.py": {"sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.spec"},
     "sdjax/training": {
         *("sdjax.config", "sdjax.console", "sdjax.controls", "sdjax.family", "sdjax.files", "sdjax.generate"),
-        *("sdjax.images", "sdjax.inputs"),
+        *("sdjax.images", "sdjax.inputs", "sdjax.retrying"),
         *("sdjax.models", "sdjax.parallel", "sdjax.parts", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
         *("sdjax.text", "sdjax.training", "sdjax.values", "sdjax.weights"),
     },

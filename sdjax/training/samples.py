@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
+from sdjax.retrying import is_of_a_network
 from sdjax.training.encoded import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -42,9 +43,9 @@ def members(stream: IO[bytes], file: str) -> Iterator[Member]:
             stream.seek(tar.offset)  # tarfile takes any damaged header but the first for the end, which is two of zeros
             if stream.read(2 * tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError
-    except OSError:  # of the disk or the bucket
-        raise
-    except Exception:  # tarfile raises all sorts over what headers may say
+    except Exception as error:  # tarfile raises all sorts over what headers may say
+        if isinstance(error, OSError) or is_of_a_network(error):
+            raise
         raise DataError(fault) from None
 
 

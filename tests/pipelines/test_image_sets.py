@@ -3,7 +3,9 @@
 import io
 import tarfile
 
+import aiohttp
 import fsspec
+import gcsfs.retry
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ import pytest
 
 from pipelines import image_sets, tables
 from sdjax import retrying
+from sdjax.training.samples import members
 from tests.pipelines.test_encode_latents import PICTURES, png, write_set
 from tests.training.test_samples import tar_of
 
@@ -104,6 +107,21 @@ def test_a_tar_that_is_cut_short_gives_what_it_holds(tmp_path):
     assert "damaged" in str(error)
     assert "cut.tar is damaged or cut short" in str(read(tar_of({"GNU.sparse.map": "x,y"}))[-1])
     assert all(not isinstance(picture, Exception) for picture in read(data))
+
+
+@pytest.mark.parametrize("error", [aiohttp.ClientPayloadError("cut"), gcsfs.retry.HttpError({"code": 503})])
+def test_a_network_that_fails_within_a_tar_is_no_damage(tmp_path, error):
+    """The rest of the tar would be lost, and nobody would count it."""
+
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 2000:
+                raise error
+            return super().read(size)
+
+    write_set(tmp_path, "tar")
+    with pytest.raises(type(error)):
+        list(members(Failing((tmp_path / "0.tar").read_bytes()), "0.tar"))
 
 
 def test_what_generate_images_wrote_is_an_image_set(tmp_path):
