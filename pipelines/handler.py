@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any, NamedTuple
 
 from apache_beam.metrics.metric import Metrics
@@ -19,9 +20,10 @@ from pipelines.units import (
     PackedUnit,
     Planner,
     Unit,
+    as_unit,
     padded_calls,
+    read_rejected,
     rejection,
-    unit_name,
     unpack,
     write_rejected,
 )
@@ -213,10 +215,18 @@ class UnitHandler(SdjaxModelHandler):
     def run_inference(
         self, batch: Sequence[PackedUnit], model: LazyModel, inference_args: Mapping[str, Any] | None = None
     ) -> Iterable[dict[str, Any]]:
-        for account in self._accounts([_Asked(packed.name, unpack(packed.blob), []) for packed in batch], model):
+        asked = list(map(self._asked, batch))
+        earlier = [{"rejected": len(one.rejected)} for one in asked if one.rejected]
+        for account in chain(earlier, self._accounts([one for one in asked if one.unit.rows], model)):
             for name, counter in self._counters.items():
                 counter.inc(account.get(name, 0))
             yield account
+
+    def _asked(self, packed: PackedUnit) -> _Asked:
+        """A unit without the rows that an earlier attempt at it rejected: it may have committed the others."""
+        unit, rejected = unpack(packed.blob), read_rejected(self._store, packed.name)
+        gone = {(line["file"], line["row"]) for line in rejected}
+        return _Asked(packed.name, as_unit([row for row in unit.rows if row.place not in gone]), rejected)
 
     def _accounts(self, asked: list[_Asked], model: LazyModel, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
         """The units' shares of the account, once they are committed; `rounds` may yet fail for no row's fault."""
@@ -341,7 +351,7 @@ def sift(unit: Unit, planner: Planner) -> tuple[Unit, list[dict[str, Any]]]:
             rows.append(row)
         except RequestError as error:
             rejected.append(rejection(row.place, vars(row.request), error))
-    return Unit(unit_name(row.id for row in rows), rows), rejected
+    return as_unit(rows), rejected
 
 
 def _too_large(unit: Unit, model: LazyModel) -> list[dict[str, Any]]:

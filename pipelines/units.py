@@ -119,6 +119,10 @@ def unit_name(ids: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:32]
 
 
+def as_unit(rows: list[Row]) -> Unit:
+    return Unit(unit_name(row.id for row in rows), rows)
+
+
 def by_length(row: Row) -> Any:
     return row.calls, row.id
 
@@ -133,8 +137,7 @@ def make_units(rows: Iterable[Row], size: int, order: Callable[[Row], Any] = by_
     for _, group in itertools.groupby(ordered, key=lambda row: row.program):
         same_program = list(group)
         for start in range(0, len(same_program), size):
-            unit = same_program[start : start + size]
-            yield Unit(unit_name(row.id for row in unit), unit)
+            yield as_unit(same_program[start : start + size])
 
 
 def padded_calls(rows: Iterable[Row], batch: int) -> int:
@@ -358,8 +361,20 @@ def _shown(value: Any) -> Any:
 
 def write_rejected(store: Store, name: str, lines: list[dict[str, Any]]) -> None:
     """Keep which rows of `name`, a piece or a unit, were rejected; what an earlier attempt at it rejected goes."""
-    file = rejects_name(hashlib.sha256(name.encode()).hexdigest()[:32])
+    file = _rejects_of(name)
     if lines:
         store.write(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
     else:
         store.delete([file])
+
+
+def read_rejected(store: Store, name: str) -> list[dict[str, Any]]:
+    """What an earlier attempt at `name` rejected; what an earlier job did was deleted when this one began."""
+    try:
+        return list(map(json.loads, store.read(_rejects_of(name)).splitlines()))
+    except FileNotFoundError:
+        return []
+
+
+def _rejects_of(name: str) -> str:
+    return rejects_name(hashlib.sha256(name.encode()).hexdigest()[:32])

@@ -137,6 +137,24 @@ def test_a_unit_that_is_committed_before_another_fails_counts(units_of_two, tmp_
     assert verify.verify(str(tmp_path)).rejected == len(left)
 
 
+@pytest.mark.parametrize("error", [RequestError("image a.png is not there"), JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_what_an_attempt_rejected_stays_rejected_at_the_next(units_of_two, tmp_path, monkeypatch, error):
+    """Its worker is lost after that, and then what was away is there again."""
+    packed, handler = units_of_two
+
+    def fails(request):
+        if request.prompt == "cat 2":
+            raise error
+        return request
+
+    with monkeypatch.context() as patch:
+        patch.setattr(standin.Spec, "resolve", lambda spec, request: fails(request))
+        first = account(handler.run_inference(packed, handler.load_model()))
+    assert sorted(account(handler.run_inference(packed, handler.load_model()))) == sorted(first)
+    found = verify.verify(str(tmp_path))
+    assert (found.images, found.rejected, found.faults) == (*map(sum, zip(*first, strict=True)), [])
+
+
 @pytest.mark.parametrize("faults", [2, 100])
 def test_pictures_that_come_and_go_are_tried_again(units_of_two, monkeypatch, faults):
     packed, handler = units_of_two
