@@ -11,6 +11,7 @@ command again finishes what a killed run began; one job at a time may write to a
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import apache_beam as beam
@@ -18,7 +19,7 @@ from apache_beam.ml.inference.base import RunInference
 from PIL import Image
 
 from pipelines import job as jobs
-from pipelines import leftovers, sources, units
+from pipelines import layout, leftovers, sources, units
 from pipelines.handler import UnitHandler, load_stable_diffusion
 from pipelines.options import GenerateOptions, parse
 from pipelines.sinks import Images
@@ -51,7 +52,11 @@ def main(
     try:
         job = parse(list(sys.argv[1:] if argv is None else argv), GenerateOptions)
         files = sources.find(job.prompts, job.prompt_column, job.request_defaults().get("seed", 0))
-        leftovers.refuse_inputs(Store(job.output), [source.file for source in files])
+        store = Store(job.output)
+        leftovers.refuse_inputs(store, [source.file for source in files])
+        if job.overwrite and layout.find(store, "images"):
+            leftovers.refuse_inputs(store, sources.pictures_in(job.request_defaults()))
+            leftovers.refuse_inputs(store, chain.from_iterable(map(sources.pictures, files)))
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         _check_defaults(model, job.request_defaults())
     except Exception as error:

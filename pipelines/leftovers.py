@@ -89,18 +89,26 @@ def _left(store: Store, last: dict[str, Any]) -> list[str]:
 
 
 def refuse_inputs(store: Store, files: Iterable[str]) -> None:
-    """Refuse a job whose input lies where it sweeps.
+    """Refuse a job whose input lies where it sweeps, or is a folder that holds images of earlier jobs.
 
     Raises:
         ValueError: naming the file and the folder.
     """
     swept = {folder: _real(store, store.path(folder)) for folder in layout.FOLDERS}
     for file in files:
-        fs, path = fsspec.core.url_to_fs(file)
-        inside = [folder for folder, root in swept.items() if f"{_real(store, path)}/".startswith(f"{root}/")]
-        if inside and fs == store.fs:
-            where = f"{store.url.rstrip('/')}/{inside[0]}"
-            raise ValueError(f"{file} lies in {where}, where jobs delete what others left; choose another --output")
+        try:
+            fs, path = fsspec.core.url_to_fs(file)
+        except Exception:  # what a row names may be no URL; nothing can be read of it
+            continue
+        if fs != store.fs:
+            continue
+        path = _real(store, path)
+        inside = [folder for folder, root in swept.items() if f"{path}/".startswith(f"{root}/")]
+        around = swept["images"].startswith(f"{path.removesuffix('/metadata.jsonl')}/")
+        if inside or (around and layout.find(store, "images")):
+            where = f"{store.url.rstrip('/')}/{inside[0] if inside else 'images'}"
+            lies = "lies in" if inside else "holds"
+            raise ValueError(f"{file} {lies} {where}, where jobs delete what others left; choose another --output")
 
 
 def _real(store: Store, path: str) -> str:

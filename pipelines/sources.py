@@ -4,10 +4,11 @@ A row is a mapping of the file's columns. Text files are cut at byte offsets, Pa
 numbers, so a piece is a few numbers and any worker may read it.
 """
 
+import contextlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from glob import has_magic
@@ -25,7 +26,7 @@ from sdjax.console import says_why
 from sdjax.retrying import is_absent, retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import json_object
-from sdjax.values import coerce, one_line
+from sdjax.values import PICTURES, RequestError, coerce, lines, one_line
 
 PIECE_ROWS = 16_384
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
@@ -234,6 +235,29 @@ def read(piece: Piece) -> Iterator[tuple[Place, dict[str, Any] | RowError]]:
     source = piece.source
     for number, row in enumerate(_rows(piece), piece.first_row):
         yield Place(source.file, number), row
+
+
+def pictures(source: Source) -> Iterator[str]:
+    """Every picture that a row of the file names; none is looked at."""
+    columns = source.header or (_first_row(source)[1] if source.suffix == ".parquet" else None)
+    if source.suffix == ".txt" or (isinstance(columns, Iterable) and not any(map(_is_of_pictures, columns))):
+        return
+    for piece in cut(source):
+        for _, row in read(piece):
+            if isinstance(row, dict):
+                yield from pictures_in(row)
+
+
+def pictures_in(fields: Mapping[str, Any]) -> Iterator[str]:
+    """The pictures that a row, or a job's options, name."""
+    for name, value in fields.items():
+        if value and _is_of_pictures(name):
+            with contextlib.suppress(RequestError):
+                yield from lines(coerce(name.strip().lower(), value, (str, True)))
+
+
+def _is_of_pictures(column: str) -> bool:
+    return column.strip().lower() in PICTURES
 
 
 def _rows(piece: Piece) -> Iterator[dict[str, Any] | RowError]:

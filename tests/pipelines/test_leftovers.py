@@ -1,15 +1,18 @@
 """A job deletes what jobs wrote, and nothing else."""
 
+import json
 import shutil
 import threading
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import encode_latents, layout, leftovers, verify
+from pipelines import encode_latents, image_sets, layout, leftovers, verify
 from pipelines.layout import image_name, manifest_name, rejects_name, shard_name
 from pipelines.storage import Store
 from tests.pipelines import standin
+from tests.pipelines.outputs import write_csv
 from tests.pipelines.test_encode_latents import write_set
 
 ID, OTHER = "ab" + "0" * 30, "cd" + "1" * 30
@@ -201,6 +204,45 @@ def test_pictures_where_a_job_sweeps_are_refused(tmp_path, folder, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{named} lies in {tmp_path}/out/{folder.split('/')[0]}" in line
     assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("kind", ["folder", "metadata"])
+def test_a_set_that_holds_images_of_earlier_jobs_is_refused(output, kind, capsys):
+    """Of its pictures --overwrite would delete some."""
+    images = write_set(output, kind)
+    leftovers.refuse_inputs(Store(str(output)), image_sets.find([images]))  # no job made any yet
+    shutil.copy(output / "images/photo.png", output / image_name(ID, "png"))
+    before = files(output)
+    assert encode_latents.main(["--images", images, "--output", str(output), "--overwrite"]) == 2
+    assert f"holds {output}/images, where jobs delete what others left" in capsys.readouterr().err
+    assert files(output) == before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "column"),
+    [(".csv", "image"), (".jsonl", " Mask_Image"), (".parquet", "control_image"), (".toml", "image")],
+)
+def test_pictures_that_overwriting_would_delete_are_refused(output, suffix, column, capsys):
+    run(output, "--format", "files")
+    picture = next(f"{output}/{name}" for name in files(output) if name.startswith("images/") and name not in OWN)
+    rows = [{"prompt": "a", column: ""}, {"prompt": "b", column: "nowhere://a::b"}, {"prompt": "c", column: picture}]
+    file = output.parent / f"rows{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif suffix == ".toml":
+        file.write_text(f'prompts = ["a"]\n[lists]\n{column} = ["{picture}"]\n')
+    elif suffix == ".csv":
+        write_csv(file, rows)
+    else:
+        file.write_text("[]\n" + "\n".join(map(json.dumps, rows)))
+    before = files(output)
+    option = f"--{column.strip().lower().replace('_', '-')}"
+    for named in (["--prompts", file], ["--prompts", output.parent / "p.txt", option, picture]):
+        assert standin.run(*named, "--output", output, "--overwrite") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{picture} lies in {output}/images, where jobs delete what others left" in line
+        assert files(output) == before
+    assert standin.run("--prompts", file, "--output", output.parent / "elsewhere", "--overwrite") == 0
 
 
 def test_prompts_where_a_job_sweeps_are_refused(output, capsys):
