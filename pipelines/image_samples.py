@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from pipelines import sources, tables
 from pipelines.records import RowError
+from pipelines.sinks import facts
+from pipelines.storage import Store
 from sdjax import inputs
 from sdjax.retrying import ATTEMPTS, is_transient, retry
 from sdjax.training.encoded import DataError
@@ -81,6 +83,21 @@ def _below(folder: str, name: Any) -> str:
         raise RowError(f"file_name={name!r:.200} is no file below {folder}")
     name.encode()  # UnicodeEncodeError, before a file system has another error for it
     return posixpath.join(folder, name)
+
+
+def of_manifest(file: str) -> Samples:
+    """Images in files of their own that generate_images committed by this manifest, with their prompts as captions."""
+    folder, _, name = file.rpartition("/manifest/")
+    for row in Store(folder).read_table(f"manifest/{name}").to_pylist():
+        yield partial(_committed_file, folder, row)
+
+
+def _committed_file(folder: str, row: dict[str, Any]) -> Sample:
+    if row["shard"] is not None:
+        raise RowError(f"{row['file']} lies in {row['shard']}; give that")
+    caption, extras = split_caption(facts(row))
+    file = _below(folder, row["file"])
+    return Sample(file, 0, 0, row["id"], _whole_file(file), caption, extras)
 
 
 def of_tar(file: str) -> Samples:

@@ -1,5 +1,7 @@
 """Captioned images as others store them: WebDataset tars, folders, and Parquet files that hold the images' bytes.
 
+What generate_images wrote into files is found by its manifests.
+
 A set is cut into pieces that workers read alone: a tar, a row group, some files of a folder. Reading a piece checks
 each image and remembers where it lies, so that only places and captions travel; `load` goes back for the bytes.
 """
@@ -39,8 +41,8 @@ T = TypeVar("T")
 class Piece(NamedTuple):
     """A part of a set; the first of its rows is numbered `first_row`.
 
-    Of a tar all of it; of a Parquet file the row group `start`; of a folder the files called `names`; of a
-    metadata.jsonl, which names a folder's files, its bytes `start` to `stop`.
+    Of a tar or a manifest all of it; of a Parquet file the row group `start`; of a folder the files called `names`; of
+    a metadata.jsonl, which names a folder's files, its bytes `start` to `stop`.
     """
 
     file: str
@@ -108,17 +110,29 @@ def _in_folder(url: str) -> list[str]:
     names = _names(url)
     if _METADATA in names:
         return [posixpath.join(url, _METADATA)]
-    if any(name.lower().endswith(IMAGES) for name in names):
-        if not any(name.endswith(".txt") for name in names):
-            raise SourceError(f"{url}: its images have no captions; give {_METADATA}, or .txt files beside them")
+    images = [name for name in names if name.lower().endswith(IMAGES)]
+    texts = {name for name in names if name.endswith(".txt")}
+    if any(posixpath.splitext(name)[0] + ".txt" in texts for name in images):
         return [url]
-    # Where generate_images wrote, a shard without its manifest is no data.
-    units = {layout.unit_of(name) for name in names if name.startswith("manifest/") and name.endswith(".parquet")}
+    # Where generate_images wrote, what has no manifest is no data.
+    manifests = [name for name in names if name.startswith("manifest/") and name.endswith(".parquet")]
+    units = set(map(layout.unit_of, manifests))
     tars = [name for name in names if name.endswith(".tar") and (not units or layout.unit_of(name) in units)]
+    if manifests and any(map(layout.is_ours, images)):
+        in_tars = set(map(layout.unit_of, tars))
+        chosen = tars + [name for name in manifests if layout.unit_of(name) not in in_tars]
+        return [posixpath.join(url, name) for name in chosen]
+    if images:
+        raise SourceError(f"{url}: its images have no captions; give {_METADATA}, or .txt files beside them")
     chosen = tars or [name for name in names if name.endswith(".parquet") and not units]
     if not chosen:
         raise SourceError(f"{url}: it holds no image ({', '.join(IMAGES)}), no .tar and no .parquet")
     return [posixpath.join(url, name) for name in chosen]
+
+
+def _is_manifest(path: str) -> bool:
+    """Whether generate_images or this job names its manifests so."""
+    return layout.is_ours(posixpath.join(*path.split("/")[-2:])) and path.endswith(".parquet")
 
 
 def _names(folder: str) -> list[str]:
@@ -131,7 +145,10 @@ def _check_columns(file: str) -> None:
         names = image_samples.columns(file)
     except (OSError, ValueError) as error:
         raise SourceError(f"{file}: {one_line(error)}") from None
-    if "image" not in names or not names.intersection(CAPTIONS):
+    if _is_manifest(file):
+        if "file" not in names:
+            raise SourceError(f"{file}: it is no manifest of images")
+    elif "image" not in names or not names.intersection(CAPTIONS):
         raise SourceError(f"{file}: it needs a column image and one of {', '.join(CAPTIONS)}")
 
 
@@ -147,7 +164,7 @@ def count(path: str) -> int:
 
 def cut(path: str) -> Iterator[Piece]:
     """The set in pieces."""
-    if path.endswith(".tar"):
+    if path.endswith(".tar") or _is_manifest(path):
         yield Piece(path)
     elif path.endswith(".parquet"):
         first = 1
@@ -175,6 +192,8 @@ def _samples(piece: Piece) -> image_samples.Samples:
         return image_samples.of_folder(piece.file, piece.names)
     if piece.file.endswith(".tar"):
         return image_samples.of_tar(piece.file)
+    if _is_manifest(piece.file):
+        return image_samples.of_manifest(piece.file)
     if piece.file.endswith(".parquet"):
         return image_samples.of_parquet(piece.file, piece.start, piece.first_row)
     return image_samples.of_metadata(sources.Piece(Source(piece.file), *piece[1:4]))

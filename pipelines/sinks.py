@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -121,21 +122,20 @@ def make_tar(unit: Unit, images: list[Encoded], image_format: str, fingerprint: 
     offsets = []
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for row, image in zip(unit.rows, images, strict=True):
-            # Empty text for null, so that readers which infer types from the first samples find one type.
-            fields = {k: "" if v is None else v for k, v in vars(row.request).items()}
-            facts = {
-                "id": row.id,
-                **fields,
-                "model_fingerprint": fingerprint,
-                "sha256": image.sha256,
-                "flags": ",".join(image.flags),
-                "extras": row.extras,
-            }
+            told = {"id": row.id, **vars(row.request), "model_fingerprint": fingerprint, **image._asdict()}
             offsets.append(tar.offset + tarfile.BLOCKSIZE)
             _add(tar, f"{row.id}.{image_format}", image.data)
             _add(tar, f"{row.id}.txt", row.request.prompt.encode())
-            _add(tar, f"{row.id}.json", json.dumps(facts, ensure_ascii=False).encode())
+            _add(tar, f"{row.id}.json", json.dumps(facts({**told, "extras": row.extras}), ensure_ascii=False).encode())
     return buffer.getvalue(), offsets
+
+
+def facts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tar's .json says of an image, from its row of the manifest."""
+    # Empty text for null, so that readers which infer types from the first samples find one type.
+    fields = {name: "" if row.get(name) is None else row[name] for name in ("id", *field_types())}
+    made = {name: row[name] for name in ("model_fingerprint", "sha256")}
+    return {**fields, **made, "flags": ",".join(row["flags"]), "extras": row["extras"]}
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

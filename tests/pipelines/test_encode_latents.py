@@ -21,7 +21,8 @@ from sdjax import train
 from sdjax.encode import Encoder
 from sdjax.training.encoded import DataError, EncodedSet
 from tests import checkpoints
-from tests.pipelines.outputs import account, files, no_load, summary
+from tests.pipelines import standin
+from tests.pipelines.outputs import account, files, no_load, summary, write_csv
 
 SIZE = 16
 DRAW = np.random.default_rng(0)
@@ -195,6 +196,25 @@ def test_latents_of_another_size_stay_and_the_job_says_so(encoded, tiny, tmp_pat
     assert "--size" not in capsys.readouterr().err
     assert encode_latents.main([*map(str, arguments), "--model", str(tiny), "--size", str(2 * SIZE)]) == 0
     assert f"what is there was made with --size {SIZE}; it stays, and" in capsys.readouterr().err
+
+
+def test_what_generate_images_wrote_is_encoded_alike_whatever_its_format(tiny, tmp_path):
+    """Only what a manifest commits is there; files of both kinds may lie in one output."""
+    found = {}
+    for name, options in {"tar": [["tar"]], "files": [["files"]], "both": [["tar"], ["files", "--seed", "9"]]}.items():
+        for option in options:
+            write_csv(tmp_path / "p.csv", [{"prompt": f"a cat {i}", "label": f"{i}"} for i in range(3)])
+            made = ("--prompts", tmp_path / "p.csv", "--output", tmp_path / name, "--format", *option)
+            assert standin.run(*made, "--unit-size", 2) == 0
+        (tmp_path / name / "images" / "ab").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "images" / "ab" / f"ab{'0' * 30}.png").write_bytes(png(PICTURES["000"]))
+        assert run(tiny, "--images", tmp_path / name, "--output", tmp_path / f"{name}-latents") == 0
+        found[name] = manifest(tmp_path / f"{name}-latents")
+    assert found["files"].keys() == found["tar"].keys()
+    assert len(found["both"]) == 6
+    for id, row in found["tar"].items():
+        assert (found["files"][id]["caption"], found["files"][id]["key"]) == (row["caption"], row["key"])
+        assert json.loads(found["files"][id]["extras"]) == json.loads(row["extras"])
 
 
 def test_bad_samples_are_rejected_alone(encoded, tiny, tmp_path):

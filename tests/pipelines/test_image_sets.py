@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines import image_sets, tables
 from sdjax import retrying
@@ -55,6 +56,15 @@ def test_a_store_that_is_away_for_a_while_costs_no_row(monkeypatch):
     monkeypatch.setattr(type(memory), "open", open_)
     [(_, (sample, _))] = list(image_sets.read(piece))
     assert sample.key == "a.png"
+
+
+@pytest.mark.parametrize("extension", ["gif", "bmp", "tif", "TIFF"])
+def test_every_kind_of_picture_that_is_decoded_is_found(tmp_path, extension):
+    Image.fromarray(PICTURES["000"]).convert("L").save(tmp_path / f"a.{extension}")
+    (tmp_path / "a.txt").write_text("a cat")
+    [found] = image_sets.find([str(tmp_path)])
+    [(_, (picture, _))] = [found for piece in image_sets.cut(found) for found in image_sets.read(piece)]
+    assert picture.key == f"a.{extension}"
 
 
 def test_a_bad_caption_in_parquet_costs_its_row_only(tmp_path):
