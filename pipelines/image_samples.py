@@ -20,7 +20,7 @@ from pipelines.records import RowError
 from pipelines.sinks import facts
 from pipelines.storage import Store
 from sdjax import inputs
-from sdjax.retrying import ATTEMPTS, is_transient, retry
+from sdjax.retrying import is_transient, retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import IMAGES, Member, json_object, members, sample_key, split_caption, text_of
 from sdjax.values import one_line
@@ -202,7 +202,7 @@ def open_file(file: str) -> IO[bytes]:
 
 def _whole_file(file: str) -> bytes:
     try:
-        data = inputs.read(file, ATTEMPTS)  # a data set's own store is worth more patience than a row's host
+        data = inputs.read(file)  # a data set's own store is worth more patience than a row's host
     except Exception as error:  # each of fsspec's file systems has errors of its own
         if is_transient(error):
             raise

@@ -6,23 +6,29 @@ import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
+from fsspec.config import conf
 from fsspec.implementations.local import LocalFileSystem
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sdjax.retrying import is_absent, retry
+from sdjax.retrying import FinalError, is_absent, retry
 from sdjax.values import RequestError, one_line
 
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _ATTEMPTS = 4  # two seconds: of a million rows many may name hosts that are no longer there
+_CONNECT, _SILENCE, _TOTAL = 10, 30, 120  # seconds that a web server has to be there, to go on, and for all of a file
+_MEMORY = 600  # seconds for which a web server that said nothing is not asked again
+_silent: dict[str, float] = {}  # until when
+_answered: set[str] = set()
 
 
 class _Room:
@@ -75,7 +81,7 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     if "::" in url:  # some copy all of a file before its size can be asked
         raise RequestError(f"{name} {shown} is a chain of file systems; give the picture's own path or URL")
     try:
-        data = read(url)
+        data = _read_from_host(url)
     except Exception as error:  # each of fsspec's file systems has errors of its own
         if is_absent(error):
             raise RequestError(f"{name} {shown} is not there") from None
@@ -88,17 +94,51 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     return Input(decode(data, f"{name} {shown}", mask=mask), found)
 
 
-def read(url: str, attempts: int = _ATTEMPTS) -> bytes:
+def read(url: str) -> bytes:
     """A file's bytes, or of a larger one the first `MAX_BYTES` + 1; raises what its file system does."""
+    return retry(lambda: _whole(url))
 
-    def whole() -> bytes:
-        fs, path = fsspec.core.url_to_fs(url)
-        if isinstance(fs, LocalFileSystem) and stat.S_ISFIFO(os.stat(path).st_mode):
-            raise OSError("it is a pipe, of which nothing may ever come")
-        with fs.open(path, "rb") as file:
-            return b"".join(_parts(file))
 
-    return retry(whole, attempts)
+def _read_from_host(url: str) -> bytes:
+    """As `read`, but a web server that says nothing is asked once, and one that never answered not for each picture."""
+    host = url.split("/")[2] if _is_web(url) else ""
+    if time.monotonic() < _silent.get(host, 0):
+        raise FinalError(f"{host} says nothing")
+
+    def once() -> bytes:
+        try:
+            return _whole(url)
+        except Exception as error:
+            if not (host and isinstance(error.__cause__ or error, TimeoutError)):
+                raise
+            if host not in _answered:
+                _silent[host] = time.monotonic() + _MEMORY
+            raise FinalError(f"{host} says nothing") from None
+
+    data = retry(once, _ATTEMPTS)
+    _answered.add(host)
+    return data
+
+
+def _whole(url: str) -> bytes:
+    fs, path = fsspec.core.url_to_fs(url, **(_web_options() if _is_web(url) else {}))
+    if isinstance(fs, LocalFileSystem) and stat.S_ISFIFO(os.stat(path).st_mode):
+        raise FinalError("it is a pipe, of which nothing may ever come")
+    with fs.open(path, "rb") as file:
+        return b"".join(_parts(file))
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _web_options() -> dict[str, Any]:
+    """A user's own options of web servers, and a limit to how long one may say nothing, where they set none."""
+    from aiohttp import ClientTimeout  # a third of a second
+
+    own = {**conf.get("http", {}), **conf.get("https", {})}.get("client_kwargs", {})
+    timeout = ClientTimeout(total=_TOTAL, sock_connect=_CONNECT, sock_read=_SILENCE)
+    return {"client_kwargs": {"timeout": timeout, **own}}
 
 
 def _parts(file: Any) -> Iterator[bytes]:

@@ -10,7 +10,12 @@ from typing import TypeVar
 ATTEMPTS = 9
 FIRST_WAIT = 0.25  # doubled at each attempt: about a minute in all
 
-_PERMANENT = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+class FinalError(OSError):
+    """What no further attempt would mend."""
+
+
+_PERMANENT = (FinalError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NUMBERS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 _OF_NETWORKS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import socket
 import struct
 import threading
 import time
@@ -227,6 +228,35 @@ def test_a_connection_that_is_cut_is_tried_again(served, monkeypatch, half):
         inputs.load(served + half, "image")
 
 
+def test_a_server_that_says_nothing_is_not_asked_for_each_picture(monkeypatch):
+    monkeypatch.setattr(inputs, "_SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        begun = time.monotonic()
+        for i in range(3):
+            with pytest.raises(RequestError, match=r"cannot be read: 127\.0\.0\.1:\d+ says nothing"):
+                inputs.load(f"{url}/{i}.png", "image")
+        assert time.monotonic() - begun < 2
+        silent.settimeout(0)
+        asked = [silent.accept() for _ in range(2)]  # how long the file is, and then for the file
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    assert len(asked) == 2
+
+
+def test_a_server_that_has_answered_is_asked_again(served, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    monkeypatch.setattr(_Server, "data", buffer.getvalue())
+    inputs.load(served, "image")
+    monkeypatch.setattr(inputs, "_SILENCE", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Server, "do_GET", lambda self: time.sleep(1))
+        with pytest.raises(RequestError, match="says nothing"):
+            inputs.load(served, "image")
+    assert inputs.load(served, "image").image.size == (8, 8)
+
+
 def test_only_what_is_not_found_is_not_there(served):
     for code, message in ((403, "cannot be read: 403"), (404, "is not there"), (410, "is not there")):
         _Server.failures[:] = [code] * 99
@@ -297,8 +327,9 @@ def test_an_array_that_is_no_picture_is_refused():
             Request(prompt="a", image=bad)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.setattr(retrying.time, "sleep", lambda _: pytest.fail("it is tried again"))
     with pytest.raises(RequestError, match=r"pipe\.png cannot be read: it is a pipe"):
         inputs.load(str(tmp_path / "pipe.png"), "image")
 
