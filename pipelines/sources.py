@@ -32,7 +32,6 @@ PIECE_ROWS = 16_384
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
 
 _READERS = 16  # files that are looked into at once
-_SAMPLE = 2**16  # bytes by which a text file's rows are counted
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -172,13 +171,14 @@ def _check_names(file: str, columns: Sequence[str]) -> None:
 
 
 def _estimate(stream: IO[bytes], start: int) -> int:
-    """About how many lines there are from byte `start`."""
+    """About how many lines there are from byte `start`, by those at three places."""
     size = stream.seek(0, 2) - start
-    stream.seek(start)
-    sample = stream.read(_SAMPLE)
-    if b"\n" not in sample:  # records as long as that may be many all the same
-        sample += stream.read(MAX_RECORD)
-    return math.ceil(max(sample.count(b"\n"), 1) * size / max(len(sample), 1))
+    rates = []
+    for place in {0, max(size - MAX_RECORD, 0) // 2, max(size - MAX_RECORD, 0)}:
+        stream.seek(start + place)
+        sample = stream.read(MAX_RECORD)
+        rates.append(max(sample.count(b"\n"), 1) / max(len(sample), 1))
+    return math.ceil(size * sum(rates) / len(rates))
 
 
 def select_prompt(row: dict[str, Any], prompt_column: str | None) -> dict[str, Any]:

@@ -323,6 +323,13 @@ def test_the_estimate_of_rows_is_near(tmp_path):
     assert sources.count(Source(str(tmp_path / "p.parquet"))) == 123
 
 
+@pytest.mark.parametrize("turn", [list, reversed])
+def test_the_estimate_of_rows_is_near_where_a_few_are_far_longer(tmp_path, turn):
+    rows = ["x" * 500_000] * 2 + ["a cat"] * 400_000
+    [source] = sources.find([str(written(tmp_path / "p.txt", "\n".join(turn(rows))))])
+    assert sources.count(source) == pytest.approx(len(rows), rel=0.6)
+
+
 @pytest.mark.parametrize("lengths", [[100_000] * 50, [70_000] + [20] * 100_000, [900_000] * 4, [5]])
 def test_the_estimate_of_long_rows_is_near_too(tmp_path, lengths):
     path = written(tmp_path / "p.txt", "".join("y" * length + "\n" for length in lengths))
