@@ -1,7 +1,6 @@
 """Stable Diffusion as a Beam ModelHandler, for any pipeline; and the one that makes and writes whole units."""
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
+from pipelines.lazy_model import LazyModel
 from pipelines.progress import Heartbeat
 from pipelines.sinks import Encoded, Provenance, Sink, committed
 from pipelines.storage import Store
@@ -29,11 +29,13 @@ from pipelines.units import (
 )
 from sdjax.console import is_out_of_memory
 from sdjax.request import Request
-from sdjax.values import RequestError
+from sdjax.retrying import is_of_a_network
+from sdjax.values import RequestError, one_line
 from sdjax.weights.safetensors import CheckpointError
 
 UNITS_PER_CALL = 4  # one is written while the next is made; only the last of them is waited for
 _QUEUED = 4  # images per encoding thread that may wait for it
+_FAILURES = 8  # rows of a unit that fail one by one before any is made: the fault is no row's
 _ROUNDS = 3  # more that a call makes where every picture is there again after one failed: a host comes and goes
 
 
@@ -50,75 +52,6 @@ def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, *
 
     compile_cache.use(compilation_cache)
     return StableDiffusion.from_pretrained(model or BUNDLED, **options)
-
-
-class _Clock:
-    """Seconds by kind. Apart from the model, because jax keeps its listeners for ever."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._lock, self._listens = threading.Lock(), False
-
-    def listen(self) -> None:
-        """From now on."""
-        from jax import monitoring  # here, because a launcher needs no devices
-
-        if not self._listens:
-            monitoring.register_event_duration_secs_listener(self.heard)
-        self._listens = True
-
-    def heard(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.add("compile", duration_secs)
-
-    def add(self, kind: str, seconds: float) -> None:
-        with self._lock:  # programs are compiled in threads
-            self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
-
-    def take(self) -> dict[str, float]:
-        """The seconds since last asked."""
-        with self._lock:
-            taken, self._seconds = self._seconds, {}
-        return taken
-
-
-class LazyModel:
-    """A pipe that is loaded when first asked for, once for all threads, so that a job with nothing to do loads none."""
-
-    def __init__(self, load: Callable[..., Any], heartbeat: Heartbeat | None = None):
-        self._load, self._lock, self._pipe = load, threading.Lock(), None
-        self._checking, self._checked = threading.Lock(), False
-        self.heartbeat = heartbeat
-        self.devices = threading.Lock()  # held by the thread that feeds the devices
-        self._clock = _Clock()
-
-    def get(self, **options: Any) -> Any:
-        """The pipe; `options` go to `load`, where that is still to be done."""
-        with self._lock:
-            if self._pipe is None:
-                self._clock.listen()
-                started = time.monotonic()
-                self._pipe = self._load(**options)
-                self._clock.add("load", time.monotonic() - started)
-            return self._pipe
-
-    def check(self) -> None:
-        """Raise CheckpointError where the files are not those that the fingerprint names; looks once.
-
-        They may have been replaced since the job was planned, perhaps on another machine.
-        """
-        with self._checking:
-            spec = self.get().spec
-            if not self._checked and spec.hashed() != spec.fingerprint:
-                raise CheckpointError(
-                    f"the files of {spec.name} were replaced since the job began; put the old ones back, or run it "
-                    "again to make its rows with those that are there now"
-                )
-            self._checked = True
-
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds of loading, and of compiling, a part of it meanwhile, since last asked."""
-        return self._clock.take()
 
 
 class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]):
@@ -225,21 +158,21 @@ class UnitHandler(SdjaxModelHandler):
     def _asked(self, packed: PackedUnit) -> _Asked:
         """A unit without the rows that an earlier attempt at it rejected: it may have committed the others."""
         unit, rejected = unpack(packed.blob), read_rejected(self._store, packed.name)
-        gone = {(line["file"], line["row"]) for line in rejected}
-        return _Asked(packed.name, as_unit([row for row in unit.rows if row.place not in gone]), rejected)
+        return _without(_Asked(packed.name, unit, rejected), rejected)
 
     def _accounts(self, asked: list[_Asked], model: LazyModel, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
         """The units' shares of the account, once they are committed; `rounds` may yet fail for no row's fault."""
         left = yield from self._uncommitted(asked)
         if not left:
             return
-        failed = None
+        failed, is_large = None, False
         try:
             accounts = list(self._make([one.unit for one in left], model))
         except RequestError as error:  # such as an image to start from that is gone since the plan was made
             failed = error
         except Exception as error:
-            if not (is_out_of_memory(error) and isinstance(left[0].unit.rows[0].request, Request)):
+            is_large = is_out_of_memory(error) and isinstance(left[0].unit.rows[0].request, Request)
+            if not (is_large or rounds) or isinstance(error, (OSError, CheckpointError)) or is_of_a_network(error):
                 raise
         else:
             yield from accounts
@@ -249,8 +182,13 @@ class UnitHandler(SdjaxModelHandler):
             if len(left) > 1:
                 for one in left:
                     yield from self._accounts([one], model)
-            else:
+            elif is_large:
                 yield self._reject(left[0], _too_large(left[0].unit, model), model)
+            else:
+                [one], lines = left, self._failing(left[0].unit, model)
+                if lines:
+                    yield self._reject(one, lines, model)
+                yield from self._accounts([_without(one, lines)], model, rounds if lines else rounds - 1)
             return
         left = yield from self._uncommitted(left)  # a unit may be made before another fails
         kept, found = [], False
@@ -283,10 +221,31 @@ class UnitHandler(SdjaxModelHandler):
         _heartbeat(model).add(rejected=len(lines))
         return {"rejected": len(lines)}
 
+    def _failing(self, unit: Unit, model: LazyModel) -> list[dict[str, Any]]:
+        """The rows that fail where others of the unit are made, as rejections; raises their error where none is."""
+        pipe, lines, made, waiting = model.get(), [], 0, [unit.rows]
+        made_by = _provenance(pipe)
+        while waiting:
+            rows = waiting.pop()
+            try:
+                with model.devices:
+                    for result in pipe.stream([row.request for row in rows]):
+                        self._sink.encode(result, made_by)
+                made += len(rows)
+            except Exception as error:
+                if len(rows) > 1:
+                    middle = len(rows) // 2
+                    waiting += [rows[middle:], rows[:middle]]
+                    continue
+                lines.append(rejection(rows[0].place, vars(rows[0].request), _failure(error)))
+                if not made and len(lines) == min(_FAILURES, len(unit.rows)):
+                    raise
+        return lines
+
     def _make(self, units: list[Unit], model: LazyModel) -> Iterator[dict[str, Any]]:
         pipe, heartbeat = model.get(first=units[0].rows[0].request), _heartbeat(model)
         started = time.time()
-        made_by = Provenance(pipe.spec.name, pipe.spec.fingerprint, pipe.devices.devices[0].device_kind)
+        made_by = _provenance(pipe)
         threads = os.cpu_count() or 1
         rows = [row for unit in units for row in unit.rows]
         padded = padded_calls(rows, pipe.batch_size * len(pipe.devices))
@@ -352,6 +311,23 @@ def sift(unit: Unit, planner: Planner) -> tuple[Unit, list[dict[str, Any]]]:
         except RequestError as error:
             rejected.append(rejection(row.place, vars(row.request), error))
     return as_unit(rows), rejected
+
+
+def _without(one: _Asked, lines: list[dict[str, Any]]) -> _Asked:
+    """Without the rows that these rejections are of."""
+    gone = {(line["file"], line["row"]) for line in lines}
+    return one._replace(unit=as_unit([row for row in one.unit.rows if row.place not in gone]))
+
+
+def _failure(error: Exception) -> Exception:
+    """Why a row cannot be made."""
+    if isinstance(error, RequestError):
+        return error
+    return RequestError(f"it cannot be made: {type(error).__name__}: {one_line(error)}")
+
+
+def _provenance(pipe: Any) -> Provenance:
+    return Provenance(pipe.spec.name, pipe.spec.fingerprint, pipe.devices.devices[0].device_kind)
 
 
 def _too_large(unit: Unit, model: LazyModel) -> list[dict[str, Any]]:

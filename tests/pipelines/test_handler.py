@@ -11,12 +11,13 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipelines import verify
-from pipelines.handler import LazyModel, SdjaxModelHandler, UnitHandler
+from pipelines.handler import SdjaxModelHandler, UnitHandler
 from pipelines.layout import manifest_name
+from pipelines.lazy_model import LazyModel
 from pipelines.options import IN_PROCESS
 from pipelines.sinks import Images
 from pipelines.sources import Place
-from pipelines.units import PackedUnit, Row, make_units, pack
+from pipelines.units import PackedUnit, Row, make_units, pack, unpack
 from sdjax.request import Request
 from sdjax.values import RequestError
 from tests.pipelines import standin
@@ -188,6 +189,48 @@ def test_a_row_that_no_device_has_memory_for_costs_its_unit_alone(units_of_two, 
     assert account(handler.run_inference(packed, handler.load_model())) == [(2, 0), (0, 2)]
     says = "a device has no memory for 16x16 at a batch of 4; give a smaller size, or --batch-size"
     assert rejected(tmp_path) == {2: says, 3: says}
+
+
+@pytest.mark.parametrize("poison", [{"cat 2"}, {"cat 1", "cat 2"}])
+def test_a_row_that_fails_where_others_are_made_is_alone(units_of_two, tmp_path, monkeypatch, poison):
+    packed, handler = units_of_two
+
+    def stream(pipe, requests):
+        for request in requests:
+            if request.prompt in poison:
+                raise ZeroDivisionError("a fault\nof ours")
+            yield standin.picture(pipe.spec, request)
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    rows = [[row.place.row for row in unpack(unit.blob).rows] for unit in packed]
+    failing = [sum(f"cat {row}" in poison for row in unit) for unit in rows]
+    shares = account(handler.run_inference(packed, handler.load_model()))
+    assert sum(images for images, _ in shares) == 4 - len(poison)
+    assert failing in ([0, 1], [1, 1])
+    says = "it cannot be made: ZeroDivisionError: a fault of ours"
+    assert rejected(tmp_path) == {int(prompt[-1]): says for prompt in poison}
+    assert verify.verify(str(tmp_path)).faults == []
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+def test_a_fault_of_no_row_rejects_none(units_of_two, tmp_path, monkeypatch, times):
+    packed, handler = units_of_two
+    left = ["a device is lost"] * times
+
+    def stream(pipe, requests):
+        if left:
+            raise JaxRuntimeError(left.pop())
+        return map(functools.partial(standin.picture, pipe.spec), requests)
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    made = handler.run_inference(packed, handler.load_model())
+    if times > 2:
+        with pytest.raises(JaxRuntimeError, match="a device is lost"):
+            list(made)
+        assert len(left) > times - 10
+    else:
+        assert account(made) == [(2, 0), (2, 0)]
+    assert not (tmp_path / "rejected").exists()
 
 
 def test_a_request_that_no_device_has_memory_for_is_alone(monkeypatch):
