@@ -17,7 +17,7 @@ class FinalError(OSError):
 
 _PERMANENT = (FinalError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NUMBERS = {errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
-_OF_NETWORKS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"}
+_OF_NETWORKS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
 _TRANSIENT_CODES = {408, 429, 500, 502, 503, 504}
 
 T = TypeVar("T")

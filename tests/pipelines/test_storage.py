@@ -16,7 +16,7 @@ import pytest
 from pipelines import storage
 from pipelines.storage import Store, limit_silence, spread
 from sdjax import retrying
-from sdjax.retrying import is_transient, retry
+from sdjax.retrying import is_of_a_network, is_transient, retry
 from tests.pipelines.faulty import HttpError
 
 
@@ -170,6 +170,12 @@ def test_a_web_servers_answer_is_the_same_beside_buckets(status, transient):
 
     asked = SimpleNamespace(real_url="https://host/a.png")
     assert is_transient(aiohttp.ClientResponseError(asked, (), status=status)) is transient
+
+
+@pytest.mark.parametrize("client", ["httpx", "httpx2"])
+def test_errors_of_the_hubs_client_are_of_a_network(client):
+    """Which one hf:// URLs are read by is the hub's version's choice."""
+    assert is_of_a_network(pytest.importorskip(client).ConnectError("refused"))
 
 
 def test_retrying_ends(monkeypatch):
