@@ -9,7 +9,6 @@ each image and remembers where it lies, so that only places and captions travel;
 import hashlib
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -100,8 +99,8 @@ def find(patterns: list[str]) -> list[str]:
             raise SourceError(f"{path}: no image set; allowed are folders, .tar and .parquet")
         else:
             found[path] = None
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(_check_columns, (path for path in found if path.endswith(".parquet"))))
+    for _ in spread(_check, found, READERS):
+        pass
     return list(found)
 
 
@@ -138,6 +137,14 @@ def _is_manifest(path: str) -> bool:
 def _names(folder: str) -> list[str]:
     fs, root = fsspec.core.url_to_fs(folder)
     return [path[len(root.rstrip("/")) + 1 :] for path in retry(lambda: below(fs, root))]
+
+
+def _check(file: str) -> None:
+    is_on_the_web = file.startswith(("http://", "https://"))
+    if is_on_the_web and file.endswith((".tar", ".parquet")) and not sources.is_given_in_parts(file):
+        raise SourceError(f"{file}: its web server gives no parts of files, in which it is read; copy it from there")
+    if file.endswith(".parquet"):
+        _check_columns(file)
 
 
 def _check_columns(file: str) -> None:

@@ -310,7 +310,7 @@ def _is_text(text: str) -> bool:
 def _open(file: str) -> IO[bytes]:
     def opened() -> Any:
         fs, path = fsspec.core.url_to_fs(file)
-        if file.startswith(("http://", "https://")) and not _is_given_in_parts(file):
+        if file.startswith(("http://", "https://")) and not is_given_in_parts(file):
             return io.BytesIO(fs.cat_file(path))  # type: ignore[arg-type]
         return fs.open(path, "rb")
 
@@ -319,7 +319,7 @@ def _open(file: str) -> IO[bytes]:
 
 
 @lru_cache(maxsize=1024)
-def _is_given_in_parts(file: str) -> bool:
+def is_given_in_parts(file: str) -> bool:
     """Whether a web server gives a file from within, where pieces begin; a plain one sends all of it each time."""
     try:
         fs, path = fsspec.core.url_to_fs(file)

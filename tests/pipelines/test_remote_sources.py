@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from pipelines import sources
+from pipelines import image_sets, sources
+from pipelines.sources import SourceError
+from tests.pipelines.test_encode_latents import write_set
 
 
 def values(url, **options):
@@ -38,24 +40,37 @@ class _Sender(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture
+def sender(tmp_path, monkeypatch):
+    """The address of one that knows the files of a folder."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Sender)
+    server.folder = tmp_path
+    monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a client that waits for no file's end
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("how", ["whole", "chunked"])
+@pytest.mark.parametrize("kind", ["tar", "bytes"])
+def test_a_set_that_is_read_in_parts_is_refused_where_none_are_given(tmp_path, sender, how, kind):
+    write_set(tmp_path, kind)
+    [name, *_] = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(SourceError, match=f"{name}: its web server gives no parts of files"):
+        image_sets.find([f"{sender}/{how}/{name}"])
+
+
 @pytest.mark.parametrize("how", ["whole", "chunked"])
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.parquet", "a.toml"])
-def test_a_web_server_may_know_no_parts(tmp_path, monkeypatch, how, name):
+def test_a_web_server_may_know_no_parts(tmp_path, sender, how, name):
     table = [{"prompt": f"a cat {i}"} for i in range(7)]
     lines = "".join(f"{row['prompt']}\n" for row in table)
     (tmp_path / "a.txt").write_text(lines)
     (tmp_path / "a.csv").write_text(f"prompt\n{lines}")
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet", row_group_size=4)
     (tmp_path / "a.toml").write_text(f"prompts = {[row['prompt'] for row in table]}")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Sender)
-    server.folder = tmp_path
-    monkeypatch.setattr(server, "handle_error", lambda *_: None)  # of a client that waits for no file's end
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        read = values(f"http://127.0.0.1:{server.server_port}/{how}/{name}", rows=3)
-    finally:
-        server.shutdown()
-        server.server_close()
+    read = values(f"{sender}/{how}/{name}", rows=3)
     assert [row["prompt"] for row in read] == [row["prompt"] for row in table]
 
 
