@@ -1,5 +1,6 @@
 """What every job does around its pipeline: sweeps the output, starts the stages, follows them, tells how it ended."""
 
+import logging
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ _MANIFESTS_A_READER = 64
 
 def refuse(command: str, error: Exception) -> int:
     """Say in one line why a job does not start; returns its exit status."""
-    print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     return 2
 
 
@@ -54,13 +55,17 @@ def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> i
 def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
     result = None
     try:
-        with progress.ProgressLine(store), _interruptible():
+        with progress.ProgressLine(store), _interruptible(), _unlogged():
             result = pipeline.run()
             result.wait_until_finish()
     except KeyboardInterrupt:
         print(f"{job.command}: {_interrupted(job, result)}", file=sys.stderr)
         return 130
     except Exception as error:
+        origin = error.__context__ if getattr(error, "_tagged_with_step", False) else None  # Beam's is of its own kind
+        if isinstance(origin, Exception) and says_why(origin):
+            refuse(job.command, origin)
+            return 1
         if result is None or _has_ended(result):
             raise
         print(f"{job.command}: {one_line(error)}; {_interrupted(job, result)}", file=sys.stderr)
@@ -146,6 +151,18 @@ def _interruptible() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Has Beam log no error of a stage that runs here, with a traceback: it also raises it."""
+    beams = logging.getLogger("apache_beam.runners.common")
+    level = beams.level
+    beams.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        beams.setLevel(level)
 
 
 def _interrupted(job: JobOptions, result: Any) -> str:

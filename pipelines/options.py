@@ -76,6 +76,8 @@ class JobOptions(argparse.Namespace):
             refuse_empty(self)
         except ValueError as error:
             raise OptionError(str(error)) from None
+        if self.output.startswith(("http://", "https://")):
+            raise OptionError(f"--output={self.output} is on a web server; give a folder or a bucket")
         for name, values in self.choices.items():
             if getattr(self, name) not in values:
                 option = name.replace("_", "-")

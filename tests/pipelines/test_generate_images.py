@@ -250,6 +250,7 @@ def test_many_files_and_templates_in_one_job(tmp_path):
     ("arguments", "message"),
     [
         ((), "--output is missing"),
+        (("--output", "https://host/out"), "--output=https://host/out is on a web server; give a folder or a bucket"),
         (("--output", ""), "--output is empty; give it a value, or leave it out"),
         (("--output", "o", "--model", ""), "--model is empty"),
         (("--output", "o", "--lora", "", "--lora", "x"), "--lora is empty"),

@@ -3,13 +3,15 @@
 import errno
 import shutil
 
+import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import encode_latents, job, latents, report, units
+from pipelines import encode_latents, job, latents, report, sources, units
 from pipelines.layout import manifest_name
 from pipelines.options import parse
+from pipelines.sources import SourceError
 from pipelines.storage import Store
 from tests.pipelines import standin
 from tests.pipelines.outputs import files, no_load
@@ -117,6 +119,35 @@ def test_a_sent_job_that_can_be_followed_no_more_runs_on(tmp_path, capsys, state
     )
     with pytest.raises(RuntimeError, match="failed"):
         job._run(parse(options), Sent("FAILED", RuntimeError("failed")), Store(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SourceError("p.parquet: it is damaged"),
+        FileNotFoundError(errno.ENOENT, "No such file", "unet.safetensors"),
+        aiohttp.ClientPayloadError("cut"),
+    ],
+)
+def test_what_the_world_does_amid_a_job_ends_it_with_a_line(prompts, tmp_path, monkeypatch, capsys, caplog, error):
+    def read(piece):
+        raise error
+
+    monkeypatch.setattr(sources, "read", read)
+    assert standin.run("--prompts", prompts, "--output", tmp_path / "out", load=no_load) == 1
+    assert refusal(capsys) == f"generate_images: {error}"
+    assert caplog.records == []
+
+
+def test_a_fault_of_ours_amid_a_job_is_raised(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "read", lambda piece: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        standin.run("--prompts", prompts, "--output", tmp_path / "out", load=no_load)
+
+
+def test_a_refusal_without_words_says_what_it_is(capsys):
+    assert job.refuse("generate_images", TimeoutError()) == 2
+    assert refusal(capsys) == "generate_images: TimeoutError"
 
 
 def test_an_output_that_may_not_be_written_is_refused(output, prompts, monkeypatch, capsys):
