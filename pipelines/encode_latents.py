@@ -34,7 +34,9 @@ def main(
     spec: Callable[..., Any] = load_spec,
     load: Callable[..., Any] = latents.load_encoder,
 ) -> int:
-    """Run the job; returns the process's exit status: 0 done, 2 refused before anything ran, 130 interrupted.
+    """Run the job; returns the process's exit status.
+
+    0 done, 1 failed or every row rejected, 2 refused before anything ran, 130 interrupted.
 
     `spec` and `load` make the model's promises and the encoder itself; tests put lighter ones in.
     """

@@ -45,7 +45,9 @@ def main(
     spec: Callable[..., Any] = load_spec,
     load: Callable[..., Any] = load_stable_diffusion,
 ) -> int:
-    """Run the job; returns the process's exit status: 0 done, 2 refused before anything ran, 130 interrupted.
+    """Run the job; returns the process's exit status.
+
+    0 done, 1 failed or every row rejected, 2 refused before anything ran, 130 interrupted.
 
     `spec` and `load` make the model's promises and the model itself; tests put lighter ones in.
     """

@@ -73,6 +73,7 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
     summary = store.read_json(report.SUMMARY)
     if summary and summary["finished"]:
         show(report.text(summary))
+        return int(summary["rejected"] > 0 == summary["images"] + summary["already_done"])
     return 0
 
 

@@ -139,6 +139,15 @@ def test_what_the_world_does_amid_a_job_ends_it_with_a_line(prompts, tmp_path, m
     assert caplog.records == []
 
 
+def test_a_job_whose_every_row_was_rejected_has_failed(tmp_path, capsys):
+    (tmp_path / "p.csv").write_text("prompt,seed\na cat,x\na dog,y\n")
+    arguments = ("--prompts", tmp_path / "p.csv", "--output", tmp_path / "out")
+    assert standin.run(*arguments, load=no_load) == 1
+    assert capsys.readouterr().out.startswith("2 rows = 0 images + 2 rejected")
+    (tmp_path / "p.csv").write_text("prompt,seed\na cat,x\na dog,1\n")
+    assert [standin.run(*arguments) for _ in range(2)] == [0, 0]  # and where the others are made already
+
+
 def test_a_fault_of_ours_amid_a_job_is_raised(prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "read", lambda piece: 1 / 0)
     with pytest.raises(ZeroDivisionError):
