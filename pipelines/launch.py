@@ -221,12 +221,12 @@ def main(
     try:
         service = Service(job.deployment, endpoint)
         job_id = service.launch(job)
-    except (GoogleAPICallError, GoogleAuthError) as error:
-        print(f"not started: {error}", file=sys.stderr)
-        return 1
-    except (requests.RequestException, KeyboardInterrupt) as error:
+    except (ServerError, requests.RequestException, KeyboardInterrupt) as error:
         listed = listing(job.deployment.project, job.deployment.region)
         print(f"no answer ({one_line(error)}); whether the job runs says: {listed}", file=sys.stderr)
+        return 1
+    except (GoogleAPICallError, GoogleAuthError) as error:
+        print(f"not started: {error}", file=sys.stderr)
         return 1
     show(f"started {job_id}; to stop it: {cancelling(job_id, job.deployment.project, job.deployment.region)}")
     try:

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import requests
 from apache_beam.runners.dataflow.dataflow_runner import DataflowPipelineResult
+from google.api_core.exceptions import GatewayTimeout, ServiceUnavailable
 from google.auth.exceptions import TransportError
 
 from pipelines import launch
@@ -184,6 +185,16 @@ def test_ctrl_c_says_in_a_line_what_was_sent(terraform, capsys, monkeypatch):
     assert launch.main([*argv, "--yes"]) == 1
     listed = "gcloud dataflow jobs list --status=active --project=test-project --region=us-central1"
     assert capsys.readouterr().err.strip() == f"no answer (KeyboardInterrupt); whether the job runs says: {listed}"
+
+
+@pytest.mark.parametrize("kind", [ServiceUnavailable, GatewayTimeout])
+def test_a_service_that_fails_amid_a_launch_may_have_started_it(terraform, capsys, monkeypatch, kind):
+    def launched(self, job):
+        raise kind("it took too long")
+
+    monkeypatch.setattr(launch.Service, "launch", launched)
+    assert launch.main(["--config", PRESET, *PLACES, terraform, "--dataflow-endpoint=http://localhost:9", "--yes"]) == 1
+    assert "no answer (" in capsys.readouterr().err
 
 
 def test_without_a_terminal_nothing_is_sent_and_the_way_is_told(terraform, capsys, monkeypatch):
