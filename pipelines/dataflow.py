@@ -78,6 +78,8 @@ class Preset:
                 if not isinstance(value, types[key]) or isinstance(value, bool):
                     raise LaunchError(f"{path}: [{table}] {key} = {value!r} is of the wrong type")
         for key, value in tables.get("pipeline", {}).items():
+            if key in ("prompts", "output"):
+                raise LaunchError(f"{path}: [pipeline] {key} = {value!r} has no place in a preset; give --{key}")
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise LaunchError(f"{path}: [pipeline] {key} = {value!r} must be text or a number")
         estimate = tables.get("estimate", {})
@@ -178,12 +180,13 @@ class Job:
     @property
     def pipeline_options(self) -> dict[str, str]:
         """What pipelines.generate_images is told."""
-        beside = {
+        options = {
+            "compilation_cache": self.deployment.compilation_cache,
+            **self.preset.pipeline,
             "prompts": self.prompts,
             "output": self.output,
-            "compilation_cache": self.deployment.compilation_cache,
         }
-        return {name: str(value) for name, value in {**self.preset.pipeline, **beside}.items()}
+        return {name: str(value) for name, value in options.items()}
 
 
 def faults(job: Job) -> Iterator[str]:

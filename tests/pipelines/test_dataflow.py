@@ -191,6 +191,10 @@ def test_both_ways_of_submitting_say_the_same():
         ("[dataflow]\ndisk_size_gb = '100'", "disk_size_gb = '100' is of the wrong type"),
         ("[dataflow]\ndisk_size_gb = true", "disk_size_gb = True is of the wrong type"),
         ("[pipeline]\noverwrite = true", "overwrite = True must be text or a number"),
+        (
+            "[pipeline]\noutput = 'gs://b/out'",
+            "[pipeline] output = 'gs://b/out' has no place in a preset; give --output",
+        ),
         ("[estimate]\nspeed = 1", "unknown [estimate] speed"),
     ],
 )
@@ -201,6 +205,13 @@ def test_bad_presets_are_refused(tmp_path, text, says):
         Preset.load(path)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_presets_own_compilation_cache_is_taken():
+    given = job()
+    own = dataclasses.replace(given.preset, pipeline={"compilation_cache": "gs://own"})
+    options = [job.pipeline_options for job in (given, dataclasses.replace(given, preset=own))]
+    assert [each["compilation_cache"] for each in options] == ["gs://staging/compilation-cache", "gs://own"]
 
 
 def test_outputs_are_read_from_a_file(tmp_path):
