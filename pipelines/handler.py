@@ -287,11 +287,13 @@ class UnitHandler(SdjaxModelHandler):
         images = [image for _, image in timed]
         begun = time.monotonic()
         written = self._sink.write(self._store, unit, images, made_by, seconds)
+        theirs = {} if written else committed(self._store, unit.name) or {}
         return {
             "images": len(images),
             "units": 1,
             "flagged": sum(bool(image.flags) for image in images),
             "bytes": written,
+            **theirs,
             "calls": sum(row.calls for row in unit.rows),
             "seconds": {
                 "generate": seconds,

@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from typing import IO
 
-from pipelines.storage import Store
+from pipelines.storage import Store, spread
 
 FOLDER = ".progress"
 _OURS = re.compile(rf"{re.escape(FOLDER)}/[^/]+-[0-9]+-[0-9a-f]{{8}}\.json")
@@ -136,8 +136,8 @@ def totals(store: Store) -> Counter[str]:
     """The counts of all processes so far; a file that is being written is left out."""
     counts: Counter[str] = Counter()
     try:
-        for name in store.find(FOLDER):
-            counts.update(store.read_json(name) or {})
+        for found in spread(store.read_json, store.find(FOLDER)):
+            counts.update(found or {})
     except Exception:  # as in Heartbeat
         pass
     return counts

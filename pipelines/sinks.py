@@ -9,7 +9,6 @@ import io
 import json
 import tarfile
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.layout import image_name, manifest_name, shard_name
-from pipelines.storage import Store
+from pipelines.storage import Store, spread
 from pipelines.units import Unit
 from sdjax.images import encode, parameters
 from sdjax.request import Request, field_types
@@ -198,8 +197,7 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
     match, which `pipelines.verify` finds: it takes two workers at one unit whose bytes differ.
     """
     replaced: dict[str, bytes] = {}
-    with ThreadPoolExecutor(16) as pool:
-        placed = list(pool.map(lambda name: place(store, unit, name, files[name], replaced), files))
+    placed = list(spread(lambda name: place(store, unit, name, files[name], replaced), files))
     if all(placed) and _write_manifest(store, unit, rows, schema):
         return True
     for name, data in replaced.items():

@@ -9,10 +9,8 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from glob import has_magic
-from itertools import repeat
 from typing import IO, Any, NamedTuple
 
 import fsspec
@@ -21,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines import tables
 from pipelines.records import MAX_RECORD, RowError, records
+from pipelines.storage import spread
 from pipelines.templates import Template, TemplateError
 from sdjax.console import says_why
 from sdjax.retrying import is_absent, retry
@@ -87,9 +86,8 @@ def find(patterns: list[str], prompt_column: str | None = None, seed: Any = 0) -
     matches = {pattern: expand(pattern) for pattern in patterns}
     files = dict.fromkeys(file for matched in matches.values() for file in matched)
     first = coerce("seed", seed, (int, False))
-    with ThreadPoolExecutor(_READERS) as pool:
-        looked_into = pool.map(_look_into, (Source(file, seed=first) for file in files), repeat(prompt_column))
-        found = dict(zip(files, looked_into, strict=True))
+    looked_into = spread(partial(_look_into, prompt_column), (Source(file, seed=first) for file in files), _READERS)
+    found = dict(zip(files, looked_into, strict=True))
     for pattern, matched in matches.items():
         if not any(found[file].rows for file in matched):
             raise SourceError(f"{pattern}: it holds no prompts")
@@ -107,7 +105,7 @@ def expand(pattern: str) -> list[str]:
     return [fs.unstrip_protocol(file) if "://" in pattern else file for file in found]
 
 
-def _look_into(source: Source, prompt_column: str | None) -> Source:
+def _look_into(prompt_column: str | None, source: Source) -> Source:
     file = source.file
     if not file.lower().endswith(SUFFIXES):
         raise SourceError(f"{file}: not a prompt file; allowed are {', '.join(SUFFIXES)}")

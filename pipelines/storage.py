@@ -161,9 +161,8 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 retry(lambda: self.fs.rm_file(self.path(name)))
 
-        with ThreadPoolExecutor(16) as pool:
-            for _ in pool.map(remove, names):
-                pass
+        for _ in spread(remove, names):
+            pass
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and what is in it; an absent one is no error."""

@@ -156,6 +156,15 @@ def test_what_an_attempt_rejected_stays_rejected_at_the_next(units_of_two, tmp_p
     assert (found.images, found.rejected, found.faults) == (*map(sum, zip(*first, strict=True)), [])
 
 
+def test_a_unit_that_another_worker_commits_meanwhile_counts_as_it_stands(units_of_two, monkeypatch):
+    packed, handler = units_of_two
+    write = Images.write
+    monkeypatch.setattr(Images, "write", lambda *arguments: 0 * write(*arguments))
+    shares = list(handler.run_inference(packed, handler.load_model()))
+    assert [share["images"] for share in shares] == [2, 2]
+    assert min(share["bytes"] for share in shares) > 0
+
+
 @pytest.mark.parametrize("faults", [2, 100])
 def test_pictures_that_come_and_go_are_tried_again(units_of_two, monkeypatch, faults):
     packed, handler = units_of_two

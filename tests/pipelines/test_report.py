@@ -81,6 +81,20 @@ def test_the_progress_line_follows_all_processes(tmp_path, monkeypatch):
     assert totals(store)["rows"] == 16
 
 
+def test_the_counts_of_processes_are_read_together(tmp_path, monkeypatch):
+    """A bucket answers in tens of milliseconds, and a job may have a thousand processes."""
+    store, read, together = Store(str(tmp_path)), Store.read, threading.Barrier(3)
+    for i in range(3):
+        store.write_json(f".progress/host-{i}-{'0' * 8}.json", {"rows": 5})
+
+    def wait_for_the_others(self, name, *part):
+        together.wait(60)
+        return read(self, name, *part)
+
+    monkeypatch.setattr(Store, "read", wait_for_the_others)
+    assert totals(store) == Counter(rows=15)
+
+
 def test_the_line_is_drawn_while_a_job_runs_and_gone_after(tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import aiohttp
@@ -67,6 +68,19 @@ def test_values_come_in_order_where_only_some_calls_wait():
     assert list(spread(call, range(100), threads=4, waits=lambda item: item % 3 > 0)) == list(range(100))
     here = threading.get_ident()
     assert set(spread(lambda _: threading.get_ident(), range(100), waits=lambda _: False)) == {here}
+
+
+def test_of_a_million_files_few_wait_to_be_deleted(monkeypatch):
+    store = Store("memory://out")
+    monkeypatch.setattr(type(store.fs), "rm_file", lambda self, path: None)
+    names = [f"images/{i}.png" for i in range(20_000)]
+    tracemalloc.start()
+    try:
+        store.delete(names)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_a_bucket_that_says_nothing_is_given_up(monkeypatch):
