@@ -27,6 +27,7 @@ from pipelines.units import (
     unpack,
     write_rejected,
 )
+from sdjax import inputs
 from sdjax.console import is_out_of_memory
 from sdjax.request import Request
 from sdjax.retrying import is_of_a_network
@@ -249,7 +250,7 @@ class UnitHandler(SdjaxModelHandler):
         threads = os.cpu_count() or 1
         rows = [row for unit in units for row in unit.rows]
         padded = padded_calls(rows, pipe.batch_size * len(pipe.devices))
-        with ThreadPoolExecutor(threads) as encoders, ThreadPoolExecutor(1) as writer:
+        with inputs.keeping(), ThreadPoolExecutor(threads) as encoders, ThreadPoolExecutor(1) as writer:
             written: list[Future[dict[str, Any]]] = []
             with model.devices:
                 results = pipe.stream([row.request for row in rows])

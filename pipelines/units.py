@@ -30,6 +30,7 @@ from pipelines.layout import rejects_name
 from pipelines.progress import Heartbeat
 from pipelines.sources import Place, RowError, select_prompt
 from pipelines.storage import Store, spread
+from sdjax import inputs
 from sdjax.request import Request
 from sdjax.values import PICTURES, RequestError
 
@@ -202,6 +203,10 @@ class PlanRows(beam.DoFn):
         self._heartbeat = Heartbeat(self._store)
 
     def process(self, element: Any) -> Iterator[Any]:
+        with inputs.keeping():  # rows may all have a picture of the job's own
+            yield from self._process(element)
+
+    def _process(self, element: Any) -> Iterator[Any]:
         started, counts, rejected = time.monotonic(), Counter(), []
         seen: set[str] = set()
         shards: dict[int, list[Row]] = {}

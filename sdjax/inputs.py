@@ -7,7 +7,8 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ _CONNECT, _SILENCE, _TOTAL = 10, 30, 120  # seconds that a web server has to be 
 _MEMORY = 600  # seconds for which a web server that said nothing is not asked again
 _silent: dict[str, float] = {}  # until when
 _answered: set[str] = set()
+_PICTURES = 4  # that are kept: image, mask and ControlNets' pictures of all rows of a job
 
 
 class _Room:
@@ -61,6 +63,46 @@ class Input(NamedTuple):
     sha256: str
 
 
+class _Kept:
+    """The pictures that were asked for last, while somebody would have them kept."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Any, Input] = OrderedDict()
+        self._keepers, self._lock = 0, threading.Lock()
+
+    def change(self, keepers: int) -> None:
+        """Count so many more that would have them kept; after the last of them all are forgotten."""
+        with self._lock:
+            self._keepers += keepers
+            if not self._keepers:
+                self._found.clear()
+
+    def get(self, key: Any, find: Callable[[], Input]) -> Input:
+        """The picture under a key, or else what `find` gives."""
+        with self._lock:
+            found = self._found.pop(key, None)
+        found = found or find()
+        with self._lock:
+            if self._keepers:
+                self._found[key] = found
+            if len(self._found) > _PICTURES:
+                self._found.popitem(last=False)
+        return found
+
+
+_KEPT = _Kept()
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Meanwhile, a picture that is asked for again and again is read once, whatever becomes of its file."""
+    _KEPT.change(1)
+    try:
+        yield
+    finally:
+        _KEPT.change(-1)
+
+
 def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) -> Input:
     """The picture at `url`; the first frame of several.
 
@@ -80,18 +122,22 @@ def load(url: str, name: str, *, sha256: str | None = None, mask: bool = False) 
     shown = url if len(url) <= 80 else f"{url[:20]}...{url[-57:]}"
     if "::" in url:  # some copy all of a file before its size can be asked
         raise RequestError(f"{name} {shown} is a chain of file systems; give the picture's own path or URL")
+    found = _KEPT.get((url, mask), lambda: _load(url, f"{name} {shown}", mask))
+    if sha256 is not None and found.sha256 != sha256:
+        raise RequestError(f"{name} {shown} has changed: its SHA-256 is {found.sha256}, not {sha256}")
+    return found
+
+
+def _load(url: str, what: str, mask: bool) -> Input:
     try:
         data = _read_from_host(url)
     except Exception as error:  # each of fsspec's file systems has errors of its own
         if is_absent(error):
-            raise RequestError(f"{name} {shown} is not there") from None
-        raise RequestError(f"{name} {shown} cannot be read: {one_line(error.__cause__ or error)}") from None
+            raise RequestError(f"{what} is not there") from None
+        raise RequestError(f"{what} cannot be read: {one_line(error.__cause__ or error)}") from None
     if len(data) > MAX_BYTES:
-        raise RequestError(f"{name} {shown} is larger than {MAX_BYTES >> 20} MiB, which is the most")
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256:
-        raise RequestError(f"{name} {shown} has changed: its SHA-256 is {found}, not {sha256}")
-    return Input(decode(data, f"{name} {shown}", mask=mask), found)
+        raise RequestError(f"{what} is larger than {MAX_BYTES >> 20} MiB, which is the most")
+    return Input(decode(data, what, mask=mask), hashlib.sha256(data).hexdigest())
 
 
 def read(url: str) -> bytes:

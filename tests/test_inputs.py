@@ -288,6 +288,25 @@ def test_a_hash_pins_the_content(tmp_path):
         inputs.load(path, "image", sha256=found)
 
 
+def test_while_pictures_are_kept_the_last_few_are_read_once(tmp_path, monkeypatch):
+    read, whole = [], inputs._whole
+    monkeypatch.setattr(inputs, "_whole", lambda url: read.append(url) or whole(url))
+    path, *others = (saved(tmp_path, Image.fromarray(RGB), f"{i}.png") for i in range(6))
+    with inputs.keeping():
+        found = [inputs.load(path, "image") for _ in range(3)]
+        assert np.array_equal(inputs.load(path, "mask_image", mask=True).image, Image.fromarray(RGB).convert("L"))
+        with pytest.raises(RequestError, match="has changed"):
+            inputs.load(path, "image", sha256="0" * 64)
+        assert read == [path] * 2
+        for other in others:
+            inputs.load(other, "image")
+        inputs.load(path, "image")
+        assert read == [path, path, *others, path]
+    assert all(image is found[0].image for image, _ in found)
+    saved(tmp_path, Image.fromarray(RGB[::-1].copy()), "0.png")
+    assert inputs.load(path, "image").sha256 != found[0].sha256
+
+
 @given(st.binary(max_size=200))
 def test_bytes_give_a_picture_or_a_request_error(data):
     buffer = io.BytesIO()

@@ -8,6 +8,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import generate_images, verify
+from pipelines.sources import Place
+from pipelines.units import PlanRequest, PlanRows
+from sdjax import inputs
 from sdjax.spec import Spec
 from tests.pipelines import standin
 from tests.test_inputs import bomb
@@ -64,3 +67,15 @@ def test_a_bad_picture_rejects_its_row_alone(tiny, tmp_path):
     assert (made["image"]["width"], made["image"]["height"]) == (40, 24)
     assert made["image"]["image_sha256"] == made["masked"]["image_sha256"] is not None
     assert made["text"]["image"] is None
+
+
+def test_a_picture_of_all_rows_is_read_once_a_piece(tiny, tmp_path, monkeypatch):
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    read, whole = [], inputs._whole
+    monkeypatch.setattr(inputs, "_whole", lambda url: read.append(url) or whole(url))
+    plan = PlanRequest(Spec(str(tiny)), {"image": str(tmp_path / "photo.png")}, None)
+    rows = [(Place("f", i), {"prompt": f"a cat {i}"}) for i in range(100)]
+    stage = PlanRows(lambda piece: rows, plan, 1, str(tmp_path / "out"))
+    stage.setup()
+    assert list(stage.process("piece"))[-1].value["rows"] == 100
+    assert len(read) == 1
