@@ -35,6 +35,7 @@ def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> i
         try:
             pipeline = beam.Pipeline(options=job.beam)
             stack.enter_context(store.held())
+            _refuse_second(store)
             there = [] if job.overwrite else _there(job, model, store)
             build(pipeline)  # before anything is deleted, which what is refused here would cost for nothing
             swept = leftovers.sweep(store, everything=job.overwrite)
@@ -83,6 +84,13 @@ def _has_ended(result: Any) -> bool:
         return PipelineState.is_terminal(result.state)
     except Exception:
         return False
+
+
+def _refuse_second(store: Store) -> None:
+    """Raise ValueError where another job seems to write to a bucket, which nobody can hold as a folder on a disk is."""
+    last = {} if store.is_local else store.read_json(report.SUMMARY) or {}
+    if last.get("finished") is False and progress.is_told(store):
+        raise ValueError(f"another job wrote to {store.url} within the last minute; wait until it has ended")
 
 
 def _there(job: JobOptions, model: Any, store: Store) -> list[str]:

@@ -12,12 +12,15 @@ import threading
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
+from datetime import UTC
 from typing import IO
 
 from pipelines.storage import Store, spread
 
 FOLDER = ".progress"
 _OURS = re.compile(rf"{re.escape(FOLDER)}/[^/]+-[0-9]+-[0-9a-f]{{8}}\.json")
+_LIVELY = 60
 _EVERY = {True: 1.0, False: 15.0}  # seconds between writes, on a disk and in a bucket
 
 
@@ -141,6 +144,16 @@ def totals(store: Store) -> Counter[str]:
     except Exception:  # as in Heartbeat
         pass
     return counts
+
+
+def is_told(store: Store) -> bool:
+    """Whether a process has told how far it is within the last `_LIVELY` seconds; False where no file says when."""
+    for name in filter(_OURS.fullmatch, store.find(FOLDER)):
+        with suppress(FileNotFoundError, NotImplementedError):
+            told = store.fs.modified(store.path(name))
+            if time.time() - told.replace(tzinfo=told.tzinfo or UTC).timestamp() < _LIVELY:
+                return True
+    return False
 
 
 def clear(store: Store) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import shutil
+from datetime import UTC, datetime, timedelta
 
 import aiohttp
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -166,6 +168,27 @@ def test_an_output_that_may_not_be_written_is_refused(output, prompts, monkeypat
     monkeypatch.setattr(Store, "write", read_only)
     assert standin.run("--prompts", prompts, "--output", output, load=no_load) == 2
     assert refusal(capsys) == f"generate_images: [Errno {errno.EROFS}] Read-only file system: 'summary.json'"
+
+
+def test_a_second_job_in_a_bucket_is_refused_while_the_first_tells_of_itself(prompts, monkeypatch, capsys):
+    bucket = fsspec.filesystem("memory")
+    bucket.store.clear()
+    store = Store("memory://out")
+    arguments = ("--prompts", prompts, "--output", store.url)
+    store.write_json(report.SUMMARY, {"finished": False})
+    store.write(f".progress/host-1-{'0' * 8}.json", b"{}")
+    before = dict(bucket.store)
+    for options in ((), ("--overwrite",)):
+        assert standin.run(*arguments, *options, load=no_load) == 2
+        assert refusal(capsys) == (
+            "generate_images: another job wrote to memory://out within the last minute; wait until it has ended"
+        )
+    assert bucket.store == before
+    monkeypatch.setattr(type(bucket), "modified", lambda *_: datetime.now(UTC) - timedelta(seconds=61))
+    assert standin.run(*arguments) == 0
+    store.write(f".progress/host-1-{'0' * 8}.json", b"{}")
+    monkeypatch.undo()
+    assert standin.run(*arguments, load=no_load) == 0  # of a job that has ended
 
 
 @pytest.mark.parametrize(
