@@ -26,7 +26,7 @@ _COLUMNS += ["height", "flags", "file", "shard", "offset", "bytes"]
 def write(store: Store, limit: int) -> None:
     """Write the page over up to `limit` images of the output; thumbnails in the page that it replaces are kept.
 
-    An image that is gone or damaged, or whose manifest is damaged, is left out: finding it is for `pipelines.verify`.
+    An image that is gone or damaged, or whose manifest's rows are, is left out: finding it is for `pipelines.verify`.
     """
     old = _cards_of(store)
     rows: list[dict[str, Any]] = []

@@ -26,7 +26,7 @@ from pipelines import image_sets
 from pipelines.image_sets import Found, Picture
 from pipelines.layout import shard_name
 from pipelines.sinks import Encoded, Provenance, commit
-from pipelines.sources import Place, RowError
+from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
 from sdjax.training.data import frame, square
@@ -126,9 +126,6 @@ class LatentSpec:
     def program(self, picture: Picture) -> str:
         return ""
 
-    def calls(self, picture: Picture) -> int:
-        return 1
-
 
 @dataclass(frozen=True)
 class PlanPicture:
@@ -136,10 +133,8 @@ class PlanPicture:
 
     planner: LatentSpec
 
-    def __call__(self, place: Place, found: Found | RowError) -> Row:
+    def __call__(self, place: Place, found: Found) -> Row:
         """Raises any of `units.UNUSABLE` for one that cannot be used."""
-        if isinstance(found, RowError):
-            raise found
         picture, extras = found
         return Row(self.planner.id(picture), self.planner.program(picture), 1, picture, extras_json(extras), place)
 

@@ -28,7 +28,8 @@ from apache_beam.pvalue import TaggedOutput
 
 from pipelines.layout import rejects_name
 from pipelines.progress import Heartbeat
-from pipelines.sources import Place, RowError, select_prompt
+from pipelines.records import RowError
+from pipelines.sources import Place, select_prompt
 from pipelines.storage import Store, spread
 from sdjax import inputs
 from sdjax.request import Request
@@ -77,7 +78,6 @@ class PackedUnit(NamedTuple):
     """A unit as it travels."""
 
     name: str
-    images: int
     blob: bytes
 
 
@@ -343,7 +343,7 @@ def _unpacked(packed: Iterable[tuple[str, bytes]], wanted: str) -> Iterator[Any]
 
 def _packed(units: Iterable[Unit]) -> Iterator[PackedUnit]:
     for unit in units:
-        yield PackedUnit(unit.name, len(unit.rows), pack(unit))
+        yield PackedUnit(unit.name, pack(unit))
 
 
 def rejection(place: Place, values: Any, error: Exception) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def units_of_two(tmp_path):
     """Four rows in two units, and a handler that makes them."""
     requests = [SPEC.resolve(Request(prompt=f"cat {i}", num_inference_steps=1 + i)) for i in range(4)]
     rows = [Row(SPEC.id(r), "", SPEC.calls(r), r, "{}", Place("f", i)) for i, r in enumerate(requests)]
-    packed = [PackedUnit(unit.name, 2, pack(unit)) for unit in make_units(rows, 2)]
+    packed = [PackedUnit(unit.name, pack(unit)) for unit in make_units(rows, 2)]
     return packed, UnitHandler(str(tmp_path), Images("tar", "png"), SPEC, load=standin.load)
 
 

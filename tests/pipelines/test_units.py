@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import layout, units
-from pipelines.sources import Place, RowError
+from pipelines.records import RowError
+from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import (
     PlanRequest,

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,27 @@ def made(request, tmp_path_factory):
 def dataset(made, tmp_path):
     shutil.copytree(made, tmp_path / "out")
     return tmp_path / "out"
+
+
+def test_of_each_image_little_more_than_its_id_is_held(tmp_path, monkeypatch):
+    store, count = Store(str(tmp_path)), 500
+    for i in range(count):
+        store.write(manifest_name(f"{i:032x}"), b"")
+
+    def rows(store, name):
+        first = int(name.removeprefix("manifest/").removesuffix(".parquet"), 16)
+        ids = [f"{first * 200 + i:032x}" for i in range(200)]
+        return [{"id": id, "bytes": 1, "flags": []} for id in (ids if first else [*ids[1:], ids[2]])], []
+
+    monkeypatch.setattr(verify, "_unit", rows)
+    tracemalloc.start()
+    try:
+        found = verify.verify(str(tmp_path))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.faults == [f"image {2:032x} is in 2 manifests"]
+    assert peak < 75 * found.images
 
 
 def data_files(dataset):
