@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import apache_beam as beam
@@ -14,7 +14,7 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOpt
 from apache_beam.runners.runner import PipelineState
 
 from pipelines import layout, leftovers, progress, report, units
-from pipelines.options import JobOptions
+from pipelines.options import IN_PROCESS, JobOptions
 from pipelines.storage import Store
 from sdjax.console import says_why, show
 from sdjax.values import one_line
@@ -71,6 +71,10 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
             raise
         print(f"{job.command}: {one_line(error)}; {_interrupted(job, result)}", file=sys.stderr)
         return 1
+    finally:
+        if job.beam.view_as(StandardOptions).runner == IN_PROCESS:  # it has ended, and may begin again at once
+            with suppress(Exception):
+                progress.clear(store)
     summary = store.read_json(report.SUMMARY)
     if summary and summary["finished"]:
         show(report.text(summary))

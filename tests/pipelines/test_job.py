@@ -15,6 +15,7 @@ from pipelines.layout import manifest_name
 from pipelines.options import parse
 from pipelines.sources import SourceError
 from pipelines.storage import Store
+from sdjax.weights.safetensors import CheckpointError
 from tests.pipelines import standin
 from tests.pipelines.outputs import files, no_load
 from tests.pipelines.test_encode_latents import write_set
@@ -189,6 +190,17 @@ def test_a_second_job_in_a_bucket_is_refused_while_the_first_tells_of_itself(pro
     store.write(f".progress/host-1-{'0' * 8}.json", b"{}")
     monkeypatch.undo()
     assert standin.run(*arguments, load=no_load) == 0  # of a job that has ended
+
+
+def test_a_job_that_failed_here_may_begin_again_at_once(prompts, capsys):
+    def load(model, **options):
+        raise CheckpointError("unet.safetensors is cut short")
+
+    fsspec.filesystem("memory").store.clear()
+    arguments = ("--prompts", prompts, "--output", "memory://out")
+    assert standin.run(*arguments, load=load) == 1
+    assert refusal(capsys) == "generate_images: unet.safetensors is cut short"
+    assert standin.run(*arguments) == 0
 
 
 @pytest.mark.parametrize(
