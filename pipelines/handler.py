@@ -180,13 +180,14 @@ class UnitHandler(SdjaxModelHandler):
             return
         # From here on nothing holds what lay on the devices: the traceback of an exception that is handled would.
         if failed is None:
+            one = left[0]
             if len(left) > 1:
                 for one in left:
                     yield from self._accounts([one], model)
             elif is_large:
-                yield self._reject(left[0], _too_large(left[0].unit, model), model)
+                yield self._reject(one, _too_large(one.unit, model), model)
             else:
-                [one], lines = left, self._failing(left[0].unit, model)
+                lines = self._failing(one.unit, model)
                 if lines:
                     yield self._reject(one, lines, model)
                 yield from self._accounts([_without(one, lines)], model, rounds if lines else rounds - 1)

@@ -121,6 +121,7 @@ def unit_name(ids: Iterable[str]) -> str:
 
 
 def as_unit(rows: list[Row]) -> Unit:
+    """The rows, of one program, under the name of their ids."""
     return Unit(unit_name(row.id for row in rows), rows)
 
 

@@ -80,11 +80,12 @@ class _Kept:
     def get(self, key: Any, find: Callable[[], Input]) -> Input:
         """The picture under a key, or else what `find` gives."""
         with self._lock:
-            found = self._found.pop(key, None)
+            found = self._found.get(key)
         found = found or find()
         with self._lock:
             if self._keepers:
                 self._found[key] = found
+                self._found.move_to_end(key)
             if len(self._found) > _PICTURES:
                 self._found.popitem(last=False)
         return found

@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipelines import generate_images, verify
 from pipelines.sources import Place
+from pipelines.storage import READERS
 from pipelines.units import PlanRequest, PlanRows
 from sdjax import inputs
 from sdjax.spec import Spec
@@ -69,13 +70,13 @@ def test_a_bad_picture_rejects_its_row_alone(tiny, tmp_path):
     assert made["text"]["image"] is None
 
 
-def test_a_picture_of_all_rows_is_read_once_a_piece(tiny, tmp_path, monkeypatch):
+def test_a_picture_of_all_rows_is_not_read_for_each(tiny, tmp_path, monkeypatch):
     Image.fromarray(PHOTO).save(tmp_path / "photo.png")
     read, whole = [], inputs._whole
     monkeypatch.setattr(inputs, "_whole", lambda url: read.append(url) or whole(url))
     plan = PlanRequest(Spec(str(tiny)), {"image": str(tmp_path / "photo.png")}, None)
-    rows = [(Place("f", i), {"prompt": f"a cat {i}"}) for i in range(100)]
-    stage = PlanRows(lambda piece: rows, plan, 1, str(tmp_path / "out"))
+    rows = [(Place("f", i), {"prompt": f"a cat {i}"}) for i in range(500)]
+    stage = PlanRows(lambda piece: rows, plan, 1, str(tmp_path / "out"), plan.fetches)
     stage.setup()
-    assert list(stage.process("piece"))[-1].value["rows"] == 100
-    assert len(read) == 1
+    assert list(stage.process("piece"))[-1].value["rows"] == 500
+    assert len(read) <= READERS  # that ask before the first has it
