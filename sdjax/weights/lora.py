@@ -25,7 +25,8 @@ from sdjax.weights.addon_file import SETTINGS, AddonFile
 from sdjax.weights.checkpoint import Edit
 from sdjax.weights.safetensors import CheckpointError
 
-NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_STEM = "adapter_model"
+NAMES = ("pytorch_lora_weights.safetensors", f"{PEFT_STEM}.safetensors")
 CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL", 1280: "the SDXL refiner"}
 
 _FACTOR = re.compile(
@@ -95,8 +96,8 @@ class _Scales(NamedTuple):
 class Lora:
     r"""One LoRA, matched with a checkpoint's modules. Its tensors are read by `fused`.
 
-    Where PEFT's settings lie beside it or in it, their alphas count as in PEFT. Their `alpha_pattern` is of regular
-    expressions; read are those of a name, in which `.` is any character, perhaps with `\.`, `^` and `$`.
+    Where PEFT's settings lie in it, or beside an adapter_model, their alphas count as in PEFT. Their `alpha_pattern` is
+    of regular expressions; read are those of a name, in which `.` is any character, perhaps with `\.`, `^` and `$`.
 
     Args:
         source: see `AddonFile`.
@@ -137,7 +138,9 @@ class Lora:
             role = _ROLES.get(found, found)
             if role == "diff_b" and module[1].endswith(_NO_BIAS):
                 unmatched.append(key)
-            self._factors.setdefault(module, {})[role] = key
+            other = self._factors.setdefault(module, {}).setdefault(role, key)
+            if other != key:
+                raise CheckpointError(f"{source} has both {other} and {key}; give a file for each adapter")
         if unmatched or not self._factors:
             more = f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else ""
             has = f"has keys that {what} does not: {', '.join(sorted(unmatched)[:3])}{more}"
@@ -165,9 +168,11 @@ class Lora:
 
     def _read_settings(self) -> dict[str, Any]:
         """PEFT's settings, which hold the alphas where the file does not; a component's begin with its name."""
-        text = self.file.beside(SETTINGS) or self.file.metadata.get("lora_adapter_metadata") or "{}"
+        text = self.file.metadata.get("lora_adapter_metadata")
+        if text is None and self.file.stem == PEFT_STEM:  # next to other files they may be another's
+            text = self.file.beside(SETTINGS)
         try:
-            settings = json.loads(text)
+            settings = json.loads(text or "{}")
         except (ValueError, RecursionError):
             settings = None
         if not isinstance(settings, dict):

@@ -55,6 +55,14 @@ REFUSED = {
         weights(GOOD) | {f"{CONTEXT}.lora_down.weight": torch.ones(3)},
         r"attn2.to_k cannot be made of down \[3\]",
     ),
+    "with two adapters": (
+        {
+            f"unet.{BLOCK}.attn1.to_q.lora_{end}.{name}.weight": torch.ones(4, 4)
+            for end in "AB"
+            for name in ("one", "two")
+        },
+        r"has both \S+to_q.lora_A.one.weight and \S+to_q.lora_A.two.weight; give a file for each adapter",
+    ),
     "empty": ({}, "holds no LoRA"),
 }
 

@@ -42,6 +42,17 @@ def test_pefts_settings_give_the_alphas_that_the_file_lacks(where, tmp_path):
     assert deltas[f"{other}.weight"].product()[0, 0] == 4 * 2 / divisor
 
 
+def test_settings_beside_a_file_of_another_name_are_anothers(tmp_path):
+    """Of PEFT's own file, what it holds itself counts before them."""
+    tensors = {f"unet.{BLOCK}.attn1.to_q.lora_{end}.weight": torch.ones(shape) for end, shape in RANK_4.items()}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 32}))
+    inside = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8})}
+    for name, metadata, scale in (("style", None, 1), ("style", inside, 2), ("adapter_model", inside, 2)):
+        safetensors.torch.save_file(tensors, tmp_path / f"{name}.safetensors", metadata=metadata)
+        deltas = Lora(tmp_path / f"{name}.safetensors", 1.0, CONFIG, what="it").deltas("unet")
+        assert deltas[f"{BLOCK}.attn1.to_q.weight"].scale == scale
+
+
 def test_settings_beside_a_file_are_in_the_fingerprint(tiny, tmp_path):
     tensors = {f"unet.{BLOCK}.attn1.to_q.lora_{end}.weight": torch.ones(shape) for end, shape in RANK_4.items()}
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
