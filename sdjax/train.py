@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.config, output=arguments.output, init=arguments.init, steps=arguments.steps
         )
         # JAX, seconds to import, after what a typing error can spoil.
+        from sdjax.training.encoded import DataError
         from sdjax.training.loop import Run, check_replaceable
 
         output = folder_here(config.output)
@@ -72,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         if is_out_of_memory(error):
             less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
             said = f"the devices have too little memory; {less}"
+        elif isinstance(error, DataError):
+            said = f"{said}; once that is mended, the same command goes on"
         elif not (isinstance(error, FloatingPointError) or says_why(error)):
             raise
         print(f"{parser.prog}: {said}", file=sys.stderr)

@@ -46,7 +46,8 @@ class Source(Protocol):
     """A captioned image data set.
 
     One whose examples the configuration does not settle also has `files()`: for each, values that tell it from any
-    other, and last when it was written. One that cuts pictures has `framed(index)`: an image and its frame.
+    other, and last what else changes where it is written anew. One that cuts pictures has `framed(index)`: an image and
+    its frame.
     """
 
     def __len__(self) -> int: ...
@@ -118,7 +119,8 @@ class Folder:
             self._files = list(rows)
             needed = [path for file in self._files for path in (file.path, file.conditioning) if path is not None]
         else:
-            self._files = [_File(path) for path in there if path.lower().endswith(IMAGES)]
+            images = (path for path in there if path.lower().endswith(IMAGES))
+            self._files = [_File(path) for path in images if not _is_hidden(posixpath.relpath(path, root))]
             needed = [_beside(file.path) for file in self._files] if captions else []
         if not self._files:
             raise DataError(f"{url} holds no image ({', '.join(IMAGES)})")
@@ -148,13 +150,13 @@ class Folder:
         return text_of(self._read(_beside(path)), _beside(path)).strip() if caption is None else caption
 
     def files(self) -> Iterator[tuple[Any, ...]]:
-        """Each file's name, caption if metadata.jsonl has it, size, and when it was last written."""
+        """Each file's name, caption if metadata.jsonl has it, and its size and when it was last written."""
         there = below(self._fs, self._root)
         for path, caption, conditioning in self._files:
             beside = _beside(path) if caption is None else conditioning
             for name in (path,) if beside is None else (path, beside):
                 entry = there.get(posixpath.normpath(name), {})
-                yield posixpath.relpath(name, self._root), caption, entry.get("size"), _written(entry)
+                yield posixpath.relpath(name, self._root), caption, (entry.get("size"), _written(entry))
 
     def _read(self, path: str) -> bytes:
         try:
@@ -167,54 +169,60 @@ class Folder:
 
 
 class _Span(NamedTuple):
-    """The bytes of one file inside a tar."""
+    """The bytes of one file inside a tar, and what it is called there."""
 
     shard: str
+    name: str
     start: int
     stop: int
 
 
 class _Example(NamedTuple):
     image: _Span
-    caption: _Span
-    conditioning: _Span | None = None
+    caption: _Span | None
+    conditioning: _Span | None
 
 
 class Shards:
-    """WebDataset tar files at a path or fsspec URL (`*`, `?`, `[]`): `key.png|jpg|webp` beside `key.txt`.
+    """WebDataset tar files at a path or fsspec URL (`*`, `?`, `[]`): `key.png|jpg|webp` beside `key.txt` or `key.json`.
 
     The tars are walked once, header by header, and examples are then read by their place in the tar.
 
-    conditioned: whether each image must have a picture that it is made from beside it, `key.conditioning_image.png`.
+    captions, conditioned: whether each image must have a caption beside it, or a picture that it is made from,
+        `key.conditioning_image.png`.
     """
 
-    def __init__(self, pattern: str, size: int, *, conditioned: bool = False) -> None:
+    def __init__(self, pattern: str, size: int, *, captions: bool = False, conditioned: bool = False) -> None:
         self._fs, path = fsspec.core.url_to_fs(pattern)
-        self._size, self._conditioned = size, conditioned
+        self._size, self._captions, self._conditioned = size, captions, conditioned
         shards = sorted(str(shard) for shard in self._fs.glob(path)) if has_magic(path) else [path]
         self._examples = [example for shard in shards for example in self._index(shard)]
         if not self._examples:
-            raise DataError(f"{pattern} holds no image with a .txt caption beside it")
+            raise DataError(f"{pattern} holds no image ({', '.join(IMAGES)})")
 
     def _index(self, shard: str) -> Iterator[_Example]:
         found: dict[str, dict[str, _Span]] = {}
         try:
             with self._fs.open(shard, "rb") as stream:
                 for name, start, size in members(stream, shard):
-                    key, extension = sample_key(name)
-                    found.setdefault(key, {})[extension] = _Span(shard, start, start + size)
+                    if not _is_hidden(name):
+                        key, extension = sample_key(name)
+                        found.setdefault(key, {})[extension] = _Span(shard, name, start, start + size)
         except FileNotFoundError:
             raise DataError(f"{shard} is not there") from None
         beside = [f".{name}{extension}" for name in CONDITIONING for extension in IMAGES]
         for key, parts in found.items():
-            image, conditioning = (
-                next((parts[name] for name in names if name in parts), None) for names in (IMAGES, beside)
+            image, caption, conditioning = (
+                next((parts[name] for name in names if name in parts), None)
+                for names in (IMAGES, (".txt", ".json"), beside)
             )
-            if image is None or ".txt" not in parts:
+            if image is None:
                 continue
+            if self._captions and caption is None:
+                raise _no_caption(shard, key)
             if self._conditioned and conditioning is None:
                 raise DataError(f"{shard} has no {key}{beside[0]}, the picture that {key}'s image is made from")
-            yield _Example(image, parts[".txt"], conditioning if self._conditioned else None)
+            yield _Example(image, caption, conditioning if self._conditioned else None)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -231,17 +239,22 @@ class Shards:
         return self._decoded(span)[0]
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        span = self._examples[index].caption
-        return text_of(self._read(span), f"the caption at byte {span.start} of {span.shard}").strip()
+        image, span, _ = self._examples[index]
+        if span is None:
+            raise _no_caption(image.shard, sample_key(image.name)[0])
+        what = f"{span.name} of {span.shard}"
+        text = text_of(self._read(span), what)
+        return text.strip() if sample_key(span.name)[1] == ".txt" else _told(text, what)
 
     def files(self) -> Iterator[tuple[Any, ...]]:
-        """Each example's tar and place in it, the tar's size, and when it was last written."""
+        """Each example's tar and name there, and its place, the tar's size, and when it was last written."""
         shards = dict.fromkeys(example.image.shard for example in self._examples)
         infos = {shard: self._fs.info(shard) for shard in shards}
         for example in self._examples:
             info = infos[example.image.shard]
             places = [place for span in example if span is not None for place in (span.start, span.stop)]
-            yield posixpath.basename(example.image.shard), *places, info.get("size"), _written(info)
+            key = sample_key(example.image.name)[0]
+            yield posixpath.basename(example.image.shard), key, (*places, info.get("size"), _written(info))
 
     def _decoded(self, span: _Span) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
         return decode(self._read(span), self._size, f"the image at byte {span.start} of {span.shard}")
@@ -253,6 +266,27 @@ class Shards:
 def _beside(path: str) -> str:
     """An image's file of its caption."""
     return posixpath.splitext(path)[0] + ".txt"
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file of a data set, or a folder that it lies in there, is one that systems leave and do not show."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in name.split("/"))
+
+
+def _no_caption(shard: str, key: str) -> DataError:
+    return DataError(f"{shard} has no {key}.txt, the caption of {key}'s image")
+
+
+def _told(text: str, what: str) -> str:
+    """The caption in a sample's JSON."""
+    try:
+        caption, _ = split_caption(json.loads(text, object_pairs_hook=json_object))
+        caption.encode()  # half of a surrogate pair is no text
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from None
+    except (ValueError, AttributeError, RecursionError):
+        raise DataError(f"{what} needs one of {', '.join(CAPTIONS)}, as a string") from None
+    return caption.strip()
 
 
 def _written(entry: dict[str, Any]) -> str | None:
@@ -271,7 +305,7 @@ def open_source(data: Data, *, captions: bool = False, conditioned: bool = False
     if data.folder is not None:
         return Folder(data.folder, data.size, captions=captions, conditioned=conditioned)
     if data.shards is not None:
-        return Shards(data.shards, data.size, conditioned=conditioned)
+        return Shards(data.shards, data.size, captions=captions, conditioned=conditioned)
     if data.latents is not None:
         return EncodedSet(data.latents)
     module, _, name = (data.generator or "").partition(":")

@@ -19,14 +19,14 @@ _FILE = "run.json"
 
 
 def of_source(source: Source | EncodedSet, *, times: bool) -> str:
-    """A digest of which examples a source has; with `times`, also of when each file was last written.
+    """A digest of which examples a source has; with `times`, also of each file's size and when it was last written.
 
-    A copied data set has other times and is the same; a picture may be another of the same size.
+    A copied data set has other times and is the same; so is one with a picture that was mended.
     """
     digest = hashlib.sha256(str(len(source)).encode())
     rows = getattr(source, "files", tuple)()  # of a source that has none, the configuration says what it is
-    for *name, time in rows:
-        digest.update(json.dumps([*name, time] if times else name).encode() + b"\n")
+    for *name, written in rows:
+        digest.update(json.dumps([*name, written] if times else name).encode() + b"\n")
     return digest.hexdigest()
 
 

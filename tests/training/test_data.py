@@ -192,7 +192,7 @@ def test_a_generator_named_in_the_configuration():
     ("options", "message"),
     [
         ({"folder": "{tmp}/empty"}, "holds no image"),
-        ({"shards": "{tmp}/none-*.tar"}, "holds no image with a .txt"),
+        ({"shards": "{tmp}/none-*.tar"}, "holds no image"),
         ({"shards": "{tmp}/none.tar"}, "none.tar is not there"),
         ({"shards": "{tmp}/bad.tar"}, "bad.tar is not a tar file"),
         ({"generator": "sdjax.training.data:None_"}, "cannot be imported"),
@@ -269,15 +269,6 @@ def test_a_picture_of_metadata_that_is_not_there_is_named_before_any_is_read(tmp
     (tmp_path / "set" / "metadata.jsonl").write_text(row.format("000") + row.format("999"))
     with pytest.raises(DataError, match=r"999\.png is not there; .* needs it as an image or a caption"):
         open_source(Data(folder=str(tmp_path / "set"), size=24))
-
-
-def test_a_tar_with_images_alone_has_no_examples(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        member = tarfile.TarInfo("a.png")
-        member.size = 3
-        tar.addfile(member, io.BytesIO(b"abc"))
-    with pytest.raises(DataError, match="holds no image with"):
-        open_source(Data(shards=str(tmp_path / "a.tar")))
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
@@ -382,7 +373,7 @@ def test_a_tar_holds_what_each_image_is_made_from(tmp_path):
     data = Data(shards=f"{tmp_path}/whole.tar", size=24)
     _same_pairs(open_source(data, conditioned=True))
     places, plain = (list(open_source(data, conditioned=c).files()) for c in (True, False))
-    assert [len(row) for row in places] == [len(row) + 2 for row in plain]
+    assert [len(row[-1]) for row in places] == [len(row[-1]) + 2 for row in plain]
     with pytest.raises(DataError, match=r"lacking\.tar has no 003\.conditioning_image\.png"):
         open_source(Data(shards=f"{tmp_path}/lacking.tar", size=24), conditioned=True)
     assert len(open_source(Data(shards=f"{tmp_path}/lacking.tar", size=24))) == len(PICTURES)

@@ -58,9 +58,13 @@ def test_what_one_bad_picture_stops_goes_on_where_it_is_mended(tmp_path, capsys,
         assert train.main(["--config", str(path)]) == 1
         error = capsys.readouterr().err
         assert f"{bad} is no picture" in error
+        assert error.endswith("; once that is mended, the same command goes on\n")
         assert "Traceback" not in error
         assert _checkpoints(tmp_path / "run") == [2]
         assert [int(row["step"]) for row in runs.losses(tmp_path / "run")] == [1, 2]
+    Image.new("RGB", (32, 32), "red").save(bad)
+    assert train.main(["--config", str(path)]) == 0
+    assert [int(row["step"]) for row in runs.losses(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_a_unets_pictures_need_captions_and_a_vaes_do_not(tmp_path):
