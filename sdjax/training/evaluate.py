@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.console import show
+from sdjax.console import says_why, show
 from sdjax.files import check_file, write_whole
 from sdjax.generate import StableDiffusion
 from sdjax.parts import BUNDLED
@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         asked = held_out(arguments.captions, arguments.seed)
         options = {"sampler": arguments.sampler, "num_inference_steps": arguments.steps}
         measured = [measure(pipe, asked, guidance_scale=scale, **options) for scale in arguments.guidance]
-    except ValueError as error:
+    except Exception as error:
+        if not says_why(error):
+            raise
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     columns = [column for column, _ in measured]

@@ -1,5 +1,7 @@
 """The measurement of a model: what it asks for is held out, and what it counts is what the checker says."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,6 +69,13 @@ def test_what_cannot_be_measured_or_kept_is_refused_first(arguments, capsys, tmp
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path):
-    assert evaluate.main(["--model", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+@pytest.mark.parametrize("fault", [None, ConnectionError("the hub is away"), TypeError("ours")])
+def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path, monkeypatch, fault):
+    def failing(*_, **__):
+        raise fault
+
+    if fault is not None:
+        monkeypatch.setattr(evaluate.StableDiffusion, "from_pretrained", failing)
+    with pytest.raises(TypeError) if isinstance(fault, TypeError) else contextlib.nullcontext():
+        assert evaluate.main(["--model", str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
