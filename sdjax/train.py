@@ -3,19 +3,24 @@
 A run writes into its output folder: checkpoints/ (from which the same command goes on), run.json (what it is made from:
 another is refused), metrics.csv, tensorboard/, sheets/ (pictures of how far it is) and, at its end, model/ (the
 averaged weights in the diffusers layout), lora/ or controlnet/.
-Ctrl-C writes a checkpoint and stops.
+Ctrl-C writes a checkpoint and stops; a second one stops at once.
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sdjax.console import is_out_of_memory, says_why
 from sdjax.files import folder_here, held
 from sdjax.request_options import refuse_empty
 from sdjax.training import config as training_config
+
+if TYPE_CHECKING:
+    from sdjax.training.loop import Run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,43 +36,62 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--export", help="train nothing: write the last checkpoint's model into this folder")
     parser.add_argument("--export-dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
-    try:
-        refuse_empty(arguments)
-        config = training_config.load(
-            arguments.config, output=arguments.output, init=arguments.init, steps=arguments.steps
-        )
-        # JAX, seconds to import, after what a typing error can spoil.
-        from sdjax.training.encoded import DataError
-        from sdjax.training.loop import Run, check_replaceable
-
-        output = folder_here(config.output)
-        model = output / config.result if arguments.export is None else folder_here(arguments.export)
-        check_replaceable(model, config)  # before the steps that lead to it
-        run = Run(config)
-        if arguments.export is not None:
-            run.export(model, arguments.export_dtype)
-            return 0
-        if int(run.state.step) > config.steps:
-            raise ValueError(
-                f"{output} has taken {int(run.state.step)} steps, and steps is {config.steps}; "
-                "--export writes the model that it has come to"
+    with contextlib.ExitStack() as holding:
+        try:
+            refuse_empty(arguments)
+            config = training_config.load(
+                arguments.config, output=arguments.output, init=arguments.init, steps=arguments.steps
             )
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted before the first step", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if not says_why(error):
-            raise
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+            # JAX, seconds to import, after what a typing error can spoil.
+            from sdjax import compile_cache
+            from sdjax.training.loop import Run, check_output, check_replaceable
+
+            compile_cache.use()
+            output = folder_here(config.output)
+            model = output / config.result if arguments.export is None else folder_here(arguments.export)
+            check_replaceable(model, config)  # before the steps that lead to it
+            if arguments.export is None:
+                check_output(output)
+                busy = f"another run is writing to {output}; wait until it has ended, or name another --output"
+                holding.enter_context(held(output, busy))  # before its last checkpoint is read
+            run = Run(config)
+            if arguments.export is not None:
+                run.export(model, arguments.export_dtype)
+                return 0
+            if int(run.state.step) > config.steps:
+                raise ValueError(
+                    f"{output} has taken {int(run.state.step)} steps, and steps is {config.steps}; "
+                    "--export writes the model that it has come to"
+                )
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: interrupted before the first step", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if not says_why(error):
+                raise
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return 2
+        return _trained(run, model, arguments.export_dtype, parser.prog)
+
+
+def _trained(run: "Run", model: Path, dtype: str, command: str) -> int:
+    """Take the run's steps and write its model; returns the command's exit status."""
+    from sdjax.training.encoded import DataError
+
     stop = threading.Event()
-    before = {name: signal.signal(name, lambda *_: stop.set()) for name in (signal.SIGINT, signal.SIGTERM)}
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def ask(*_: Any) -> None:
+        stop.set()
+        for name in signals:  # the second time at once, which may be in the middle of a step
+            signal.signal(name, signal.SIG_DFL)
+
+    before = {name: signal.signal(name, ask) for name in signals}
     try:
-        with held(output, f"another run is writing to {output}; wait until it has ended, or name another --output"):
-            if not run.train(stop):
-                print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
-                return 130
-            run.export(model, arguments.export_dtype)
+        if not run.train(stop):
+            print(f"stopped at step {int(run.state.step)}; the same command goes on from there", file=sys.stderr)
+            return 130
+        run.export(model, dtype)
     except Exception as error:
         said = str(error)
         if is_out_of_memory(error):
@@ -77,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             said = f"{said}; once that is mended, the same command goes on"
         elif not (isinstance(error, FloatingPointError) or says_why(error)):
             raise
-        print(f"{parser.prog}: {said}", file=sys.stderr)
+        print(f"{command}: {said}", file=sys.stderr)
         return 1
     finally:
         for name, handler in before.items():

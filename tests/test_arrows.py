@@ -83,7 +83,9 @@ MAY_IMPORT = {
         *("sdjax.images", "sdjax.model_options", "sdjax.parts", "sdjax.planning", "sdjax.request"),
         *("sdjax.request_options", "sdjax.spec", "sdjax.values"),
     },
-    "sdjax/train.py": {"sdjax.console", "sdjax.files", "sdjax.request_options", "sdjax.training"},
+    "sdjax/train.py": {
+        *("sdjax.compile_cache", "sdjax.console", "sdjax.files", "sdjax.request_options", "sdjax.training"),
+    },
     "sdjax/plan.py": {
         *("sdjax.architectures", "sdjax.console", "sdjax.files", "sdjax.planning", "sdjax.request"),
         *("sdjax.request_options", "sdjax.spec", "sdjax.values"),

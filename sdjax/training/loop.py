@@ -48,10 +48,6 @@ class Run:
                 f"batch_size is {config.batch_size}; {len(self.devices)} devices and optimizer.accumulate "
                 f"{config.optimizer.accumulate} need a multiple of {pieces}"
             )
-        whole = self.folder.absolute()
-        there = next(path for path in (whole, *whole.parents) if path.exists())
-        if not there.is_dir():
-            raise TrainConfigError(f"output is {self.folder}, and {there} is no folder")
         start = None if config.init is None else open_checkpoint(config.init)
         self._conditioned = is_conditioned(config, start)
         self.source = open_source(config.data, captions=config.denoises, conditioned=self._conditioned)
@@ -245,6 +241,14 @@ class Run:
     def _save(self) -> None:
         if int(self.state.step):
             self.checkpoints.save(self.state)
+
+
+def check_output(folder: Path) -> None:
+    """Raise TrainConfigError where a run's folder is none, or cannot be made."""
+    whole = folder.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
+    if not there.is_dir():
+        raise TrainConfigError(f"output is {folder}, and {there} is no folder")
 
 
 def check_replaceable(folder: Path, config: Train) -> None:

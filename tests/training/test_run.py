@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from transformers import CLIPTokenizer
 
-from sdjax import files, train
+from sdjax import compile_cache, files, train
 from sdjax.generate import StableDiffusion
 from sdjax.parallel import Devices
 from sdjax.request import Request
@@ -98,9 +98,13 @@ def test_a_stopped_run_writes_a_checkpoint(tmp_path):
 
 
 def test_a_run_stopped_before_its_first_step_is_one_line(tmp_path, capsys, monkeypatch):
+    kept = []
+
     def interrupted(_):
+        assert kept  # compiled programs are, of which a run that goes on would else wait for all
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(compile_cache, "use", lambda: kept.append(True))
     monkeypatch.setattr(loop, "Run", interrupted)
     assert train.main(["--config", str(write(tmp_path))]) == 130
     assert capsys.readouterr().err == "python -m sdjax.train: interrupted before the first step\n"
@@ -117,6 +121,8 @@ def test_signals_are_the_callers_again_after_a_run(tmp_path, monkeypatch, ends):
         def train(self, stop):
             signal.raise_signal(signal.SIGTERM)
             assert stop.is_set()
+            # The second ends the process at once.
+            assert {signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
             return False if ends else 1 / 0
 
     monkeypatch.setattr(loop, "Run", Made)
@@ -331,8 +337,9 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(tmp_
     monkeypatch.setattr(loop, "Devices", lambda: ONE)
     path = write(tmp_path, "vae")
     output = Path(config.load(path).output)
+    monkeypatch.setattr(loop, "Run", None)  # what the first writes last is not read before it has ended
     with files.held(output, "the first"):
-        assert train.main(["--config", str(path)]) == 1
+        assert train.main(["--config", str(path)]) == 2
     assert f"another run is writing to {output}; wait until it has ended, or name another" in capsys.readouterr().err
     assert not any(output.iterdir())
 
