@@ -1,6 +1,7 @@
 """A training run from its configuration to its exported model."""
 
 import contextlib
+import glob
 import shutil
 import threading
 import uuid
@@ -160,6 +161,11 @@ class Run:
         if self.config.task == "vae" and not self.config.reconstruction.decoder_only:
             self.networks.configs["vae"]["scaling_factor"] = latents.scaling_factor(self)
         folder = folder.resolve()  # of a link, what it leads to
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.old"):  # of an export that was killed
+            if folder.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.rename(folder)
         mark = uuid.uuid4().hex[:8]
         new, old = (folder.with_name(f".{folder.name}.{mark}.{age}") for age in ("new", "old"))
         try:

@@ -1,5 +1,7 @@
 """What a run writes as a model: its average, in place of a model and of nothing else."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,27 @@ def test_an_export_replaces_a_model_and_nothing_else(begun, tmp_path, monkeypatc
         begun.export(folder)
     assert (folder / "model_index.json").exists()
     assert sorted(tmp_path.iterdir()) == here
+
+
+def test_a_model_that_a_kill_left_between_two_names_is_found_again(begun, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    begun.export(folder)
+    (folder / "README.md").write_text("my card")
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.name.endswith(".new"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begun.export(folder)
+    assert not folder.exists()
+    begun.export(folder)
+    assert (folder / "README.md").read_text() == "my card"
+    assert not list(tmp_path.glob(".model.*"))
 
 
 def test_what_is_exported_is_the_average(begun, tmp_path):
