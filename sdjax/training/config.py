@@ -126,6 +126,11 @@ class Train:
         return self.task != "vae"
 
     @property
+    def has_sheets(self) -> bool:
+        """Whether there is anything to show: a VAE's are of the data."""
+        return self.task == "vae" or bool(self.sheet_prompts)
+
+    @property
     def result(self) -> str:
         """What is left at the end, which is also its folder's name: a model, a lora or a controlnet."""
         return "lora" if self.lora.rank else "controlnet" if self.task == "controlnet" else "model"

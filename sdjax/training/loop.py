@@ -111,17 +111,19 @@ class Run:
             name: {key: self.devices.replicate(leaf.astype(self.networks.dtypes[name])) for key, leaf in own.items()}
             for name, own in self.frozen.items()
         }
-        start = int(self.state.step)
+        start, ahead = int(self.state.step), None
         progress = Progress(self.folder, start, config.steps, config.batch_size)
         finished = True
         try:
             for number, batch in enumerate(self._batches(start, cache), start + 1):
                 state, values = step(state, frozen, batch)
+                jax.block_until_ready(ahead)  # one step runs ahead, not as many as devices queue: a stop waits for them
+                ahead = values
                 progress.add(number, values)
                 finished = number == config.steps
                 stopped = stop is not None and stop.is_set()
                 saving = number % config.checkpoint_every == 0 or finished or stopped
-                showing = number % config.sheet_every == 0 or finished
+                showing = config.has_sheets and (number % config.sheet_every == 0 or finished)
                 logging = number % config.log_every == 0 or saving or showing
                 if logging:
                     progress.write()
@@ -236,8 +238,10 @@ class Run:
         )
 
     def _fetch(self, state: State) -> None:
-        """Take the state of all devices for the run's."""
-        found = jax.tree.map(lambda leaf: np.array(leaf[0]), state)
+        """Take the state of all devices for the run's, which is let go of first: it is as large."""
+        self.state = State(np.zeros((), np.int32), {}, {}, ())
+        # A copy, as the next step is given the device's; of a shard, as leaf[0] would be compiled for each shape.
+        found = jax.tree.map(lambda leaf: np.array(leaf.addressable_shards[0].data)[0, ...], state)
         for path, leaf in jax.tree_util.tree_leaves_with_path(found):
             if not np.isfinite(leaf).all():
                 name = jax.tree_util.keystr(path, simple=True, separator=" ")

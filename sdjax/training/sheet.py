@@ -59,12 +59,7 @@ class Sheet:
 
     def write(self, step: int) -> None:
         """Write the sheet of the run's state."""
-        if self._run.config.task == "vae":
-            sheet = self._reconstructions()
-        elif self._spec is not None:
-            sheet = self._samples(self._spec)
-        else:
-            return
+        sheet = self._reconstructions() if self._spec is None else self._samples(self._spec)
         path = self._run.folder / "sheets" / f"{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, images.encode(np.asarray(sheet)))

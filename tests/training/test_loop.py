@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -10,10 +11,12 @@ import pytest
 from PIL import Image
 
 from sdjax import train
+from sdjax.parallel import Devices
 from sdjax.training import config, loop, progress
 from sdjax.training.data import DataError
 from sdjax.training.loader import indices
 from sdjax.training.loop import Run
+from sdjax.training.step import State
 from tests.training import runs
 from tests.training.runs import ONE, write
 
@@ -158,6 +161,60 @@ def test_the_time_of_a_sheet_is_no_steps(tmp_path, monkeypatch, counted):
     _change(path, steps=5, log_every=5, sheet_every=3)
     assert train.main(["--config", str(path)]) == 0
     assert speeds == [8, 8]
+
+
+def test_a_step_begins_when_the_one_before_the_last_is_done(tmp_path, monkeypatch, counted):
+    """Else as many run ahead as devices queue, and what stops the run waits for all of them."""
+    seen, counting = [], loop.make_step
+
+    class Loss(np.ndarray):
+        def block_until_ready(self):
+            seen.append(("done", int(self[0])))
+
+    def make_step(*_, **__):
+        count = counting()
+
+        def step(state, frozen, batch):
+            state, _ = count(state, frozen, batch)
+            seen.append(("begun", int(state.step[0])))
+            return state, {"loss": np.array([state.step[0]], np.float32).view(Loss)}
+
+        return step
+
+    monkeypatch.setattr(loop, "make_step", make_step)
+    path = _change(write(tmp_path, "vae", cache="false"), checkpoint_every=9, log_every=9, steps=4)
+    assert Run(config.load(path), ONE).train()
+    begun = [("begun", 1), *((what, number - (what == "done")) for number in (2, 3, 4) for what in ("begun", "done"))]
+    assert seen[: len(begun)] == begun
+
+
+@pytest.mark.parametrize(("prompts", "fetched"), [((), [4]), (("a star",), [2, 4])])
+def test_a_state_is_fetched_where_something_is_made_of_it(tmp_path, monkeypatch, counted, prompts, fetched):
+    steps, fetch = [], Run._fetch
+    monkeypatch.setattr(Run, "_fetch", lambda run, state: steps.append(int(state.step[0])) or fetch(run, state))
+    path = write(tmp_path, cache="false", prompts=prompts)
+    assert Run(config.load(_change(path, checkpoint_every=9, sheet_every=2, steps=4)), ONE).train()
+    assert steps == fetched
+
+
+def test_fetching_a_state_compiles_nothing_and_lets_go_of_the_one_before(compilations):
+    class Watched(np.ndarray):
+        pass
+
+    before = np.zeros(3, np.float32).view(Watched)
+    alive, devices = weakref.ref(before), Devices()
+    run = SimpleNamespace(state=State(np.int32(0), {"a": {"b": before}}, {}, ()))
+    state = jax.tree.map(devices.replicate, State(np.array(7, np.int32), {"a": {"b": np.ones((3, 7, 13))}}, {}, ()))
+    finite = np.isfinite
+    del before
+    compilations()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "isfinite", lambda leaf: finite(leaf) if alive() is None else pytest.fail("two are held"))
+        Run._fetch(run, state)
+    assert not compilations()
+    assert int(run.state.step) == 7
+    np.testing.assert_array_equal(run.state.params["a"]["b"], np.ones((3, 7, 13)))
+    assert run.state.params["a"]["b"].flags.owndata or run.state.params["a"]["b"].base.flags.owndata
 
 
 def test_as_many_checkpoints_are_kept_as_asked(tmp_path, counted):
