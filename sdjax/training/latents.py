@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,7 +39,7 @@ def moments(
 
 def _encoder(run: Run):
     """The function uint8 [batch, h, w, 3] -> mean and logvar [batch, h / f, w / f, 2 c], on the first device."""
-    params = run.state.ema["vae"] if run.config.task == "vae" else run.networks.params["vae"]
+    params = run.state.average["vae"] if run.config.task == "vae" else run.networks.params["vae"]
     params = jax.device_put(params, run.devices.devices[0])
     compiled = jax.jit(partial(moments, run.networks.modules["vae"]))
     return lambda pixels: np.asarray(compiled(params, pixels), np.float32)
@@ -61,19 +62,23 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
     there = path.exists() and beside.exists() and note.exists()
     if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
-        encode, count = _encoder(run), len(run.pictures)
-        frames = np.zeros((count, 4), np.int32)
-        with unfinished.open("wb") as file:  # not mapped: there a full disk is a signal that ends the process
-            for start in tqdm(range(0, count, _BATCH), desc="latents", unit="batch", dynamic_ncols=True):
+        encode, count, read = _encoder(run), len(run.pictures), partial(framed, run.pictures)
+        size, frames = min(_BATCH, count), np.zeros((count, 4), np.int32)
+        chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        # Not mapped: there a full disk is a signal that ends the process.
+        with unfinished.open("wb") as file, ThreadPoolExecutor(run.config.data.workers) as pool:
+            ahead = pool.map(read, chunks[0])
+            for number, chunk in enumerate(tqdm(chunks, desc="latents", unit="batch", dynamic_ncols=True), 1):
                 if stop is not None and stop.is_set():
                     return None
-                chosen = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape, one program
-                pixels, found = zip(*(framed(run.pictures, int(index)) for index in chosen), strict=True)
-                part, frames[chosen] = encode(np.stack(pixels)).astype(np.float16), found
-                if not start:
+                pixels, frames[chunk] = zip(*ahead, strict=True)
+                ahead = pool.map(read, chunks[number] if number < len(chunks) else ())
+                filled = np.stack(pixels)[np.minimum(np.arange(size), len(chunk) - 1)]  # one shape, one program
+                part = encode(filled)[: len(chunk)].astype(np.float16)
+                if number == 1:
                     header = np.lib.format.header_data_from_array_1_0(part)
                     np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *part.shape[1:])})
-                file.write(part[: count - start].tobytes())
+                file.write(part.tobytes())
         unfinished.replace(path)
         np.save(beside, frames)
         write_whole(note, digest.encode())

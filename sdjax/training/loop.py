@@ -172,11 +172,11 @@ class Run:
         new, old = (folder.with_name(f".{folder.name}.{mark}.{age}") for age in ("new", "old"))
         try:
             if self.config.lora.rank:
-                lora.save(new, self.state.ema, dtype)
+                lora.save(new, self.state.average, dtype)
             elif self.config.task == "controlnet":
-                controlnet.save(new, self.networks, self.state.ema["controlnet"], dtype)
+                controlnet.save(new, self.networks, self.state.average["controlnet"], dtype)
             else:
-                self.networks.export(new, self.state.ema, dtype)
+                self.networks.export(new, self.state.average, dtype)
             if (folder / "README.md").exists():
                 shutil.copyfile(folder / "README.md", new / "README.md")
             if folder.exists():

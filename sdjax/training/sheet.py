@@ -67,7 +67,7 @@ class Sheet:
     def _reconstructions(self) -> Image.Image:
         source = self._run.pictures
         originals = [source.image(index % len(source)) for index in range(_EXAMPLES)]
-        params = jax.device_put(self._run.state.ema["vae"], self._run.devices.devices[0])
+        params = jax.device_put(self._run.state.average["vae"], self._run.devices.devices[0])
         output = self._reconstruct(params, np.stack(originals))
         decoded = list(np.round((np.clip(np.asarray(output, np.float32), -1, 1) + 1) * 127.5).astype(np.uint8))
         rows = [part[at : at + _COLUMNS] for at in range(0, _EXAMPLES, _COLUMNS) for part in (originals, decoded)]
@@ -75,7 +75,7 @@ class Sheet:
 
     def _samples(self, spec: Spec) -> Image.Image:
         run, devices = self._run, self._run.devices
-        for name, params in joined(run.networks.params, run.state.ema).items():
+        for name, params in joined(run.networks.params, run.state.average).items():
             dtype, [called] = run.networks.dtypes[name], spec.controlnets if name == controlnet.NAME else [name]
             copies = {key: devices.replicate(np.asarray(leaf).astype(dtype)) for key, leaf in params.items()}
             self._networks[called] = bind(run.networks.modules[name], copies)

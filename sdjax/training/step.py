@@ -20,8 +20,13 @@ class State(NamedTuple):
 
     step: Array | np.ndarray  # int32 [], steps taken
     params: dict[str, Params]
-    ema: dict[str, Params]
+    ema: dict[str, Params]  # empty where ema_decay is 0
     optimizer: optax.OptState
+
+    @property
+    def average(self) -> dict[str, Params]:
+        """What is shown and exported."""
+        return self.ema or self.params
 
 
 def learning_rate(options: Optimizer, steps: int) -> optax.Schedule:
@@ -52,7 +57,10 @@ def initial(params: dict[str, Params], options: Optimizer, steps: int) -> State:
     """The state before the first step, on the host: what Adam keeps begins as zeros."""
     slots = jax.eval_shape(optimizer(options, steps).init, params)
     return State(
-        np.zeros((), np.int32), params, params, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots)
+        np.zeros((), np.int32),
+        params,
+        params if options.ema_decay else {},
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots),
     )
 
 
@@ -86,9 +94,11 @@ def make_step(
 
         updates, slots = update_rule.update(gradients, state.optimizer, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        # Young averages follow the parameters more closely, as in TensorFlow's ExponentialMovingAverage.
-        decay = jnp.minimum(options.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda mean, new: mean * decay + new * (1 - decay), state.ema, params)
+        ema = state.ema
+        if options.ema_decay:
+            # Young averages follow the parameters more closely, as in TensorFlow's ExponentialMovingAverage.
+            decay = jnp.minimum(options.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda mean, new: mean * decay + new * (1 - decay), ema, params)
         metrics = {
             "loss": loss,
             **metrics,

@@ -221,6 +221,30 @@ def test_latents_take_the_disk_that_their_writing_took(standin, monkeypatch):
     assert max(sizes) <= 64 * made.moments[0].nbytes + 128 < (standin.make().folder / "latents.npy").stat().st_size
 
 
+def test_pictures_are_read_ahead_of_the_encoder(standin, monkeypatch):
+    encode, framed, later = latents._encoder(None), latents.framed, threading.Event()
+
+    def reading(source, index):
+        if index >= 64:
+            later.set()
+        return framed(source, index)
+
+    def waiting(pixels):
+        assert later.wait(60)
+        return encode(pixels)
+
+    monkeypatch.setattr(latents, "framed", reading)
+    monkeypatch.setattr(latents, "_encoder", lambda _: waiting)
+    np.testing.assert_array_equal(latents.cached(standin.make()).moments[:, 0, 0, 0], np.arange(70))
+
+
+def test_few_pictures_are_a_small_batch(standin):
+    for path in sorted(standin.folder.glob("*.png"))[5:]:
+        path.unlink()
+    assert len(latents.cached(standin.make()).moments) == 5
+    assert standin.calls == [5]
+
+
 def test_latents_stop_when_told(standin):
     stop = threading.Event()
     stop.set()

@@ -163,6 +163,16 @@ def test_the_time_of_a_sheet_is_no_steps(tmp_path, monkeypatch, counted):
     assert speeds == [8, 8]
 
 
+def test_without_an_average_none_is_kept_and_the_last_is_exported(tmp_path, counted):
+    path = _change(write(tmp_path, "vae", cache="false"), ema_decay=0, batch_size=8)
+    assert train.main(["--config", str(path)]) == 0
+    run = Run(config.load(path), ONE)
+    assert int(run.state.step) == 8
+    assert not run.state.ema
+    exported = runs.weights(tmp_path / "run" / "model")["vae"]["decoder.conv_in.bias"]
+    np.testing.assert_array_equal(exported, run.state.params["vae"]["decoder.conv_in.bias"])
+
+
 def test_a_step_begins_when_the_one_before_the_last_is_done(tmp_path, monkeypatch, counted):
     """Else as many run ahead as devices queue, and what stops the run waits for all of them."""
     seen, counting = [], loop.make_step
