@@ -104,6 +104,9 @@ class Train:
     batch_size: int  # of all devices and accumulated parts together
     data: Data
     init: str | None = None  # a checkpoint: a folder, hub id, fsspec URL or single file
+    prediction_type: str | None = None  # of a single file that does not say it: epsilon or v_prediction
+    tokenizer: str | None = None  # of a single file: a folder, hub id or fsspec URL; None is CLIP's on the hub
+    allow_ckpt: bool = False  # whether weights to start from may be PyTorch's own files
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights and optimizer are float32
     remat: bool = False  # gradient checkpointing of the UNet: each block is computed again in the backward pass
@@ -241,6 +244,15 @@ def check(config: Train) -> None:
         raise TrainConfigError("data must name exactly one of folder, shards, latents and generator")
     if data.options and data.generator is None:
         raise TrainConfigError("data.options does nothing without data.generator; take it out")
+    if config.init is None:
+        for name in ("prediction_type", "tokenizer", "allow_ckpt"):
+            if getattr(config, name):
+                raise TrainConfigError(f"{name} does nothing without init; take it out")
+    elif config.model.tokenizer is not None and config.model.text_encoder is None:
+        raise TrainConfigError(
+            "model.tokenizer does not go with the text encoder of init, which knows other ids; describe one in "
+            "model.text_encoder"
+        )
     if data.latents is not None:
         fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
         fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder

@@ -51,7 +51,9 @@ def add(networks: Networks, config: Train) -> None:
         made = ControlNet(ControlNetConfig.from_dict(settings), **options, rngs=nnx.Rngs(key))
         params = _copied(jax.device_get(flat(made)), networks.params["unet"])
     else:
-        read = controls.read([config.controlnet.init], configs, what=str(config.init), variant=None, allow_pickle=False)
+        read = controls.read(
+            [config.controlnet.init], configs, what=str(config.init), variant=None, allow_pickle=config.allow_ckpt
+        )
         [(start, own)] = read.values()
         settings, made = start.json("", "config.json"), ControlNet(own, **options, rngs=None)
         params = flat(checkpoint.fill(made, start.tensors(""), what=config.controlnet.init, place=np.asarray))

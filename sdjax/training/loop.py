@@ -49,7 +49,10 @@ class Run:
                 f"batch_size is {config.batch_size}; {len(self.devices)} devices and optimizer.accumulate "
                 f"{config.optimizer.accumulate} need a multiple of {pieces}"
             )
-        start = None if config.init is None else open_checkpoint(config.init)
+        start = None
+        if config.init is not None:
+            said = {"tokenizer": config.tokenizer, "prediction_type": config.prediction_type}
+            start = open_checkpoint(config.init, allow_pickle=config.allow_ckpt, **said)
         self._conditioned = is_conditioned(config, start)
         self.source = open_source(config.data, captions=config.denoises, conditioned=self._conditioned)
         self.networks: Networks = prepare(config, self.source, start)

@@ -12,7 +12,7 @@ from sdjax.files import is_file
 from sdjax.weights import hub, torch_zip
 from sdjax.weights.safetensors import CheckpointError, read_header_and_metadata, read_tensors
 
-_WITH_ALLOW_PICKLE = "a pickle is read with allow_pickle only (--allow-ckpt)"
+_WITH_ALLOW_PICKLE = f"a pickle is read with allow_pickle only ({torch_zip.ALLOWED_BY})"
 SETTINGS = "adapter_config.json"  # of a LoRA; PEFT lays it beside the file
 
 

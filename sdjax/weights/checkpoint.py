@@ -201,8 +201,8 @@ class Checkpoint:
         if pickles:
             raise CheckpointError(
                 f"{what} has its weights as a pickle ({min(pickles)}), a format that can carry code; with allow_pickle "
-                f"(--allow-ckpt) {' and '.join(stem + '.bin' for stem in _STEMS['.bin'])} are read all the same, by a "
-                "reader that runs none"
+                f"({torch_zip.ALLOWED_BY}) {' and '.join(stem + '.bin' for stem in _STEMS['.bin'])} are read all the "
+                "same, by a reader that runs none"
             )
         asked = f" of the variant {self.variant!r}, and no plain one" if self.variant else ""
         raise CheckpointError(f"{what} has no safetensors file{asked}")

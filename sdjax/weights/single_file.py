@@ -93,8 +93,8 @@ class _File(Checkpoint):
                 self._entries = torch_zip.read_header(stream, self.source)
             else:
                 raise CheckpointError(
-                    f"{self.source} is a pickle, a format that can carry code; with allow_pickle (--allow-ckpt) it is "
-                    "read all the same, by a reader that runs none"
+                    f"{self.source} is a pickle, a format that can carry code; with allow_pickle "
+                    f"({torch_zip.ALLOWED_BY}) it is read all the same, by a reader that runs none"
                 )
         try:
             shapes = {key: entry.shape for key, entry in self._entries.items()}

@@ -57,7 +57,7 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"stepz": 1}, "stepz is no option; there are batch_size"),
+        ({"stepz": 1}, "stepz is no option; there are allow_ckpt, batch_size"),
         ({"steps": "ten"}, "steps is 'ten'; it must be of type int"),
         ({"steps": True}, "steps is True"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
@@ -121,6 +121,12 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
             {"task": "unet", "diffusion": {"in_channels": 8}, "model": {"unet": {}}},
             "diffusion.in_channels does not go with model.unet",
         ),
+        (
+            {"task": "unet", "init": "x", "model": {"tokenizer": {"merges": 3, "max_length": 9}}},
+            "model.tokenizer does not go with the text encoder of init, which knows other ids",
+        ),
+        ({"tokenizer": "x"}, "tokenizer does nothing without init; take it out"),
+        ({"prediction_type": "epsilon"}, "prediction_type does nothing without init; take it out"),
         ({"dtype": "float8"}, "dtype is 'float8'; it can be 'float32' or 'bfloat16'"),
     ],
 )

@@ -99,7 +99,9 @@ def test_a_folder_of_pickles_loads_when_it_is_allowed(copy, loaded):
     vae = diffusers.AutoencoderKL.from_pretrained(copy / "vae")
     vae.save_pretrained(copy / "vae", safe_serialization=False)
     (copy / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
-    with pytest.raises(CheckpointError, match=r"has its weights as a pickle .* with allow_pickle \(--allow-ckpt\)"):
+    with pytest.raises(
+        CheckpointError, match=r"has its weights as a pickle .* with allow_pickle \(--allow-ckpt; to train allow_ckpt\)"
+    ):
         StableDiffusion.from_pretrained(copy, **ONE)
     pipe = StableDiffusion.from_pretrained(copy, allow_pickle=True, **ONE)
     assert same(pipe, loaded)
