@@ -31,16 +31,19 @@ class Data:
     options: dict[str, Any] = field(default_factory=dict)
     size: int = 512  # images are cut and scaled to size x size
     workers: int = 2
+    caption: str | None = None  # of pictures that have none
+    flip: bool = False  # half of the pictures, drawn anew at each visit
     cache_latents: bool = False  # encode the whole data set once before the first step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW with a linear warm-up, a constant rate and a linear decay to zero over the last `decay_steps`."""
+    """AdamW with a linear warm-up, a constant rate and a decay to zero over the last `decay_steps`."""
 
     learning_rate: float = 1e-4
     warmup_steps: int = 0
     decay_steps: int = 0
+    schedule: Literal["linear", "cosine"] = "linear"  # of the decay
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0  # on matrices and kernels only
@@ -65,6 +68,7 @@ class Lora:
     """What is trained in place of the networks themselves, where the rank is not 0."""
 
     rank: int = 0
+    init: str | None = None  # one to go on from: a folder, hub id, fsspec URL or file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +168,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
 ]
 _OTHERS = {  # what only other tasks' runs look at
     "vae": (
-        *("remat", "sheet_prompts", "sheet_images", "data.cache_latents", "diffusion.", "lora.", "controlnet."),
+        *("remat", "sheet_prompts", "sheet_images", "data.cache_latents", "data.caption", "diffusion.", "lora."),
+        "controlnet.",
         *("model.unet", "model.text_encoder", "model.scheduler", "model.tokenizer"),
     ),
     "unet": ("reconstruction.", "controlnet."),
@@ -189,9 +194,15 @@ def load(path: str | Path, **overrides: Any) -> Train:
     config = build(Train, table | {key: value for key, value in overrides.items() if value is not None})
     check(config)
     # ~, as fsspec reads the data's
-    init, other = (None if path is None else os.path.expanduser(path) for path in (config.init, config.controlnet.init))
-    output = os.path.expanduser(config.output)
-    return dataclasses.replace(config, output=output, init=init, controlnet=ControlNet(init=other))
+    starts = (config.init, config.lora.init, config.controlnet.init)
+    init, lora, controlnet = (None if path is None else os.path.expanduser(path) for path in starts)
+    return dataclasses.replace(
+        config,
+        output=os.path.expanduser(config.output),
+        init=init,
+        lora=dataclasses.replace(config.lora, init=lora),
+        controlnet=ControlNet(init=controlnet),
+    )
 
 
 def build(kind: Any, value: Any, name: str = "") -> Any:
@@ -256,10 +267,19 @@ def check(config: Train) -> None:
     if data.latents is not None:
         fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
         fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder
+        fresh += [f"data.{name}" for name in ("flip", "caption") if getattr(data, name)]
         fresh += ["data.size"] * (data.size != Data.size)
         fresh += ["data.cache_latents"] * data.cache_latents + [f"task {config.task}"] * (config.task != "unet")
         if fresh:
             raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")
+    if data.flip and data.cache_latents:
+        raise TrainConfigError("data.flip does not go with data.cache_latents: pictures are encoded once")
+    if data.caption is not None and data.generator is not None:
+        raise TrainConfigError("data.caption does nothing with data.generator, which has its own; take it out")
+    if config.optimizer.schedule != Optimizer.schedule and not config.optimizer.decay_steps:
+        raise TrainConfigError("optimizer.schedule does nothing without optimizer.decay_steps; take it out")
+    if config.lora.init is not None and not config.lora.rank:
+        raise TrainConfigError("lora.init does nothing without lora.rank; take it out")
     values, others = flat(config), _OTHERS[config.task]
     if config.lora.rank:
         for name in (name for name in values if name.startswith("model.") and values[name] is not None):

@@ -96,7 +96,7 @@ class Scenes:
 
 
 class _File(NamedTuple):
-    """An image's path, its caption where metadata.jsonl has it, and the path of the picture that it is made from."""
+    """An image's path, its caption unless it lies beside it, and the path of the picture that it is made from."""
 
     path: str
     caption: str | None = None
@@ -108,20 +108,24 @@ class Folder:
 
     captions, conditioned: whether each image must have a caption, or a picture that it is made from (metadata.jsonl's
         `conditioning_image_file_name`), which are looked for before any is read.
+    caption: of images that have none.
     """
 
-    def __init__(self, url: str, size: int, *, captions: bool = False, conditioned: bool = False) -> None:
+    def __init__(
+        self, url: str, size: int, *, captions: bool = False, conditioned: bool = False, caption: str | None = None
+    ) -> None:
         self._fs, root = fsspec.core.url_to_fs(url)
         self._size, self._url, self._root = size, url, root
         table, there = posixpath.join(root, "metadata.jsonl"), below(self._fs, root)
         if self._fs.isfile(table):
-            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl", root, conditioned)
+            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl", root, conditioned, caption)
             self._files = list(rows)
             needed = [path for file in self._files for path in (file.path, file.conditioning) if path is not None]
         else:
-            images = (path for path in there if path.lower().endswith(IMAGES))
-            self._files = [_File(path) for path in images if not _is_hidden(posixpath.relpath(path, root))]
-            needed = [_beside(file.path) for file in self._files] if captions else []
+            paths = [path for path in there if path.lower().endswith(IMAGES)]
+            paths = [path for path in paths if not _is_hidden(posixpath.relpath(path, root))]
+            self._files = [_File(path, None if _beside(path) in there else caption) for path in paths]
+            needed = [_beside(file.path) for file in self._files if file.caption is None] if captions else []
         if not self._files:
             raise DataError(f"{url} holds no image ({', '.join(IMAGES)})")
         if conditioned and self._files[0].conditioning is None:
@@ -190,11 +194,15 @@ class Shards:
 
     captions, conditioned: whether each image must have a caption beside it, or a picture that it is made from,
         `key.conditioning_image.png`.
+    caption: of images that have none.
     """
 
-    def __init__(self, pattern: str, size: int, *, captions: bool = False, conditioned: bool = False) -> None:
+    def __init__(
+        self, pattern: str, size: int, *, captions: bool = False, conditioned: bool = False, caption: str | None = None
+    ) -> None:
         self._fs, path = fsspec.core.url_to_fs(pattern)
-        self._size, self._captions, self._conditioned = size, captions, conditioned
+        self._size, self._conditioned, self._caption = size, conditioned, caption
+        self._captions = captions and caption is None
         shards = sorted(str(shard) for shard in self._fs.glob(path)) if has_magic(path) else [path]
         self._examples = [example for shard in shards for example in self._index(shard)]
         if not self._examples:
@@ -241,10 +249,12 @@ class Shards:
     def caption(self, index: int, rng: np.random.Generator) -> str:
         image, span, _ = self._examples[index]
         if span is None:
-            raise _no_caption(image.shard, sample_key(image.name)[0])
+            if self._caption is None:
+                raise _no_caption(image.shard, sample_key(image.name)[0])
+            return self._caption
         what = f"{span.name} of {span.shard}"
         text = text_of(self._read(span), what)
-        return text.strip() if sample_key(span.name)[1] == ".txt" else _told(text, what)
+        return text.strip() if sample_key(span.name)[1] == ".txt" else _told(text, what, self._caption)
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each example's tar and name there, and its place, the tar's size, and when it was last written."""
@@ -277,10 +287,11 @@ def _no_caption(shard: str, key: str) -> DataError:
     return DataError(f"{shard} has no {key}.txt, the caption of {key}'s image")
 
 
-def _told(text: str, what: str) -> str:
+def _told(text: str, what: str, default: str | None) -> str:
     """The caption in a sample's JSON."""
     try:
-        caption, _ = split_caption(json.loads(text, object_pairs_hook=json_object))
+        own, _ = split_caption(json.loads(text, object_pairs_hook=json_object))
+        caption: Any = default if own is None else own
         caption.encode()  # half of a surrogate pair is no text
     except DataError as error:
         raise DataError(f"{what}: {error}") from None
@@ -302,10 +313,11 @@ def open_source(data: Data, *, captions: bool = False, conditioned: bool = False
     Raises:
         DataError: it is not there, lacks a file that it needs, or holds nothing that can be trained on.
     """
+    needed: dict[str, Any] = {"captions": captions, "conditioned": conditioned, "caption": data.caption}
     if data.folder is not None:
-        return Folder(data.folder, data.size, captions=captions, conditioned=conditioned)
+        return Folder(data.folder, data.size, **needed)
     if data.shards is not None:
-        return Shards(data.shards, data.size, captions=captions, conditioned=conditioned)
+        return Shards(data.shards, data.size, **needed)
     if data.latents is not None:
         return EncodedSet(data.latents)
     module, _, name = (data.generator or "").partition(":")
@@ -327,14 +339,15 @@ def open_source(data: Data, *, captions: bool = False, conditioned: bool = False
     return made
 
 
-def _rows(content: bytes, what: str, root: str, conditioned: bool) -> Iterator[_File]:
+def _rows(content: bytes, what: str, root: str, conditioned: bool, default: str | None) -> Iterator[_File]:
     columns = [f"{name}_file_name" for name in CONDITIONING]
     for number, line in enumerate(content.split(b"\n"), 1):
         text = text_of(line, f"{what} line {number}")
         if not text.strip():
             continue
         try:
-            caption, others = split_caption(json.loads(text, object_pairs_hook=json_object))
+            own, others = split_caption(json.loads(text, object_pairs_hook=json_object))
+            caption: Any = default if own is None else own
             names = [others["file_name"]]
             if conditioned:
                 names += [next(others[name] for name in columns if name in others)]

@@ -13,16 +13,8 @@ from sdjax.training.encoded import EncodedSet
 # What a run may change as it goes on. Where its data and its start lie is not what they are.
 _FREE = {"output", "steps", "log_every", "checkpoint_every", "keep_checkpoints"}
 _FREE |= {"sheet_every", "sheet_prompts", "sheet_images"}
-_FREE |= {
-    "init",
-    "tokenizer",
-    "allow_ckpt",
-    "controlnet.init",
-    "data.folder",
-    "data.shards",
-    "data.latents",
-    "data.workers",
-}
+_FREE |= {"init", "tokenizer", "allow_ckpt", "lora.init", "controlnet.init"}
+_FREE |= {"data.folder", "data.shards", "data.latents", "data.workers"}
 _MEMORY = {"remat", "optimizer.accumulate"}  # which a step takes; they change its rounding alone
 _FILE = "run.json"
 

@@ -59,6 +59,7 @@ class Loader:
         caption_dropout: the part of captions that become empty, 0 to 1. As many conditioning pictures are unseen, half
             of those with an empty caption too (https://arxiv.org/abs/2211.09800, where the part is 0.1).
         workers: threads that read.
+        flip: whether half of the pictures are mirrored, left to right, with those that they are made from.
     """
 
     def __init__(
@@ -72,10 +73,11 @@ class Loader:
         caption_dropout: float,
         workers: int,
         conditioning: bool = False,
+        flip: bool = False,
     ) -> None:
         self._source, self._batch_size, self._seed = source, batch_size, seed
         self._images, self._captions, self._conditioning = images, captions, conditioning
-        self._dropout = caption_dropout
+        self._dropout, self._flip = caption_dropout, flip
         self._workers = workers
 
     def batch(self, step: int) -> Batch:
@@ -101,12 +103,18 @@ class Loader:
             spoken = [source.caption(i, rng) for i, rng in zip(numbers, rngs, strict=True)]
             captions = ["" if drop else caption for caption, drop in zip(spoken, dropped, strict=True)]
             empty = np.array([not caption for caption in captions])
+        flipped = np.array([rng.random() < 0.5 for rng in rngs]) & self._flip
         if self._images:
             made, found = zip(*(framed(source, i) for i in numbers), strict=True)
             pixels, frames = np.stack(made), np.array(found)
+            pixels[flipped] = pixels[flipped, :, ::-1]
+            size = pixels.shape[2]
+            scaled = (frames[:, 1] * size / frames[:, :2].min(axis=1)).astype(int)  # the width that it was cut from
+            frames[flipped, 3] = (scaled - size - frames[:, 3])[flipped]
         if self._conditioning:
             assert isinstance(source, Conditioned)
             conditioning = np.stack([source.conditioning(i) for i in numbers])
+            conditioning[flipped] = conditioning[flipped, :, ::-1]
             is_unseen = (self._dropout / 2 <= chances) & (chances < 1.5 * self._dropout)
         return Batch(chosen, empty, pixels, frames, captions, conditioning, is_unseen)
 

@@ -70,6 +70,8 @@ class Run:
         if config.lora.rank:
             rng = np.random.default_rng(config.seed)
             begun = {name: lora.start(own, config.lora.rank, rng) for name, own in begun.items()}
+            if config.lora.init is not None:
+                begun = lora.resume(begun, self.networks, config)
         else:
             stays -= trained
         self.frozen: dict[str, Params] = {name: params[name] for name in sorted(stays)}
@@ -204,6 +206,7 @@ class Run:
             conditioning=self._conditioned,
             caption_dropout=config.diffusion.caption_dropout,
             workers=config.data.workers,
+            flip=config.data.flip,
         )
         place = np.arange(config.batch_size, dtype=np.int32)
         names = ("pixels", "conditioning", "is_unseen", "moments", "context", "pooled")

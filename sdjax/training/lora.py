@@ -17,9 +17,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sdjax.config import CLIPTextConfig, UNetConfig
 from sdjax.models.layers import Change, Linear
-from sdjax.training.networks import Params
-from sdjax.weights.lora import NAMES
+from sdjax.training.config import Train, TrainConfigError
+from sdjax.training.networks import Networks, Params
+from sdjax.weights.lora import NAMES, Lora
 from sdjax.weights.safetensors import write_tensors
 
 FILE = NAMES[0]
@@ -37,6 +39,33 @@ def start(params: Params, rank: int, rng: np.random.Generator) -> Params:
             factors[match[1] + _A] = rng.standard_normal((rank, into), np.float32) / rank
             factors[match[1] + _B] = np.zeros((out, rank), np.float32)
     return factors
+
+
+def resume(factors: dict[str, Params], networks: Networks, config: Train) -> dict[str, Params]:
+    """Return factors with those of the LoRA in `lora.init`, whose scale goes into B, in place of those it has too.
+
+    Raises:
+        TrainConfigError: it is of another rank, or changes what no factor here does.
+        CheckpointError: it cannot be read, or is for another model.
+    """
+    kinds = {name: UNetConfig if name == "unet" else CLIPTextConfig for name in ("unet", *networks.text_encoders)}
+    configs = {name: kind.from_dict(networks.configs[name]) for name, kind in kinds.items()}
+    assert config.lora.init is not None
+    read = Lora(config.lora.init, 1, configs, what=str(config.init), allow_pickle=config.allow_ckpt)
+    found = {name: dict(own) for name, own in factors.items()}
+    for network in configs:
+        for key, delta in read.deltas(network).items():
+            a, b = (key.removesuffix("weight") + name for name in (_A, _B))
+            own = found.get(network, {})
+            if a not in own or delta.factors.keys() != {"up", "down"} or delta.magnitude is not None:
+                raise TrainConfigError(f"{config.lora.init} changes {network}.{key}, which this run does not train")
+            if len(delta.factors["down"]) != config.lora.rank:
+                rank = len(delta.factors["down"])
+                raise TrainConfigError(f"{config.lora.init} has rank {rank}; lora.rank is {config.lora.rank}")
+            down, up = (delta.factors[name].astype(np.float32) for name in ("down", "up"))
+            own[a], own[b] = down.reshape(own[a].shape), up.reshape(own[b].shape) * np.float32(delta.scale)
+    networks.init = f"{networks.init} {read.file.hashed()}"
+    return found
 
 
 class _Factor(nnx.Module):

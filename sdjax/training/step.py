@@ -30,13 +30,15 @@ class State(NamedTuple):
 
 
 def learning_rate(options: Optimizer, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant, then linear to zero over the last `decay_steps` of `steps`."""
+    """Linear warm-up, then constant, then linear or along a cosine to zero over the last `decay_steps` of `steps`."""
     rise = optax.linear_schedule(0.0, options.learning_rate, options.warmup_steps)
-    fall = optax.linear_schedule(options.learning_rate, 0.0, options.decay_steps, steps - options.decay_steps)
+    begin, fall = steps - options.decay_steps, optax.linear_schedule(options.learning_rate, 0.0, options.decay_steps)
+    if options.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(options.learning_rate, options.decay_steps)
     # The count is the number of steps taken before: the first step of a warm-up is not lost to a rate of zero.
     return lambda count: jnp.minimum(
         rise(count + 1) if options.warmup_steps else options.learning_rate,
-        fall(count) if options.decay_steps else options.learning_rate,
+        fall(jnp.maximum(count - begin, 0)) if options.decay_steps else options.learning_rate,
     )
 
 

@@ -1,5 +1,6 @@
 """Which files of a folder or a tar are examples: none is passed over unsaid but those that systems leave."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sdjax.training.config import Data
 from sdjax.training.data import DataError, open_source
+from sdjax.training.loader import Loader
 
 RNG = np.random.default_rng(0)
 
@@ -61,3 +63,49 @@ def test_a_json_without_a_caption_is_named(tmp_path, told):
     source = open_source(_tar(tmp_path / "a.tar", {"a.png": _png(), "a.json": told.encode()}), captions=True)
     with pytest.raises(DataError, match=r"a\.json of .*a\.tar needs one of text, caption, prompt, as a string"):
         source.caption(0, RNG)
+
+
+def test_pictures_without_a_caption_have_the_one_that_is_given(tmp_path):
+    names = {"a.png": _png(), "a.txt": b"own", "b.png": _png(), "c.png": _png(), "c.json": b'{"width": 8}'}
+    (tmp_path / "set").mkdir()
+    for name in ("a.png", "a.txt", "b.png", "c.png"):
+        (tmp_path / "set" / name).write_bytes(names[name])
+    folder, packed = Data(folder=str(tmp_path / "set"), size=8), _tar(tmp_path / "a.tar", names)
+    given = "a photo of sks dog"
+    for data in (folder, packed):
+        source = open_source(dataclasses.replace(data, caption=given), captions=True)
+        assert [source.caption(i, RNG) for i in range(len(source))] == ["own", given, given]
+    rows = '{"file_name": "a.png", "text": "own"}\n{"file_name": "b.png"}\n{"file_name": "c.png", "text": null}'
+    (tmp_path / "set" / "metadata.jsonl").write_text(rows)
+    source = open_source(dataclasses.replace(folder, caption=given), captions=True)
+    assert [source.caption(i, RNG) for i in range(len(source))] == ["own", given, given]
+
+
+def test_pictures_and_what_they_are_made_from_are_flipped_together(tmp_path):
+    """And so is the corner where each was cut, of which Stable Diffusion XL is told."""
+    rng, rows, sides = np.random.default_rng(0), [], []
+    for i in range(6):
+        pixels = rng.integers(0, 256, (16, 20 + 2 * i, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        Image.fromarray(255 - pixels).save(tmp_path / f"{i}.from.png")
+        rows.append({"file_name": f"{i}.png", "text": str(i), "conditioning_image_file_name": f"{i}.from.png"})
+        sides += [pixels, pixels[:, ::-1]]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(Data(folder=str(tmp_path), size=16), captions=True, conditioned=True)
+    plain, flipping = (
+        Loader(source, 6, 3, images=True, captions=True, caption_dropout=0.5, workers=1, conditioning=True, flip=flip)
+        for flip in (False, True)
+    )
+    flips = []
+    for step in range(40):
+        before, batch = plain.batch(step), flipping.batch(step)
+        assert (before.captions, before.is_unseen.tolist()) == (batch.captions, batch.is_unseen.tolist())
+        for was, now, origin, frame in zip(before.pixels, batch.pixels, batch.conditioning, batch.frames, strict=True):
+            flips.append(not np.array_equal(was, now))
+            np.testing.assert_array_equal(now, was[:, ::-1] if flips[-1] else was)
+            np.testing.assert_array_equal(origin, 255 - now)
+            height, width, top, left = frame
+            [whole] = [side for side in sides if np.array_equal(side[top : top + 16, left : left + 16], now)]
+            assert whole.shape == (height, width, 3)
+    assert 0.4 < np.mean(flips) < 0.6
+    np.testing.assert_array_equal(flipping.batch(7).pixels, flipping.batch(7).pixels)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sdjax import train
 from sdjax.config import CLIPTextConfig, UNetConfig
@@ -92,6 +92,32 @@ def test_attentions_projections_have_factors():
     a, b = (made["unet"][f"{name}lora_{factor}.weight"] for factor in "AB")
     assert (a.shape, b.shape) == ((2, 8), (32, 2))
     assert 0.3 < np.std(np.concatenate([leaf.ravel() for key, leaf in made["unet"].items() if "_A" in key])) < 0.7
+
+
+def test_one_goes_on_from_another_of_any_scale(model, trained, tmp_path):
+    """What it does not have begins anew; it is a part of what the run is made from."""
+    run, folder = trained
+    other = {key: leaf for key, leaf in load_file(folder / lora.FILE).items() if key.startswith("unet.")}
+    told = {"lora_adapter_metadata": json.dumps({"unet.r": RANK, "unet.lora_alpha": 2 * RANK})}
+    path = tmp_path / "a.safetensors"
+    save_file(other, path, metadata=told)
+    started = dataclasses.replace(settings(tmp_path, model), lora=config.Lora(rank=RANK, init=str(path)))
+    again = Run(started, ONE)
+    for name, factor in again.state.params["unet"].items():
+        scale = 2 if "lora_B" in name else 1
+        np.testing.assert_array_equal(factor, scale * other[f"unet.{name}"], err_msg=name)
+    assert not any(np.any(leaf) for name, leaf in again.state.params["text_encoder"].items() if "lora_B" in name)
+    assert again.networks.init != run.networks.init
+    frozen = dataclasses.replace(started.diffusion, train_text_encoder=False)
+    for changes, message in (
+        ({"lora": config.Lora(rank=RANK + 1, init=str(path))}, r"a\.safetensors has rank 3; lora\.rank is 4"),
+        (
+            {"lora": config.Lora(rank=RANK, init=str(folder)), "diffusion": frozen},
+            r"changes text_encoder\.\S+, which this run does not train",
+        ),
+    ):
+        with pytest.raises(TrainConfigError, match=message):
+            Run(dataclasses.replace(started, **changes), ONE)
 
 
 def test_joined_is_the_papers_formula():

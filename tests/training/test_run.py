@@ -163,6 +163,7 @@ def test_a_decoder_trained_alone_still_reads_the_same_latents(whole, tmp_path):
 def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_path, monkeypatch):
     loaded = config.load(write(tmp_path, cache="false"))
     loaded = dataclasses.replace(loaded, diffusion=dataclasses.replace(loaded.diffusion, caption_dropout=0.375))
+    loaded = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, flip=True))
     made = SimpleNamespace(
         modules={},
         scheduler={},
@@ -190,6 +191,7 @@ def test_the_objective_and_the_loader_are_told_what_the_configuration_says(tmp_p
     with pytest.raises(Reached):
         next(Run._batches(run, 0, None))
     assert told["caption_dropout"] == 0.375
+    assert told["flip"] is True
 
 
 def _gradients(folder, devices=ONE, dtype="float32", text=True, accumulate=1):

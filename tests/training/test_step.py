@@ -121,6 +121,13 @@ def test_the_rate_rises_stays_and_falls():
     assert [row["learning_rate"] for row in history] == [0.25, 0.5]
 
 
+def test_the_rate_falls_along_a_cosine():
+    rate = learning_rate(Optimizer(learning_rate=2.0, warmup_steps=2, decay_steps=4, schedule="cosine"), 10)
+    rates = [float(rate(count)) for count in range(11)]
+    np.testing.assert_allclose(rates[:7], [1, *[2] * 6])
+    np.testing.assert_allclose(rates[6:], [1 + np.cos(np.pi * part) for part in (0, 0.25, 0.5, 0.75, 1)], atol=1e-6)
+
+
 def test_steps_draw_different_noise():
     options = Optimizer(learning_rate=0.0)
     on = Devices(jax.devices()[:1])

@@ -49,9 +49,13 @@ def test_defaults_and_overrides(tmp_path):
 
 def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    text = 'task = "vae"\noutput = "~/run"\ninit = "~/sd"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "~/pictures"\n'
-    loaded = _load(tmp_path, text)
-    assert (loaded.output, loaded.init) == (str(tmp_path / "run"), str(tmp_path / "sd"))
+    text = 'task = "{}"\noutput = "~/run"\ninit = "~/sd"\nsteps = 10\nbatch_size = 2\n[data]\nfolder = "~/pictures"\n{}'
+    loaded = _load(tmp_path, text.format("unet", '[lora]\nrank = 2\ninit = "~/lora"'))
+    found = (loaded.output, loaded.init, loaded.lora.init)
+    assert found == (str(tmp_path / "run"), str(tmp_path / "sd"), str(tmp_path / "lora"))
+    assert loaded.lora.rank == 2
+    loaded = _load(tmp_path, text.format("controlnet", '[controlnet]\ninit = "~/net"'))
+    assert loaded.controlnet.init == str(tmp_path / "net")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,20 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
             {"task": "unet", "init": "x", "model": {"tokenizer": {"merges": 3, "max_length": 9}}},
             "model.tokenizer does not go with the text encoder of init, which knows other ids",
         ),
+        (
+            {"task": "unet", "data": {"folder": "y", "flip": True, "cache_latents": True}},
+            "data.flip does not go with data.cache_latents: pictures are encoded once",
+        ),
+        ({"task": "unet", "data": {"latents": "y", "flip": True}}, "data.flip does not go with data.latents"),
+        ({"task": "unet", "data": {"latents": "y", "caption": "a"}}, "data.caption does not go with data.latents"),
+        ({"data": {"folder": "y", "caption": "a"}}, "data.caption does nothing where task is 'vae'; take it out"),
+        (
+            {"task": "unet", "data": {"generator": "x:y", "caption": "a"}},
+            "data.caption does nothing with data.generator, which has its own; take it out",
+        ),
+        ({"optimizer": {"schedule": "cosine"}}, "optimizer.schedule does nothing without optimizer.decay_steps"),
+        ({"optimizer": {"schedule": "step"}}, "optimizer.schedule is 'step'; it can be 'linear' or 'cosine'"),
+        ({"task": "unet", "lora": {"init": "x"}}, "lora.init does nothing without lora.rank; take it out"),
         ({"tokenizer": "x"}, "tokenizer does nothing without init; take it out"),
         ({"prediction_type": "epsilon"}, "prediction_type does nothing without init; take it out"),
         ({"dtype": "float8"}, "dtype is 'float8'; it can be 'float32' or 'bfloat16'"),
@@ -141,7 +159,14 @@ def test_the_documentation_names_every_key_and_its_default():
     page = (CONFIGS.parent / "docs" / "training.md").read_text()
     told = dict(re.findall(r"^\| `([\w.]+)` \| `?(.*?)`? \|", page, re.MULTILINE))
     # A tuple is TOML's array.
-    words = {"None": "none", "True": "true", "False": "false", "()": "[]", "'float32'": '"float32"'}
+    words = {
+        "None": "none",
+        "True": "true",
+        "False": "false",
+        "()": "[]",
+        "'float32'": '"float32"',
+        "'linear'": '"linear"',
+    }
     values = config.flat(config.Train(task="vae", output="", steps=1, batch_size=1, data=config.Data()))
     required = dict.fromkeys(("task", "output", "steps", "batch_size"), "-")
     assert told == {name: words.get(repr(value), repr(value)) for name, value in values.items()} | required
