@@ -58,8 +58,8 @@ MAY_IMPORT = {
         *("sdjax.values", "sdjax.weights"),
     },
     "sdjax/planning": {
-        *("sdjax.flops", "sdjax.generate", "sdjax.networks", "sdjax.parallel", "sdjax.planning", "sdjax.programs"),
-        *("sdjax.request", "sdjax.sampling", "sdjax.spec"),
+        *("sdjax.flops", "sdjax.generate", "sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.planning"),
+        *("sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
     },
     "sdjax/benchmark": {
         *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.generate", "sdjax.images", "sdjax.networks"),

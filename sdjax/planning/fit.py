@@ -1,5 +1,6 @@
 """The largest batch that fits a device, by compiling the programs and reading how much memory they take."""
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ import jax
 from flax import nnx
 
 from sdjax.generate import IN_FLIGHT
+from sdjax.models import tiling
 from sdjax.networks import build
 from sdjax.parallel import Device
 from sdjax.planning.compiled import Compiled, compiled_for
@@ -48,7 +50,7 @@ class Local:
         self.name, self._device = device.device_kind, device
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit is None:
-            raise ValueError(f"a {self.name} does not say how much memory it has; give the batch size as a number")
+            raise ValueError(f"{self.name} does not say how much memory it has; give the batch size as a number")
         self.memory: int = limit
 
     def compile(self, recorded: Recorded, draft: bool) -> Compiled | None:
@@ -99,16 +101,25 @@ class Fit:
     def fitted(self, batch_size: int | None) -> Fitted | None:
         """A batch, by default the largest that fits; None if it, or one image, does not."""
         batch_size = self.largest() if batch_size is None else batch_size
-        placed = [found for name in self.names if batch_size and (found := self.place(name, batch_size)) is not None]
-        return Fitted(batch_size, tuple(placed)) if len(placed) == len(self.names) else None
+        if not batch_size or not self._greatest(batch_size, draft=False):
+            return None
+        placed = (self.place(name, batch_size) for name in self.names)
+        return Fitted(batch_size, tuple(found for found in placed if found is not None))
 
-    def largest(self) -> int:
-        """What fits of every program, 0 if not one image does: found with drafts, then settled by the programs."""
-        return self._search(max(1, self._search(_FIRST, draft=True)), draft=False)
+    def largest(self, most: int | None = None) -> int:
+        """What fits of every program, 0 if not one image does: found with drafts, then settled by the programs.
 
-    def _search(self, tried: int, draft: bool) -> int:
-        """From `tried` down to what fits, then up by what memory is left; a sixteenth is not worth a compilation."""
-        good, bad = 0, _MOST + 1
+        most: more than that is not asked for, and it is tried first.
+        """
+        bad = (most or _MOST) + 1
+        return self._search(max(1, self._search(most or _FIRST, bad, draft=True)), bad, draft=False)
+
+    def _search(self, tried: int, bad: int, draft: bool) -> int:
+        """From `tried` down to what fits, then up by what memory is left; a sixteenth is not worth a compilation.
+
+        bad: what is too many.
+        """
+        good = 0
         while good + good // 16 < tried < bad:
             if memory := self._greatest(tried, draft):
                 good, tried = tried, min(self._guess(tried, memory), bad - 1)
@@ -134,7 +145,8 @@ class Fit:
         """A program for a batch, or its draft; None if it and all that stays on the device beside it do not fit."""
         key = batch_size, name, draft
         if key not in self._placed:
-            self._say(f"{'drafting' if draft else 'compiling'} {name} for {batch_size} images on a {self._target.name}")
+            images = f"{batch_size} image{'s' * (batch_size > 1)}"
+            self._say(f"{'drafting' if draft else 'compiling'} {name} for {images} on {self._target.name}")
             programs = self._programs(batch_size)
             recorded = next(program for program in programs if program.name == name)
             compiled = self._target.compile(recorded, draft)
@@ -159,19 +171,36 @@ class Fit:
 
 
 def largest_here(spec: Spec, requests: Sequence[Request], say: Callable[[str], None]) -> int:
-    """The most images that this machine's devices can each make at once, of the request of most pixels and chunks.
+    """The most images that this machine's devices can each make at once, of whichever of the requests.
 
     Raises:
-        ValueError: not one fits, or the devices do not say how much memory they have.
+        ValueError: not one of a request fits, or the devices do not say how much memory they have.
     """
-    programs = map(spec.program, requests)
-    pixels = [program.final_width * program.final_height * program.chunks for program in programs]
-    greatest = requests[pixels.index(max(pixels))]
-    if found := Fit(spec, greatest, Local(jax.local_devices()[0]), say).largest():
-        return found
-    raise ValueError(
-        f"{spec.name} at {greatest.width}x{greatest.height} does not fit the memory of a device, even alone"
-    )
+    target, found = Local(jax.local_devices()[0]), None
+    for request in _greediest(spec, requests):
+        found = Fit(spec, request, target, say).largest(found)
+        if not found:
+            size = f"{request.width}x{request.height}"
+            raise ValueError(f"{spec.name} at {size} does not fit the memory of a device, even alone")
+    assert found is not None, "there are requests"
+    return found
+
+
+def _greediest(spec: Spec, requests: Sequence[Request]) -> list[Request]:
+    """Requests beside which none asks for at least as much of everything that takes memory; of equals one."""
+    asked: dict[tuple[float, ...], Request] = {}
+    for request in requests:
+        program = spec.program(request)
+        first, final = program.width * program.height, program.final_width * program.final_height
+        ratio, strips = program.token_merging_ratio, [pixels > tiling.TILED for pixels in (first, final)]
+        grows = final, first, program.prompts, program.chunks, program.variants, *(program.refiner or (0, 0, 0))
+        either_way = [sign * value for value in (ratio, *strips) for sign in (1, -1)]
+        asked.setdefault((*grows, program.reuses, request.image is not None, *either_way), request)
+    return [
+        asked[key]
+        for key in sorted(asked, reverse=True)
+        if not any(key != other and all(map(operator.le, key, other)) for other in asked)
+    ]
 
 
 def _bytes(tree: Any) -> int:

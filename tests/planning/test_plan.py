@@ -1,4 +1,4 @@
-"""The programs that generate runs, their operations, the search for what fits, and the TPU compiler if it is here."""
+"""The programs that generate runs, their operations, what the command says, and the compilers that are here."""
 
 import importlib.util
 import json
@@ -20,17 +20,15 @@ from sdjax import plan
 from sdjax.config import Stage, UNetConfig
 from sdjax.denoise import SCAN_ROWS
 from sdjax.flops import flops
-from sdjax.generate import IN_FLIGHT, StableDiffusion
+from sdjax.generate import StableDiffusion
 from sdjax.models.attention import attention, flash_attention
 from sdjax.models.blocks import TransformerBlock
 from sdjax.models.unet import UNet2DCondition
-from sdjax.networks import build
 from sdjax.parallel import Devices
-from sdjax.planning import fit
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import Compiled, Memory
 from sdjax.planning.estimate import Estimate, Plan
-from sdjax.planning.fit import Fit, Fitted, Local, Placed
+from sdjax.planning.fit import Fit, Fitted, Placed
 from sdjax.planning.gpu import GPUS, GpuCompiler
 from sdjax.planning.record import Recorded, record
 from sdjax.planning.tpu import TpuCompiler
@@ -49,7 +47,6 @@ needs_cuda = pytest.mark.skipif(
     reason="needs XLA's compiler for GPUs, which the cuda extra brings (4 GB): pip install 'sdjax[cuda]'",
 )
 REQUEST = Request(prompt="a red circle", num_inference_steps=7)
-EMPTY = "HloModule m\n\nENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n"
 
 
 def test_the_programs_recorded_are_those_that_run(tiny, monkeypatch):
@@ -134,59 +131,6 @@ def test_what_a_request_leaves_out_is_not_counted(tiny, options, asked, deep):
     assert counted == pytest.approx((call * asked + (whole - call) * deep) / advance.asked.size, rel=1e-3)
 
 
-class _Stated:
-    """A compiler by whose word each image takes `each` bytes of a chip, and of a draft `drafted` times as many."""
-
-    def __init__(self, each: dict[str, int], drafted: float):
-        self.name, self.memory, self.each, self.drafted, self.asked = "v5e", CHIPS["v5e"].memory, each, drafted, []
-
-    def compile(self, recorded: Recorded, draft: bool) -> Compiled | None:
-        batch = jax.tree.leaves(recorded.result)[0].shape[0]
-        self.asked.append((recorded.name, draft))
-        images = int(batch * self.each.get(recorded.name, 0) * (self.drafted if draft else 1))
-        given = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(recorded.arguments))
-        return None if images > self.memory else Compiled(Memory(given, 0, 0, images, 0), EMPTY)
-
-
-def _programs(spec: Spec, request: Request, batch_size: int) -> list[Recorded]:
-    """Programs by name and batch alone, of which a search knows no more; to trace those of `record` takes seconds."""
-    images = jax.ShapeDtypeStruct((batch_size, 64, 64, 3), jnp.uint8)
-    names = "encode_text", "start", "advance", "decode"
-    return [Recorded(name, jnp.negative, (images,), (), images, calls=1) for name in names]
-
-
-@pytest.mark.parametrize("drafted", [0.75, 1, 1.3])
-@pytest.mark.parametrize(
-    ("each", "expected"),
-    [
-        ({"decode": 2**31}, 7),
-        ({"decode": 2**31, "advance": 5 * 2**30}, 3),
-        ({"advance": 2**28}, 62),
-        ({"advance": 2**34}, 0),
-    ],
-)
-def test_the_largest_batch_is_found_in_few_compilations(tiny, each, expected, drafted, monkeypatch):
-    monkeypatch.setattr(fit, "record", _programs)
-    compiler = _Stated(each, drafted)
-    found = Fit(Spec(tiny), REQUEST, compiler, lambda _: None).largest()
-    assert expected - expected // 16 <= found <= expected
-    assert compiler.asked.count(("advance", False)) <= 3
-
-
-def test_what_else_is_on_the_device_counts(tiny):
-    """The networks that a program does not run, and the results of the other batch in flight."""
-    found = Fit(Spec(tiny), REQUEST, _Stated({"decode": 1000}, 1), lambda _: None)
-    decode = found.place("decode", 3)
-    programs = record(Spec(tiny), REQUEST, 3)
-    networks = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(build(Spec(tiny))))
-    (own,) = [program for program in programs if program.name == "decode"]
-    others = networks - sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own.arguments[0]))
-    results = sum(leaf.size * leaf.dtype.itemsize for program in programs for leaf in jax.tree.leaves(program.result))
-    given = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own.arguments))
-    assert decode is not None
-    assert decode.memory == given + 3 * 1000 + others + (IN_FLIGHT - 1) * results
-
-
 def test_times_and_prices_are_made_of_cycles_calls_and_chips():
     toy = Chip("toy", 1e3, 64e3, 8, 0.5, 4e3, 1.0, 2.0, "2x2")
     text = PROGRAM.replace("flash", "flash_attention_8").replace("bf16[8,16]", "bf16[1,8,16]")
@@ -206,49 +150,6 @@ def test_times_and_prices_are_made_of_cycles_calls_and_chips():
     head, _, row = plan.table(told["programs"]).splitlines()
     cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert (cells["calls"], cells["s"]) == ("3", f"{found.seconds:.3f}")
-
-
-def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
-    device = jax.devices()[0]
-    with pytest.raises(ValueError, match="does not say how much memory it has"):
-        Local(device)
-
-    class Small:
-        """The CPU, by its own word with little memory."""
-
-        device_kind = "small"
-
-        def memory_stats(self):
-            return {"bytes_limit": 2**26}
-
-    local = Local(Small())
-    local._device = device
-    found = Fit(Spec(tiny), REQUEST, local, lambda _: None)
-    for draft in (True, False):
-        placed = found.place("decode", 2, draft)
-        assert placed is not None
-        assert 0 < placed.memory < 2**26
-
-
-def test_the_batch_size_is_that_of_the_largest_request(tiny, monkeypatch):
-    asked = []
-
-    class FoundByArea(Fit):
-        def largest(self):
-            asked.append(self._request)
-            return 0 if self._request == wide else 5
-
-    monkeypatch.setattr(fit, "Fit", FoundByArea)
-    monkeypatch.setattr(fit, "Local", lambda device: device)
-    spec = Spec(tiny)
-    small, tall, wide = (
-        spec.resolve(Request(prompt="a", width=width, height=height))
-        for width, height in [(16, 16), (16, 32), (64, 16)]
-    )
-    assert fit.largest_here(spec, [small, tall], print) == 5
-    with pytest.raises(ValueError, match="64x16 does not fit"):
-        fit.largest_here(spec, [small, wide, tall], print)
-    assert asked == [tall, wide]
 
 
 def test_what_the_command_refuses(capsys):
