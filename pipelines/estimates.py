@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.dataflow import LaunchError, Preset
+from pipelines.options import parse
+from sdjax.planning.asked import asked
 from sdjax.planning.chips import CHIPS
+from sdjax.request import Request
 
-_HELD = ("target", "dtype", "width", "height", "steps", "batch_size")  # what a plan must share with the job
-_TOLD = {"model", "chips", "estimated_images_per_second"}
+_BATCH = 4  # images that an accelerator makes at once unless a job says it
 
 
 class Figure(NamedTuple):
@@ -50,25 +52,40 @@ def price(preset: Preset) -> Figure | None:
 
 
 def read_plan(path: Path, preset: Preset) -> dict[str, Any]:
-    """What `sdjax.plan` wrote for the preset's chip, size, steps and dtype.
+    """What `sdjax.plan` wrote for what the preset asks of its chip, the job's own defaults included.
 
     Raises:
         LaunchError: it cannot be read, or is for others.
     """
+    its = {"target": preset.machine.chip, **_asked(preset)}
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        found = {name: plan[name] for name in _HELD}
-        if not (plan.keys() >= _TOLD and plan["estimated_images_per_second"] / plan["chips"] > 0):
+        # A plan says its size also where that is the model's own, of which a job knows nothing.
+        sizes = {name: plan[name] for name in ("width", "height") if name in its}
+        found = {name: plan[name] for name in ("target", "dtype", "steps", "batch_size")} | plan["asked"] | sizes
+        if not (plan["model"] and plan["estimated_images_per_second"] / plan["chips"] > 0):
             raise ValueError
     except OSError as error:
         raise LaunchError(f"{path}: {error.strerror}; `python -m sdjax.plan --json FILE` writes a plan") from None
     except (ValueError, TypeError, KeyError, ZeroDivisionError):
         raise LaunchError(f"{path}: is not what `python -m sdjax.plan --json` writes for a TPU") from None
-    asked = {**preset.pipeline, "steps": preset.pipeline.get("num_inference_steps"), "target": preset.machine.chip}
-    for name, value in found.items():
-        if asked.get(name) not in (None, value):
-            raise LaunchError(f"{path}: is a plan for {name} {value}, and the job has {asked[name]}")
+    for name in {**found, **its}:
+        planned, asks = (f"{name} {of[name]}" if name in of else f"no {name}" for of in (found, its))
+        if planned != asks:
+            raise LaunchError(f"{path}: is a plan for {planned}, and the job has {asks.removeprefix(f'{name} ')}")
     return plan
+
+
+def _asked(preset: Preset) -> dict[str, Any]:
+    """A preset's [pipeline] in the words of a plan."""
+    given = {"prompts": "any", "output": "any", **preset.pipeline}
+    try:
+        options = parse([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
+        request, _ = Request.from_row({"prompt": "any", **options.request_defaults()})
+    except ValueError as error:
+        raise LaunchError(f"no plan is for this job: {error}") from None
+    batch = {"dtype": options.dtype, "steps": request.num_inference_steps, "batch_size": options.batch_size or _BATCH}
+    return batch | asked(request, options)
 
 
 def told(preset: Preset, num_images: int | None) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Start a Dataflow job from a preset, on what Terraform made, and follow it to its end.
 
-    python -m pipelines.launch --config configs/dataflow-v5e-sdxl.toml --prompts gs://... --output gs://...
+    python -m pipelines.launch --config configs/dataflow-v5e-sdxl.toml --prompts gs://... --output gs://... --model gs://...
 
 prints the plan, asks, submits, and shows the same progress line as pipelines.generate_images. Combinations that cannot
 work are refused before anything is sent. Credentials are the application default ones: let them be the launcher
@@ -137,6 +137,8 @@ def prepare(options: argparse.Namespace) -> Job:
     name = f"sdjax-{preset.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}".lower().replace("_", "-").replace(".", "-")
     job = Job(name, preset, Deployment.read(options.terraform), options.prompts, options.output, options.direct)
     wrong = list(faults(job))
+    if options.model is None and "model" not in preset.pipeline:
+        wrong.append("no model is named; give --model, or `model` in the preset's [pipeline]")
     if options.num_images is not None and options.num_images < 1:
         wrong.append(f"--num-images={options.num_images} are none; give how many the prompts ask for")
     if not wrong:
@@ -162,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, type=Path, help="a preset, such as configs/dataflow-v5e-sdxl.toml")
     parser.add_argument("--prompts", required=True, help="file or glob on Cloud Storage")
     parser.add_argument("--output", required=True, help="folder on Cloud Storage; a second run makes what is missing")
-    parser.add_argument("--model", help="checkpoint on Cloud Storage or in the image; default: the preset's")
+    parser.add_argument("--model", help="checkpoint on Cloud Storage or in the image; needed if the preset has none")
     parser.add_argument("--terraform", type=Path, default=Path("terraform"), help="its folder, or `output -json` of it")
     parser.add_argument("--max-workers", type=int, help="default: the preset's")
     parser.add_argument("--zone", help="default: the preset's")

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable, Sequence
 
 from sdjax.retrying import is_of_a_network
 
@@ -34,3 +35,8 @@ def show(text: str) -> None:
             print(f"what was to be printed is lost: {error}", file=sys.stderr)
         # What is left in the buffer Python writes once more as it ends, and says so if it cannot.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

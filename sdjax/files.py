@@ -67,6 +67,8 @@ def check_file(option: str, path: Path) -> None:
         raise ValueError(f"{option}: there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; give a file")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ValueError(f"{option}: {path} may not be written to")
 
 
 def is_file(fs: Any, path: str) -> bool:

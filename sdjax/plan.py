@@ -16,8 +16,10 @@ from typing import Any
 import jax
 
 from sdjax import architectures
-from sdjax.console import interrupted, says_why, show
+from sdjax.console import interrupted, markdown, says_why, show
 from sdjax.files import check_file
+from sdjax.model_options import add_model_options, model_options
+from sdjax.planning.asked import asked
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import PlanError
 from sdjax.planning.estimate import Plan
@@ -41,19 +43,14 @@ of the three quarters that JAX takes. That compiler does not say how long a prog
 def parser() -> argparse.ArgumentParser:
     """The command's options; each Request field is one."""
     result = argparse.ArgumentParser(
-        prog="python -m sdjax.plan", description="What would fit on a TPU or GPU that isn't here, and how fast."
+        prog="python -m sdjax.plan",
+        description="What would fit on a TPU or GPU that isn't here, and how fast. No weights are read; "
+        f"--model may also be {', '.join(architectures.ARCHITECTURES)} or bundled.",
     )
-    names = ", ".join(architectures.ARCHITECTURES)
-    result.add_argument(
-        "--model",
-        default="bundled",
-        help=f"{names}, bundled (the default) or a checkpoint, of which no weights are read",
-    )
-    result.add_argument(
-        "--controlnet", action="append", default=[], metavar="PATH", help="a ControlNet; may be given several times"
-    )
+    add_model_options(result)
     targets = *sorted(CHIPS), *GPUS
-    result.add_argument("--target", choices=targets, default="v5e", help="TPU chip or GPU (default: %(default)s)")
+    about = "TPU chip or GPU, of which a100 is the one of 40 GB (default: %(default)s)"
+    result.add_argument("--target", choices=targets, default="v5e", help=about)
     result.add_argument("--topology", help="chips of a TPU host, such as 2x4 (default: 2x2)")
     result.add_argument("--batch-size", type=int, help="images that a device makes at once (default: what fits)")
     result.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
@@ -71,20 +68,19 @@ def chips_of(topology: str) -> int:
     return math.prod(map(int, sides))
 
 
-def make(options: argparse.Namespace) -> tuple[Fitted | None, Request]:
-    """The batch that the options ask for, None if not one image fits, and the request that it is for.
+def make(options: argparse.Namespace, request: Request) -> tuple[Fitted | None, Request, str]:
+    """The batch that the options ask for, None if not one image fits, the whole request, and the model's name.
 
     Raises:
         ValueError: something asked for cannot be; the message names it.
     """
-    request, _ = Request.from_row({"prompt": "a photo", **request_fields(options)})
-    with architectures.checkpoint(options.model) as source:
-        spec = Spec(source, dtype=options.dtype, controlnets=options.controlnet)
+    with architectures.checkpoint(options.model or "bundled") as source:
+        spec = Spec(source, dtype=options.dtype, **model_options(options))
         resolved = spec.resolve(request)
         target = options.target
         compiler = TpuCompiler(CHIPS[target]) if target in CHIPS else GpuCompiler(GPUS[target])
         fit = Fit(spec, resolved, compiler, lambda text: print(text, file=sys.stderr))
-        return fit.fitted(options.batch_size), resolved
+        return fit.fitted(options.batch_size), resolved, spec.name
 
 
 def facts(fitted: Fitted, device: Chip | Gpu) -> dict[str, Any]:
@@ -126,41 +122,32 @@ def estimated(plan: Plan, *, chips: int, price: float) -> dict[str, Any]:
 
 
 def table(programs: dict[str, dict[str, Any]]) -> str:
-    """Programs as Markdown; cycles are of one call, seconds and operations of all calls of a batch."""
+    """Programs as Markdown."""
     rows = {name: _cells(program) for name, program in programs.items()}
-    head = ["program", *next(iter(rows.values()))]
-    lines = [head, ["---"] * len(head), *([name, *cells.values()] for name, cells in rows.items())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["program", *next(iter(rows.values()))], [[name, *cells.values()] for name, cells in rows.items()])
 
 
 def _cells(program: dict[str, Any]) -> dict[str, str]:
-    cells = {"calls": str(program["calls"]), "TFLOP": f"{program['flops'] / 1e12:.1f}"}
+    cells = {"calls a batch": str(program["calls"]), "TFLOP a batch": _digits(program["flops"] / 1e12)}
     if "estimated_seconds" in program:
-        for head, kind in {"M cycles": "cycles", "capped": "cycles_capped", "kernels": "kernel_cycles"}.items():
-            cells[head] = f"{program[f'estimated_{kind}'] / 1e6:.1f}"
-        cells["s"] = f"{program['estimated_seconds']:.3f}"
+        cells["s a batch"] = _digits(program["estimated_seconds"])
+        for head, kind in {"": "cycles", ", capped": "cycles_capped", ", kernels": "kernel_cycles"}.items():
+            cells[f"M cycles a call{head}"] = _digits(program[f"estimated_{kind}"] / 1e6)
     kinds = {"arguments GiB": "arguments", "results": "results", "temporaries": "temporaries", "code": "code"}
-    return cells | {head: f"{program['memory'][kind] / _GIB:.2f}" for head, kind in kinds.items()}
+    return cells | {head: _digits(program["memory"][kind] / _GIB) for head, kind in kinds.items()}
+
+
+def _digits(value: float) -> str:
+    """Three that count, or all before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's exit status: 1 where nothing fits, 2 where nothing can be planned."""
     options = parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # a device that is here is not touched
-    chip = CHIPS.get(options.target)
-    device = chip or GPUS[options.target]
     try:
-        refuse_empty(options)
-        if chip is None and (options.topology, options.price) != (None, None):
-            raise PlanError(f"a {device.name}'s time is not estimated: --topology and --price are for TPUs")
-        if options.batch_size is not None and options.batch_size < 1:
-            raise PlanError(f"--batch-size={options.batch_size} makes nothing; allowed is 1 or more")
-        if options.json:
-            check_file("--json", options.json)
-        if options.price is not None and not 0 <= options.price < math.inf:
-            raise PlanError(f"--price={options.price} is no price; allowed is 0 or more")
-        chips = chips_of(options.topology or "2x2")
-        fitted, request = make(options)
+        return _run(options)
     except KeyboardInterrupt:
         return interrupted(parser().prog)
     except Exception as error:
@@ -168,11 +155,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
-    what = f"{options.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for what would be found wrong after minutes of compiling."""
+    refuse_empty(options)
+    if options.target in GPUS and (options.topology, options.price) != (None, None):
+        raise PlanError(f"--topology and --price are for TPUs; {options.target} is a GPU, whose time is not estimated")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise PlanError(f"--batch-size={options.batch_size} makes nothing; allowed is 1 or more")
+    if options.json:
+        check_file("--json", options.json)
+    if options.price is not None and not 0 <= options.price < math.inf:
+        raise PlanError(f"--price={options.price} is no price; allowed is 0 or more")
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check(options)
+    chips = chips_of(options.topology or "2x2")
+    request, _ = Request.from_row({"prompt": "a photo", **request_fields(options)})
+    fitted, whole, model = make(options, request)
+    chip = CHIPS.get(options.target)
+    device = chip or GPUS[options.target]
+    what = f"{model}, {whole.width}x{whole.height}, {whole.num_inference_steps} steps, {options.dtype}"
     gib = f"{device.memory / _GIB:.2f} GiB"
     if fitted is None:
         size = "one image" if options.batch_size is None else f"a batch of {options.batch_size}"
-        print(f"{what}: {size} does not fit the {gib} of a {device.name}", file=sys.stderr)
+        print(f"{what}: {size} does not fit the {gib} of one {device.name}", file=sys.stderr)
         return 1
     if chip is None:
         found, on = facts(fitted, device), f"one {device.name}; jax {jax.__version__}"
@@ -191,9 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(f"batch a device: {fitted.batch_size}, in {fitted.memory / _GIB:.2f} of {gib}\n")
     show(f"{table(found['programs'])}\n\n{said}")
     if options.json:
-        asked = {"model": options.model, "target": device.name, "dtype": options.dtype}
-        size = {"width": request.width, "height": request.height, "steps": request.num_inference_steps}
-        options.json.write_text(json.dumps({**asked, **size, **found}, indent=2))
+        of = {"model": model, "target": device.name, "dtype": options.dtype}
+        size = {"width": whole.width, "height": whole.height, "steps": whole.num_inference_steps}
+        of |= {**size, "asked": asked(request, options)}
+        options.json.write_text(json.dumps({**of, **found}, indent=2))
     return 0
 
 

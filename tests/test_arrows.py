@@ -59,8 +59,9 @@ MAY_IMPORT = {
     },
     "sdjax/planning": {
         *("sdjax.flops", "sdjax.generate", "sdjax.models", "sdjax.networks", "sdjax.parallel", "sdjax.planning"),
-        *("sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
+        *("sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.values"),
     },
+    "sdjax/planning/asked.py": {"sdjax.request", "sdjax.values"},
     "sdjax/benchmark": {
         *("sdjax.benchmark", "sdjax.compile_cache", "sdjax.generate", "sdjax.images", "sdjax.networks"),
         *("sdjax.parallel", "sdjax.planning", "sdjax.request", "sdjax.spec", "sdjax.weights"),
@@ -87,8 +88,8 @@ MAY_IMPORT = {
         *("sdjax.compile_cache", "sdjax.console", "sdjax.files", "sdjax.request_options", "sdjax.training"),
     },
     "sdjax/plan.py": {
-        *("sdjax.architectures", "sdjax.console", "sdjax.files", "sdjax.planning", "sdjax.request"),
-        *("sdjax.request_options", "sdjax.spec", "sdjax.values"),
+        *("sdjax.architectures", "sdjax.console", "sdjax.files", "sdjax.model_options", "sdjax.planning"),
+        *("sdjax.request", "sdjax.request_options", "sdjax.spec", "sdjax.values"),
     },
     "sdjax/bench.py": {
         *("sdjax.architectures", "sdjax.benchmark", "sdjax.console", "sdjax.files", "sdjax.request"),
@@ -96,7 +97,7 @@ MAY_IMPORT = {
     },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}
-NO_JAX = ("sdjax/config", "sdjax/training/config.py") + tuple(
+NO_JAX = ("sdjax/config", "sdjax/planning/asked.py", "sdjax/planning/chips.py", "sdjax/training/config.py") + tuple(
     f"sdjax/{name}.py"
     for name in (
         *("__init__", "canvas", "compel", "console", "files", "images", "inputs", "model_options", "prompts"),

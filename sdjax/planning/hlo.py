@@ -24,7 +24,7 @@ _CALLED = re.compile(
 )
 _SCOPE = re.compile(r'op_name="[^"]*?([^"/]+)/cond"')
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
-KERNEL = 'custom_call_target="tpu_custom_call"'
+_KERNEL = 'custom_call_target="tpu_custom_call"'
 _PRODUCTS = frozenset(("convolution", "dot"))
 
 
@@ -160,15 +160,11 @@ class Program:
     def _multiplying(self) -> set[str]:
         """Computations that hold a product or a convolution, themselves or in what they call."""
         found: set[str] = set()
-        for _ in self.computations:
-            more = {
-                name
-                for name, body in self.computations.items()
-                if name not in found
-                and any(i.opcode in _PRODUCTS or found.intersection(i.callees) for i in body.values())
-            }
-            if not more:
-                break
+        while more := {
+            name
+            for name, body in self.computations.items()
+            if name not in found and any(i.opcode in _PRODUCTS or found.intersection(i.callees) for i in body.values())
+        }:
             found |= more
         return found
 
@@ -187,7 +183,7 @@ class Program:
                 share = taken.get(instruction.scope, 1)
                 total.add(branches[-1], share)
                 total.add(branches[0], 1 - share)
-            elif KERNEL in instruction.rest:
+            elif _KERNEL in instruction.rest:
                 sides = tuple(_sides(body[name].shape) for name in instruction.operands)
                 total.kernels[re.sub(r"\.\d+$", "", instruction.name), sides] += 1
             elif (cycles := instruction.cycles) is not None:

@@ -155,7 +155,7 @@ def test_resource_hints_reach_a_direct_job_and_are_refused_elsewhere(tmp_path, c
         preset.replace("[dataflow]", '[dataflow]\nresource_hints = ["min_ram=64GB"]')
     )
     argv = [f"--config={tmp_path}/dataflow-hints.toml", f"--terraform={tmp_path}/outputs.json", "--dry-run"]
-    argv += ["--prompts=gs://dataset/p.csv", "--output=gs://dataset/out"]
+    argv += ["--prompts=gs://dataset/p.csv", "--output=gs://dataset/out", "--model=gs://dataset/m"]
     assert launch.main(argv) == 2
     assert capsys.readouterr().err.startswith("refused: resource_hints: the Flex Template service takes none")
     assert launch.main([*argv, "--direct"]) == 0

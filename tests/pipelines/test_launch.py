@@ -25,7 +25,7 @@ from tests.pipelines.cloud import JOB_ID, Cloud
 from tests.pipelines.test_dataflow import DEPLOYMENT, PRESETS, outputs
 
 PRESET = "configs/dataflow-v5e-sdxl.toml"
-PLACES = ["--prompts=gs://dataset/prompts.parquet", "--output=gs://dataset/out"]
+PLACES = ["--prompts=gs://dataset/prompts.parquet", "--output=gs://dataset/out", "--model=gs://dataset/sdxl"]
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_presets_of_tpus_have_the_compilers_estimate(preset, terraform, caps
 
 
 PLAN = {"model": "sdxl", "target": "v5e", "chips": 4, "dtype": "bfloat16", "width": 1024, "height": 1024, "steps": 20}
-PLAN |= {"batch_size": 4, "price": 1.2, "estimated_images_per_second": 2.0}
+PLAN |= {"batch_size": 4, "price": 1.2, "estimated_images_per_second": 2.0, "asked": {}}
 
 
 def test_plan_takes_what_the_compiler_estimated(terraform, tmp_path, capsys):
@@ -113,6 +113,7 @@ def test_plan_takes_what_the_compiler_estimated(terraform, tmp_path, capsys):
         (json.dumps({**PLAN, "width": 512}), "is a plan for width 512, and the job has 1024"),
         (json.dumps({**PLAN, "steps": 50}), "is a plan for steps 50, and the job has 20"),
         (json.dumps({**PLAN, "batch_size": 8}), "is a plan for batch_size 8, and the job has 4"),
+        (json.dumps({**PLAN, "asked": {"vae": 1}}), "is a plan for vae 1, and the job has no vae"),
         (json.dumps({"chips": 4}), "is not what `python -m sdjax.plan --json` writes"),
         ("[]", "is not what `python -m sdjax.plan --json` writes"),
         (None, "No such file"),
@@ -126,6 +127,32 @@ def test_another_programs_plan_is_refused(terraform, tmp_path, capsys, plan, say
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"refused: {tmp_path}/plan.json: ")
     assert says in line
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "says"),
+    [
+        ('sampler = "heun"', "is a plan for no sampler, and the job has heun"),
+        ("hires_scale = 2", "is a plan for no hires_scale, and the job has 2.0"),
+        ('refiner = "gs://dataset/refiner"', "is a plan for no refiner, and the job has 1"),
+        ("guidance_scale = 1", "is a plan for no guidance_scale, and the job has 1.0"),
+        ("padding_mask_crop = 32", "no plan is for this job: padding_mask_crop is given without mask_image"),
+        (None, "is a plan for dtype bfloat16, and the job has float32"),
+        ('dtype = "bfloat16"', "is a plan for steps 20, and the job has 30"),
+        ('dtype = "bfloat16"\nnum_inference_steps = 20\nbatch_size = 8', "for batch_size 4, and the job has 8"),
+        ('dtype = "bfloat16"\nnum_inference_steps = 20', None),
+        ('negative_prompt = "blurry"\nseed = 7\nguidance_scale = 5', None),
+    ],
+)
+def test_a_plan_is_for_all_that_takes_time_the_jobs_own_defaults_included(terraform, tmp_path, capsys, pipeline, says):
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    preset = tmp_path / "dataflow-own.toml"
+    head, own = Path(PRESET).read_text().replace("plans/v5e-sdxl.json", "plan.json").split("[pipeline]")
+    own, estimate = own.split("[estimate]")
+    whole = pipeline and "dtype" not in pipeline
+    preset.write_text(f"{head}[pipeline]\n{own if whole else ''}{pipeline or ''}\n[estimate]{estimate}")
+    assert launch.main([f"--config={preset}", *PLACES, terraform, "--dry-run"], ask=never) == (2 if says else 0)
+    assert (says or "") in capsys.readouterr().err
 
 
 def test_plan_invents_nothing(terraform, capsys):
@@ -155,6 +182,11 @@ def test_refused_before_anything_is_sent(terraform, capsys, extra, says):
     printed = capsys.readouterr()
     assert printed.err.startswith(says)
     assert printed.out == ""
+
+
+def test_no_job_draws_with_the_bundled_model_unasked(terraform, capsys):
+    assert launch.main([f"--config={PRESET}", *PLACES[:2], terraform, "--dry-run"], ask=never) == 2
+    assert capsys.readouterr().err.startswith("refused: no model is named; give --model, or `model` in the preset's")
 
 
 def test_unknown_pipeline_option_is_refused(terraform, tmp_path, capsys):
@@ -262,6 +294,7 @@ def test_template_is_launched_and_followed(cloud, terraform, capsys):
             "prompts": "gs://dataset/prompts.parquet",
             "output": "gs://dataset/out",
             "compilation_cache": "gs://staging/compilation-cache",
+            "model": "gs://dataset/sdxl",
             "batch_size": "4",
             "dtype": "bfloat16",
             "width": "1024",

@@ -25,6 +25,7 @@ from sdjax.models.attention import attention, flash_attention
 from sdjax.models.blocks import TransformerBlock
 from sdjax.models.unet import UNet2DCondition
 from sdjax.parallel import Devices
+from sdjax.planning.asked import asked
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import Compiled, Memory
 from sdjax.planning.estimate import Estimate, Plan
@@ -33,8 +34,9 @@ from sdjax.planning.gpu import GPUS, GpuCompiler
 from sdjax.planning.record import Recorded, record
 from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
+from sdjax.request_options import request_fields
 from sdjax.spec import Spec
-from tests import torch_models
+from tests import checkpoints, torch_models
 from tests.planning.test_hlo import TEXT as PROGRAM
 from tests.test_controls import network
 
@@ -149,7 +151,29 @@ def test_times_and_prices_are_made_of_cycles_calls_and_chips():
     assert told["estimated_share_of_peak"] == pytest.approx(3 * 2 * 8 * 16 * 16 / found.seconds / 64e3)
     head, _, row = plan.table(told["programs"]).splitlines()
     cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
-    assert (cells["calls"], cells["s"]) == ("3", f"{found.seconds:.3f}")
+    assert (cells["calls a batch"], cells["s a batch"]) == ("3", f"{found.seconds:.1f}")
+    assert cells["M cycles a call"] == f"{told['programs']['advance']['estimated_cycles'] / 1e6:.3g}"
+    assert [plan._digits(value) for value in (0.00012345, 12.345, 999.6, 1e4)] == ["0.000123", "12.3", "1000", "10000"]
+
+
+def test_a_plan_says_what_takes_time_and_is_not_at_its_default():
+    request = {"width": "512", "sampler": "heun", "hires_scale": "2", "control_image": "a.png\nb.png", "seed": "3"}
+    options = plan.parser().parse_args(["--controlnet=a", "--controlnet=b", "--vae-tiling", "--lora=style"])
+    made, _ = Request.from_row({"prompt": "a photo", "guidance_scale": "5", **request})
+    fields = {"width": 512, "sampler": "heun", "hires_scale": 2.0, "control_image": 2}
+    assert asked(made, options) == fields | {"controlnet": 2, "vae_tiling": 1}
+    assert asked(replace(REQUEST, guidance_scale=0), plan.parser().parse_args([])) == {"guidance_scale": 0}
+
+
+def test_a_file_that_cannot_be_written_is_a_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(plan, "make", lambda *_: pytest.fail("compiled"))
+    file = tmp_path / "plan.json"
+    file.write_text("")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) not in (file, tmp_path / "closed"))
+    (tmp_path / "closed").mkdir()
+    for path in (file, tmp_path / "closed" / "plan.json"):
+        assert plan.main(["--json", str(path)]) == 2
+        assert capsys.readouterr().err == f"python -m sdjax.plan: --json: {path} may not be written to\n"
 
 
 def test_what_the_command_refuses(capsys):
@@ -168,7 +192,7 @@ def test_what_the_command_refuses(capsys):
         assert plan.main([f"--price={price}"]) == 2
         assert "is no price; allowed is 0 or more" in capsys.readouterr().err
     assert plan.main(["--target", "l4", "--price", "1"]) == 2
-    assert "--topology and --price are for TPUs" in capsys.readouterr().err
+    assert "--topology and --price are for TPUs; l4 is a GPU, whose time is not estimated" in capsys.readouterr().err
 
 
 LIBTPU = "0.0.42.1"
@@ -185,15 +209,32 @@ def within_5_percent(cycles: float, recorded: float) -> bool:
     return version("libtpu") != LIBTPU or cycles < 1.05 * recorded
 
 
+def names_of(argv: list[str], monkeypatch) -> list[str]:
+    """Names of the programs that the command would compile."""
+    monkeypatch.setattr(Fit, "fitted", lambda fit, batch_size: fit.names)
+    options = plan.parser().parse_args(argv)
+    names, *_ = plan.make(options, Request.from_row({"prompt": "a photo", **request_fields(options)})[0])
+    return names
+
+
 @needs_libtpu
 def test_a_controlnet_is_part_of_the_plan(tiny, tmp_path, monkeypatch):
     made = network(0, diffusers.UNet2DConditionModel.from_pretrained(tiny / "unet"))
     safetensors.torch.save_file(made.state_dict(), tmp_path / "canny.safetensors")
     Image.new("RGB", (32, 32)).save(tmp_path / "edges.png")
     given = {"model": tiny, "controlnet": tmp_path / "canny.safetensors", "control-image": tmp_path / "edges.png"}
-    monkeypatch.setattr(Fit, "fitted", lambda fit, batch_size: fit.names)
-    names, _ = plan.make(plan.parser().parse_args([f"--{name}={value}" for name, value in given.items()]))
+    names = names_of([f"--{name}={value}" for name, value in given.items()], monkeypatch)
     assert "embed_control" in names
+
+
+@needs_libtpu
+def test_a_refiner_is_part_of_the_plan(tmp_path, monkeypatch):
+    base, refiner = tmp_path / "base", tmp_path / "refiner"
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    checkpoints.saved(base, checkpoints.pipeline_xl)
+    checkpoints.saved(refiner, checkpoints.pipeline_xl, kind=kind, requires_aesthetics_score=True)
+    names = names_of([f"--model={base}", f"--refiner={refiner}"], monkeypatch)
+    assert {"encode_text 2", "start 2", "advance 2"} <= {*names}
 
 
 @needs_libtpu
@@ -203,6 +244,7 @@ def test_the_bundled_model_on_every_chip(target, tmp_path, capsys):
     options = ["--target", target, "--batch-size", "8", "--num-inference-steps", "20", "--json", str(file)]
     assert plan.main(options) == 0
     found = json.loads(file.read_text())
+    assert (found["model"], found["steps"], found["asked"]) == ("bundled", 20, {})
     assert found["memory_bytes"] < found["usable_bytes"]
     assert 0 < found["estimated_share_of_peak"] < 1
     said = capsys.readouterr().out
@@ -292,6 +334,7 @@ def test_the_plans_of_the_presets_still_hold(file, tmp_path):
     recorded = json.loads(file.read_text())
     options = [f"--{name}={recorded[name]}" for name in ("model", "target", "dtype", "width", "height")]
     options += [f"--num-inference-steps={recorded['steps']}", f"--batch-size={recorded['batch_size']}"]
+    assert recorded["asked"].keys() <= {"width", "height"}
     assert plan.main([*options, "--json", str(tmp_path / "plan.json")]) == 0
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["memory_bytes"] < found["usable_bytes"]
