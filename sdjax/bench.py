@@ -9,8 +9,9 @@ import multiprocessing
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,15 +22,15 @@ import jax
 from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
-from sdjax.console import interrupted, show
+from sdjax.console import interrupted, is_out_of_memory, markdown, says_why, show
 from sdjax.files import check_file
 from sdjax.request import Request
-from sdjax.request_options import add_request_options, request_fields
+from sdjax.request_options import add_request_options, refuse_empty, request_fields
 from sdjax.spec import Spec
 from sdjax.values import DTYPES, one_line
 
-_PROMPTS = ("prompt", "negative_prompt")
-_COMPARED = {"width", "height", "num_inference_steps", "guidance_scale", "seed"}
+_PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+_COMPARED = {"width", "height", "num_inference_steps", "guidance_scale"}
 """Fields that diffusers is given too."""
 
 
@@ -56,18 +57,19 @@ def table(found: Sequence[Measured]) -> str:
     """The measurements as Markdown, a column a batch size; seconds of a batch, but of one call for the UNet's."""
     rows: list[tuple[str, list[str]]] = [
         ("load s, first / again", [f"{m.load[0]:.1f} / {m.load[1]:.1f}" for m in found]),
-        ("compile s, cold / warm", [f"{_sum(m.compile_cold):.1f} / {_sum(m.compile_warm):.1f}" for m in found]),
+        (
+            "compile s, cold / warm",
+            [f"{sum(m.compile_cold.values()):.1f} / {sum(m.compile_warm.values()):.1f}" for m in found],
+        ),
         *((f"{stage} s", [f"{m.stages[stage]:.4f}" for m in found]) for stage in found[0].stages),
         ("one UNet call s", [f"{m.unet_call:.4f}" for m in found]),
         ("images/s", [f"{m.images_per_second:.4g}" for m in found]),
         ("TFLOP an image", [f"{m.flops_per_image / 1e12:.4g}" for m in found]),
         ("TFLOP/s", [f"{m.flops_per_image * m.images_per_second / 1e12:.4g}" for m in found]),
-        ("share of peak", [f"{m.share_of_peak:.0%}" for m in found]),
-        ("peak memory GiB", [f"{m.peak_bytes / 2**30:.2f}" for m in found]),
+        (f"share of {found[0].peak_is}", [f"{m.share_of_peak:.0%}" for m in found]),
+        (f"{found[0].bytes_are} GiB", [f"{m.peak_bytes / 2**30:.2f}" for m in found]),
     ]
-    sizes = [f"batch {m.batch_size}" for m in found]
-    lines = [["", *sizes], ["---"] * (1 + len(sizes)), *([name, *cells] for name, cells in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["", *(f"batch {m.batch_size}" for m in found)], [[name, *cells] for name, cells in rows])
 
 
 def _say(what: str) -> None:
@@ -83,47 +85,46 @@ def _alone(measuring: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return process.submit(measuring, *args, **options).result()
 
 
-def _sum(seconds: dict[str, float]) -> float:
-    return sum(seconds.values())
-
-
-def compare(folder: Path, request: Request, sizes: Sequence[int], **options: Any) -> dict[str, list[dict]]:
-    """diffusers' figures at the same batch sizes, by way of running it; a way that fails is said, and left out."""
+def compare(source: str, request: Request, sizes: Sequence[int], **options: Any) -> dict[str, list[dict]]:
+    """diffusers' figures by batch size and way of running it; where a way fails, that is said, and it ends there."""
     from sdjax.benchmark import torch_side
-
-    def measured(size: int, way: str) -> dict:
-        _say(f"diffusers, {way}, batch {size}")
-        given = {"batch_size": size, "compiled": way == "compiled", **options}
-        return _alone(torch_side.measure, folder, request, **given)
 
     theirs: dict[str, list[dict]] = {}
     for way in ("eager", "compiled"):
-        try:
-            theirs[way] = [measured(size, way) for size in sizes]
-        except Exception as error:  # torch.compile fails in many ways, for want of a C++ compiler among others
-            print(f"diffusers, {way}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        for size in sizes:
+            _say(f"diffusers, {way}, batch {size}")
+            given = {"batch_size": size, "compiled": way == "compiled", **options}
+            try:
+                measured = _alone(torch_side.measure, source, request, **given)
+            except Exception as error:  # torch.compile fails in many ways, for want of a C++ compiler among others
+                print(f"diffusers, {way}, batch {size}: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+                break
+            theirs.setdefault(way, []).append({**measured, "batch_size": size})
     return theirs
 
 
 def ratios(found: Sequence[Measured], theirs: dict[str, list[dict]]) -> str:
     """Our time and memory over diffusers', as Markdown; under 1 is faster, and smaller."""
     names = ("batch s", "UNet call s", "decode s", "UNet GiB", "decode GiB")
-    lines = [f"| diffusers | batch | {' | ratio | '.join(names)} | ratio |", "| --- " * (2 + 2 * len(names)) + "|"]
-    for way, measured in theirs.items():
-        for m, their in zip(found, measured, strict=True):
-            # diffusers runs on one device, and calls the network once for both halves of guidance.
-            seconds = (
-                m.batch_size * m.devices / m.images_per_second,
-                m.stages["advance"] / their["calls"],
-                m.stages["decode"],
-            )
-            times = zip(seconds, (their[name] for name in ("batch", "UNet", "decode")), strict=True)
-            cells = [f"{theirs:.4f} | {ours / theirs:.2f}" for ours, theirs in times]
-            for ours, name in ((m.program_bytes["advance"], "UNet"), (m.program_bytes["decode"], "decode")):
-                held = their.get(f"{name} bytes")
-                cells.append(f"{held / 2**30:.2f} | {ours / held:.2f}" if held else " | ")
-            lines.append(f"| {way} | {m.batch_size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    head = ["diffusers", "batch", *(cell for name in names for cell in (name, "ratio"))]
+    ours = {m.batch_size: m for m in found}
+    pairs = [(way, ours.get(their["batch_size"]), their) for way, measured in theirs.items() for their in measured]
+    return markdown(head, [[way, str(m.batch_size), *_beside(m, their)] for way, m, their in pairs if m])
+
+
+def _beside(m: Measured, their: dict[str, Any]) -> Iterator[str]:
+    """diffusers' figures of a batch size, each before what ours is of it."""
+    # diffusers runs on one device, and calls the network once for both halves of guidance.
+    seconds = {
+        "batch": m.batch_size * m.devices / m.images_per_second,
+        "UNet": m.stages["advance"] / their["calls"],
+        "decode": m.stages["decode"],
+    }
+    for name, ours in seconds.items():
+        yield from (f"{their[name]:.4f}", f"{ours / their[name]:.2f}")
+    for ours, name in ((m.program_bytes["advance"], "UNet"), (m.program_bytes["decode"], "decode")):
+        held = their.get(f"{name} bytes")
+        yield from (f"{held / 2**30:.2f}", f"{ours / held:.2f}") if held else ("", "")
 
 
 def plot(found: Sequence[Measured], file: Path, title: str) -> None:
@@ -144,7 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(options)
     except KeyboardInterrupt:
         return interrupted(parser().prog)
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not says_why(error):
+            raise
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 2
 
@@ -159,6 +162,7 @@ def _sizes(text: str) -> list[int]:
 
 def _check(options: argparse.Namespace, given: Mapping[str, Any]) -> None:
     """Raise ValueError for what would be found wrong after minutes of measuring."""
+    refuse_empty(options)
     if options.repeats < 1:
         raise ValueError(f"--repeats={options.repeats} measures nothing; allowed is 1 or more")
     for option in ("json", "plot"):
@@ -184,26 +188,34 @@ def _run(options: argparse.Namespace) -> int:
     _check(options, given)
     request, _ = Request.from_row({"prompt": "a photo of a red circle", **given})
     with architectures.checkpoint(options.model) as source, tempfile.TemporaryDirectory() as temporary:
-        folder = Path(source)
         if options.model in architectures.ARCHITECTURES:
-            add_random(folder, options.dtype)
-        request = Spec(folder, dtype=options.dtype).resolve(request)
+            add_random(Path(source), options.dtype)
+        spec = Spec(source, dtype=options.dtype)
+        request = spec.resolve(request)
         same = {"dtype": options.dtype, "repeats": options.repeats}
-        theirs = compare(folder, request, sizes, **same) if options.compare else {}
+        theirs = compare(source, request, sizes, **same) if options.compare else {}
         found = []
         for size in sizes:
             _say(f"sdjax, batch {size}")
-            cache = Path(temporary) / f"cache-{size}"
-            found.append(_alone(measure, folder, request, batch_size=size, cache=cache, **same))
+            try:
+                given = {"batch_size": size, "cache": Path(temporary) / str(size), **same}
+                found.append(_alone(measure, source, request, **given))
+            except Exception as error:
+                # The system ends a process, where a device would raise.
+                if not (is_out_of_memory(error) or isinstance(error, BrokenProcessPool)):
+                    raise
+                print(f"sdjax, batch {size}: too little memory, or the process was ended", file=sys.stderr)
+    if not found:
+        return 1
     devices = jax.local_devices()
-    what = f"{folder.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
+    what = f"{spec.name}, {request.width}x{request.height}, {request.num_inference_steps} steps, {options.dtype}"
     show(f"{what}, on {len(devices)} x {devices[0].device_kind}; jax {jax.__version__}\n\n{table(found)}")
     if theirs:
         show(f"\n{ratios(found, theirs)}")
     if options.json:
         measured = [asdict(m) | {"share_of_peak": m.share_of_peak} for m in found]
         facts = {
-            "model": folder.name,
+            "model": spec.name,
             "dtype": options.dtype,
             "device": devices[0].device_kind,
             "devices": len(devices),

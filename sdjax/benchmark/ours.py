@@ -27,7 +27,10 @@ _PEAKS = {
     "NVIDIA L4": 121e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H200 NVL": 835e12,
 }
 """Dense bfloat16 operations a second that makers state, by the words that the device's kind begins with."""
 
@@ -42,8 +45,8 @@ class Measured:
     unet_call: one of the network's calls within `advance`, for one of a request's prompts.
     images_per_second: of whole batches, on all devices, with the host's work beside theirs.
     flops_per_image: products and convolutions.
-    peak_flops: of all devices in a second: as stated for bfloat16, or by a large product where that is not known.
-    peak_bytes: of the greediest device, or of the largest program where devices keep no count.
+    peak_flops: of all devices in a second, and `peak_is` whose: their makers' or a large product's.
+    peak_bytes: of a device, and `bytes_are` what: the most that it held, or where none counts its largest program.
     program_bytes: of a program's arguments, results and temporaries on a device, by program.
     """
 
@@ -57,7 +60,9 @@ class Measured:
     images_per_second: float
     flops_per_image: float
     peak_flops: float
+    peak_is: str
     peak_bytes: int
+    bytes_are: str
     program_bytes: dict[str, int]
 
     @property
@@ -65,7 +70,7 @@ class Measured:
         return self.flops_per_image * self.images_per_second / self.peak_flops
 
 
-def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repeats: int, cache: Path) -> Measured:
+def measure(source: str, request: Request, *, batch_size: int, dtype: str, repeats: int, cache: Path) -> Measured:
     """Measure a checkpoint on all local devices.
 
     Args:
@@ -75,23 +80,24 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
     """
     compile_cache.use(cache, least_seconds=0)
     watch, again = Stopwatch(), Stopwatch()
-    pipe, load = _timed(lambda: _load(folder, dtype, batch_size, watch))
+    pipe, load = _timed(lambda: _load(source, dtype, batch_size, watch))
     count = batch_size * len(watch)
     batch = [pipe.spec.resolve(replace(request, seed=request.seed + i)) for i in range(count)]
     pipe.generate(batch)
-    watch.clear()
+    watch.running.clear()
     results = [pipe.generate(batch) for _ in range(repeats)][-1]
     stages = {name: _median(taken, repeats) for name, taken in watch.running.items()}
     encoding = [_timed(lambda result=result: images.encode(result.pixels))[1] for result in results]
     watch.blocking = False
     _, seconds = _timed(lambda: pipe.generate(batch * (repeats + 1)))
-    peak = _peak_bytes(watch)
+    peak_bytes, bytes_are = _peak_bytes(watch)
     del pipe
 
     jax.clear_caches()
-    pipe, reload = _timed(lambda: _load(folder, dtype, batch_size, again))
+    pipe, reload = _timed(lambda: _load(source, dtype, batch_size, again))
     pipe.generate(batch)
     recorded = record(pipe.spec, batch[0], 1)
+    peak_flops, peak_is = _peak_flops(watch.devices[0].device_kind, dtype)
     calls = sum(int(program.asked.sum()) for program in recorded if program.asked is not None)
     return Measured(
         batch_size=batch_size,
@@ -103,8 +109,10 @@ def measure(folder: Path, request: Request, *, batch_size: int, dtype: str, repe
         unet_call=stages["advance"] / calls,
         images_per_second=count * (repeats + 1) / seconds,
         flops_per_image=sum(program.flops for program in recorded),
-        peak_flops=len(watch) * _peak_flops(watch.devices[0].device_kind, dtype),
-        peak_bytes=peak,
+        peak_flops=len(watch) * peak_flops,
+        peak_is=peak_is,
+        peak_bytes=peak_bytes,
+        bytes_are=bytes_are,
         program_bytes=dict(watch.memory),
     )
 
@@ -115,8 +123,8 @@ def _median(taken: list[float], batches: int) -> float:
     return statistics.median(sum(taken[i * calls : (i + 1) * calls]) for i in range(batches))
 
 
-def _load(folder: Path, dtype: str, batch_size: int, watch: Stopwatch) -> StableDiffusion:
-    return StableDiffusion.from_pretrained(folder, dtype=dtype, batch_size=batch_size, devices=watch)
+def _load(source: str, dtype: str, batch_size: int, watch: Stopwatch) -> StableDiffusion:
+    return StableDiffusion.from_pretrained(source, dtype=dtype, batch_size=batch_size, devices=watch)
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -125,17 +133,21 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def _peak_bytes(watch: Stopwatch) -> int:
+def _peak_bytes(watch: Stopwatch) -> tuple[int, str]:
+    """Of the greediest device, and what they are."""
     stats = [device.memory_stats() for device in watch.devices]
-    return max(stat["peak_bytes_in_use"] for stat in stats) if all(stats) else max(watch.memory.values())
+    if all(stats):
+        return max(stat["peak_bytes_in_use"] for stat in stats), "peak memory"
+    return max(watch.memory.values()), "largest program"
 
 
-def _peak_flops(kind: str, dtype: str) -> float:
-    """Operations that one device could do in a second."""
+def _peak_flops(kind: str, dtype: str) -> tuple[float, str]:
+    """Operations that one device could do in a second, and by what."""
     stated = [(len(name), peak) for name, peak in _PEAKS.items() if re.match(rf"{name}\b", kind)]
     if stated:
-        return max(stated)[1]
+        return max(stated)[1], "the bfloat16 peak"
     side = 2048
     a = jnp.ones((side, side), dtype)
     product = jax.jit(jnp.matmul).lower(a, a).compile()
-    return 2 * side**3 / min(_timed(lambda: product(a, a).block_until_ready())[1] for _ in range(5))
+    seconds = min(_timed(lambda: product(a, a).block_until_ready())[1] for _ in range(5))
+    return 2 * side**3 / seconds, f"a large {dtype} product"

@@ -15,7 +15,7 @@ class Stopwatch(Devices):
     """Local devices that run a program at a time.
 
     compiling: seconds that each program took to trace and compile, by the name of its function in `sdjax.programs`.
-    running: seconds of each of its calls since `clear`; `host copy` is fetching pixels.
+    running: seconds of each of its calls; `host copy` is fetching pixels.
     blocking: whether to wait for each; where not, calls are not timed.
     memory: bytes of its arguments, results and temporaries on a device.
     """
@@ -26,10 +26,6 @@ class Stopwatch(Devices):
         self.running: dict[str, list[float]] = defaultdict(list)
         self.memory: dict[str, int] = {}
         self.blocking = True
-
-    def clear(self) -> None:
-        """Forget the calls so far."""
-        self.running.clear()
 
     def join(self, array: jax.Array) -> np.ndarray:
         started = time.perf_counter()

@@ -20,7 +20,7 @@ from sdjax.request import Request
 
 
 def measure(
-    folder: Path, request: Request, *, batch_size: int, dtype: str, repeats: int, compiled: bool
+    source: str, request: Request, *, batch_size: int, dtype: str, repeats: int, compiled: bool
 ) -> dict[str, float]:
     """Median seconds of a batch, of one UNet call and of decoding, in torch, eager or by torch.compile.
 
@@ -29,7 +29,7 @@ def measure(
     and of Linux alone.
 
     Args:
-        folder: the checkpoint, in the diffusers layout.
+        source: the checkpoint, in the diffusers layout.
         request: complete; its sampler is the checkpoint's own.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def measure(
         library.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of checkpoints older than today's defaults
     pipe: Any = DiffusionPipeline.from_pretrained(
-        folder, dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
+        source, dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
     ).to(device)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
