@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 check_output(output)
                 busy = f"another run is writing to {output}; wait until it has ended, or name another --output"
                 holding.enter_context(held(output, busy))  # before its last checkpoint is read
+                holding.callback(_remove_empty, output)
             run = Run(config)
             if arguments.export is not None:
                 run.export(model, arguments.export_dtype)
@@ -72,6 +73,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{parser.prog}: {error}", file=sys.stderr)
             return 2
         return _trained(run, model, arguments.export_dtype, parser.prog)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder of a run that could not start."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _trained(run: "Run", model: Path, dtype: str, command: str) -> int:

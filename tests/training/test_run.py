@@ -313,6 +313,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_another_configuration_does_not_go_on(tmp_path):
