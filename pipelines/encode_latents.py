@@ -44,7 +44,7 @@ def main(
         job = parse(list(sys.argv[1:] if argv is None else argv), EncodeOptions)
         model = latents.LatentSpec(spec(job.model, dtype=job.dtype, **model_options(job)), job.size)
         sets = image_sets.find(job.images)
-        leftovers.refuse_inputs(Store(job.output), sets)
+        leftovers.refuse_inputs(Store(job.output), map(image_sets.folder_of, sets))
         shards = units.shard_count(sum(map(image_sets.count, sets)))
     except Exception as error:
         if not says_why(error):

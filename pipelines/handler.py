@@ -19,6 +19,7 @@ from pipelines.units import (
     NAMESPACE,
     PackedUnit,
     Planner,
+    Row,
     Unit,
     as_unit,
     padded_calls,
@@ -37,7 +38,8 @@ from sdjax.weights.safetensors import CheckpointError
 UNITS_PER_CALL = 4  # one is written while the next is made; only the last of them is waited for
 _QUEUED = 4  # images per encoding thread that may wait for it
 _FAILURES = 8  # rows of a unit that fail one by one before any is made: the fault is no row's
-_ROUNDS = 3  # more that a call makes where every picture is there again after one failed: a host comes and goes
+# More that a call makes where every row could be made after one failed: a host or a device comes and goes.
+_ROUNDS = 3
 
 
 def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, **options: Any) -> Any:
@@ -190,7 +192,7 @@ class UnitHandler(SdjaxModelHandler):
                 lines = self._failing(one.unit, model)
                 if lines:
                     yield self._reject(one, lines, model)
-                yield from self._accounts([_without(one, lines)], model, rounds if lines else rounds - 1)
+                yield from self._accounts([_without(one, lines)], model, rounds if lines else 0)
             return
         left = yield from self._uncommitted(left)  # a unit may be made before another fails
         kept, found = [], False
@@ -224,24 +226,30 @@ class UnitHandler(SdjaxModelHandler):
         return {"rejected": len(lines)}
 
     def _failing(self, unit: Unit, model: LazyModel) -> list[dict[str, Any]]:
-        """The rows that fail where others of the unit are made, as rejections; raises their error where none is."""
-        pipe, lines, made, waiting = model.get(), [], 0, [unit.rows]
+        """The rows that fail where others of the unit are made, as rejections; raises what is no row's fault."""
+        pipe, lines, good, waiting = model.get(), [], [], [unit.rows]
         made_by = _provenance(pipe)
+
+        def make(rows: list[Row]) -> None:
+            with model.devices:
+                for result in pipe.stream([row.request for row in rows]):
+                    self._sink.encode(result, made_by)
+
         while waiting:
             rows = waiting.pop()
             try:
-                with model.devices:
-                    for result in pipe.stream([row.request for row in rows]):
-                        self._sink.encode(result, made_by)
-                made += len(rows)
+                make(rows)
+                good = rows
             except Exception as error:
                 if len(rows) > 1:
                     middle = len(rows) // 2
                     waiting += [rows[middle:], rows[:middle]]
                     continue
                 lines.append(rejection(rows[0].place, vars(rows[0].request), _failure(error)))
-                if not made and len(lines) == min(_FAILURES, len(unit.rows)):
+                if not good and len(lines) == min(_FAILURES, len(unit.rows)):
                     raise
+        if lines:
+            make(good[:1])  # raises where a device has failed since, and the rows after that with it
         return lines
 
     def _make(self, units: list[Unit], model: LazyModel) -> Iterator[dict[str, Any]]:

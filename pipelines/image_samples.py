@@ -87,7 +87,8 @@ def _below(folder: str, name: Any) -> str:
 
 def of_manifest(file: str) -> Samples:
     """Images in files of their own that generate_images committed by this manifest, with their prompts as captions."""
-    folder, _, name = file.rpartition("/manifest/")
+    manifests, name = posixpath.split(file)
+    folder = posixpath.dirname(manifests) or "."
     for row in Store(folder).read_table(f"manifest/{name}").to_pylist():
         yield partial(_committed_file, folder, row)
 

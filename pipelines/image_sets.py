@@ -26,7 +26,7 @@ from sdjax import inputs
 from sdjax.files import below
 from sdjax.retrying import retry
 from sdjax.training.encoded import DataError
-from sdjax.training.samples import CAPTIONS, IMAGES
+from sdjax.training.samples import CAPTIONS, IMAGES, is_hidden
 from sdjax.values import RequestError, one_line
 
 READERS = 16  # images that are fetched or decoded at once
@@ -136,7 +136,8 @@ def _is_manifest(path: str) -> bool:
 
 def _names(folder: str) -> list[str]:
     fs, root = fsspec.core.url_to_fs(folder)
-    return [path[len(root.rstrip("/")) + 1 :] for path in retry(lambda: below(fs, root))]
+    names = (path[len(root.rstrip("/")) + 1 :] for path in retry(lambda: below(fs, root)))
+    return [name for name in names if not is_hidden(name)]
 
 
 def _check(file: str) -> None:
@@ -157,6 +158,11 @@ def _check_columns(file: str) -> None:
             raise SourceError(f"{file}: it is no manifest of images")
     elif "image" not in names or not names.intersection(CAPTIONS):
         raise SourceError(f"{file}: it needs a column image and one of {', '.join(CAPTIONS)}")
+
+
+def folder_of(path: str) -> str:
+    """The folder that a metadata.jsonl speaks of; any other set as it is."""
+    return posixpath.dirname(path) or "." if path.endswith(_METADATA) else path
 
 
 def count(path: str) -> int:

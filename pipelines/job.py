@@ -23,7 +23,7 @@ _MANIFESTS_A_READER = 64
 
 
 def refuse(command: str, error: Exception) -> int:
-    """Say in one line why a job does not start; returns its exit status."""
+    """Say in one line why a job does not start, or ended; returns the exit status of one that does not start."""
     print(f"{command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
     return 2
 
@@ -64,7 +64,8 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
         return 130
     except Exception as error:
         origin = error.__context__ if getattr(error, "_tagged_with_step", False) else None  # Beam's is of its own kind
-        if isinstance(origin, Exception) and says_why(origin):
+        # Of a plain ValueError, which may be a fault of ours, one line would say too little.
+        if isinstance(origin, Exception) and says_why(origin) and type(origin) is not ValueError:
             refuse(job.command, origin)
             return 1
         if result is None or _has_ended(result):
@@ -94,7 +95,7 @@ def _refuse_second(store: Store) -> None:
     """Raise ValueError where another job seems to write to a bucket, which nobody can hold as a folder on a disk is."""
     last = {} if store.is_local else store.read_json(report.SUMMARY) or {}
     if last.get("finished") is False and progress.is_told(store):
-        raise ValueError(f"another job wrote to {store.url} within the last minute; wait until it has ended")
+        raise ValueError(f"another job wrote to {store.url} within the last minute; wait for its end, or a minute")
 
 
 def _there(job: JobOptions, model: Any, store: Store) -> list[str]:

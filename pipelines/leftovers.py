@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import fsspec
+from fsspec.utils import get_protocol
 
 from pipelines import contact_sheet, layout, progress, report
 from pipelines.storage import Store, spread
@@ -94,17 +95,20 @@ def refuse_inputs(store: Store, files: Iterable[str]) -> None:
     Raises:
         ValueError: naming the file and the folder.
     """
+    protocols = (store.fs.protocol,) if isinstance(store.fs.protocol, str) else store.fs.protocol
     swept = {folder: _real(store, store.path(folder)) for folder in layout.FOLDERS}
     for file in files:
+        if get_protocol(file) not in protocols:  # others may ask a server as soon as they are named
+            continue
         try:
             fs, path = fsspec.core.url_to_fs(file)
-        except Exception:  # what a row names may be no URL; nothing can be read of it
+            path = _real(store, path)
+        except Exception:  # what a row names may be no path; nothing can be read of it
             continue
         if fs != store.fs:
             continue
-        path = _real(store, path)
         inside = [folder for folder, root in swept.items() if f"{path}/".startswith(f"{root}/")]
-        around = swept["images"].startswith(f"{path.removesuffix('/metadata.jsonl')}/")
+        around = swept["images"].startswith(f"{path}/")
         if inside or (around and layout.find(store, "images")):
             where = f"{store.url.rstrip('/')}/{inside[0] if inside else 'images'}"
             lies = "lies in" if inside else "holds"

@@ -20,7 +20,7 @@ from pipelines.storage import Store, spread
 
 FOLDER = ".progress"
 _OURS = re.compile(rf"{re.escape(FOLDER)}/[^/]+-[0-9]+-[0-9a-f]{{8}}\.json")
-_LIVELY = 60  # seconds within which a process that works writes
+_LIVELY = 60  # seconds for which a process is taken to be at work after it has told how far it is
 _EVERY = {True: 1.0, False: 15.0}  # seconds between writes, on a disk and in a bucket
 
 

@@ -82,6 +82,10 @@ def _done(value: T) -> Future[T]:
     return future
 
 
+class DamagedError(ValueError):
+    """A file that a job wrote cannot be read; the message is one line that names it and what mends it."""
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder named by a path or an fsspec URL; names are relative to it, with forward slashes.
@@ -181,14 +185,14 @@ class Store:
         """A manifest's table, of those of the columns that it has.
 
         Raises:
-            ValueError: it is damaged, or no Parquet file; one line that names it and what mends it.
+            DamagedError: it is no whole Parquet file.
         """
         data = self.read(name)
         try:
             table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
             table.validate(full=True)  # text that is not UTF-8, which reading alone lets through
         except Exception as error:  # damage makes pyarrow raise all sorts
-            raise ValueError(f"{name} cannot be read: {one_line(error)}; {REMEDY}") from None
+            raise DamagedError(f"{name} cannot be read: {one_line(error)}; {REMEDY}") from None
         return table
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:

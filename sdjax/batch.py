@@ -145,7 +145,7 @@ class HostNoise:
 
     posterior, start, unmasked: [batch, h, w, c], for encoding the image, the start latent, and for encoding what the
     mask leaves.
-    is_drawn: whether one of them asks for it.
+    is_drawn: whether a request asks for torch's noise; else all of it is zeros.
 
     Args:
         requests, tables: of the batch.

@@ -198,8 +198,8 @@ def _run(options: argparse.Namespace) -> int:
         for size in sizes:
             _say(f"sdjax, batch {size}")
             try:
-                given = {"batch_size": size, "cache": Path(temporary) / str(size), **same}
-                found.append(_alone(measure, source, request, **given))
+                cache = Path(temporary) / str(size)
+                found.append(_alone(measure, source, request, batch_size=size, cache=cache, **same))
             except Exception as error:
                 # The system ends a process, where a device would raise.
                 if not (is_out_of_memory(error) or isinstance(error, BrokenProcessPool)):

@@ -110,7 +110,7 @@ class StableDiffusion:
         Raises:
             RequestError: the checkpoint cannot make `first`.
             CheckpointError, ConfigError, SamplingError: the checkpoint cannot be run; the message names what is wrong.
-            ValueError: `dtype` or `batch_size` is none that there is, or a Spec is given others than its own.
+            ValueError: `dtype` or `batch_size` is none that there is, or options are given beside a Spec.
         """
         if isinstance(source, Spec) and (options or dtype not in ("float32", source.dtype)):
             given = ", ".join(options) or "dtype"

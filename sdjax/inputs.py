@@ -96,7 +96,7 @@ _KEPT = _Kept()
 
 @contextmanager
 def keeping() -> Iterator[None]:
-    """Meanwhile, a picture that is asked for again and again is read once, whatever becomes of its file."""
+    """Meanwhile, a picture that is asked for again and again is read once, or by each thread that asks meanwhile."""
     _KEPT.change(1)
     try:
         yield
@@ -149,17 +149,21 @@ def read(url: str) -> bytes:
 def _read_from_host(url: str) -> bytes:
     """As `read`, but a web server that says nothing is asked once, and one that never answered not for each picture."""
     host = url.split("/")[2] if _is_web(url) else ""
-    if time.monotonic() < _silent.get(host, 0):
+    if host not in _answered and time.monotonic() < _silent.get(host, 0):
         raise FinalError(f"{host} says nothing")
 
     def once() -> bytes:
         try:
             return _whole(url)
         except Exception as error:
-            if not (host and isinstance(error.__cause__ or error, TimeoutError)):
+            cause = error.__cause__ or error
+            if isinstance(getattr(cause, "status", None), int) or is_absent(error):
+                _answered.add(host)
+            if not (host and isinstance(cause, TimeoutError)):
                 raise
-            if host not in _answered:
-                _silent[host] = time.monotonic() + _MEMORY
+            if type(cause) is TimeoutError:  # of all of it, while it may still come; aiohttp's of a silence are others
+                raise FinalError(f"{host} takes too long") from None
+            _silent[host] = time.monotonic() + _MEMORY
             raise FinalError(f"{host} says nothing") from None
 
     data = retry(once, _ATTEMPTS)
@@ -184,8 +188,10 @@ def _web_options() -> dict[str, Any]:
     from aiohttp import ClientTimeout  # a third of a second
 
     own = {**conf.get("http", {}), **conf.get("https", {})}.get("client_kwargs", {})
-    timeout = ClientTimeout(total=_TOTAL, sock_connect=_CONNECT, sock_read=_SILENCE)
-    return {"client_kwargs": {"timeout": timeout, **own}}
+    timeout = own.get("timeout", ClientTimeout(total=_TOTAL, sock_connect=_CONNECT, sock_read=_SILENCE))
+    if not isinstance(timeout, ClientTimeout):  # a file of settings can hold a number alone
+        timeout = ClientTimeout(total=timeout)
+    return {"client_kwargs": {**own, "timeout": timeout}}
 
 
 def _parts(file: Any) -> Iterator[bytes]:

@@ -73,7 +73,8 @@ def encode_text(
 
     variants: what a prompt in compel's language is a sum of: `sdjax.text.Variants`, batched.
 
-    Of Stable Diffusion XL also the last encoder's pooled vector of a prompt's first chunk, unweighted but for shares.
+    Of Stable Diffusion XL also the last encoder's pooled vector of a prompt's first chunk. Tokens' weights do nothing
+    to it; a blend's are summed by its shares.
     """
     read, fields = (_encode_text, (ids, weights)) if variants is None else (_blended, variants)
     encoded = [

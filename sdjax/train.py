@@ -53,8 +53,10 @@ def main(argv: list[str] | None = None) -> int:
             if arguments.export is None:
                 check_output(output)
                 busy = f"another run is writing to {output}; wait until it has ended, or name another --output"
+                is_new = not output.exists()
                 holding.enter_context(held(output, busy))  # before its last checkpoint is read
-                holding.callback(_remove_empty, output)
+                if is_new:
+                    holding.callback(_remove_empty, output)
             run = Run(config)
             if arguments.export is not None:
                 run.export(model, arguments.export_dtype)

@@ -73,8 +73,9 @@ def test_targets_and_what_starts_in_them():
 @pytest.mark.parametrize("target", ["tpu", "cuda"])
 def test_a_worker_without_its_accelerator_fails(target):
     alone = {"PATH": os.environ["PATH"], "TPU_SKIP_MDS_QUERY": "1", **environment(target)}
-    command = [sys.executable, "-c", "import jax; print(jax.devices()[0].platform)"]
+    command = [sys.executable, "-c", "import jax; print('imported'); print(jax.devices()[0].platform)"]
     done = subprocess.run(command, env=alone, capture_output=True, text=True)
+    assert done.stdout.startswith("imported")
     assert "cpu" not in done.stdout
 
 

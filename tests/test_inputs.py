@@ -1,6 +1,7 @@
 """Pictures that are read: every usual mode, and everything that must be refused in one line."""
 
 import base64
+import contextlib
 import io
 import os
 import socket
@@ -228,8 +229,15 @@ def test_a_connection_that_is_cut_is_tried_again(served, monkeypatch, half):
         inputs.load(served + half, "image")
 
 
-def test_a_server_that_says_nothing_is_not_asked_for_each_picture(monkeypatch):
+@pytest.fixture
+def nobody_asked(monkeypatch):
+    """No server has answered yet, or said nothing."""
+    monkeypatch.setattr(inputs, "_silent", {})
+    monkeypatch.setattr(inputs, "_answered", set())
     monkeypatch.setattr(inputs, "_SILENCE", 0.2)
+
+
+def test_a_server_that_says_nothing_is_not_asked_for_each_picture(nobody_asked):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         begun = time.monotonic()
@@ -244,15 +252,44 @@ def test_a_server_that_says_nothing_is_not_asked_for_each_picture(monkeypatch):
     assert len(asked) == 2
 
 
-def test_a_server_that_has_answered_is_asked_again(served, monkeypatch):
+@pytest.mark.parametrize("code", [200, 403, 404])
+def test_a_server_that_has_answered_is_asked_again(served, monkeypatch, nobody_asked, code):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     monkeypatch.setattr(_Server, "data", buffer.getvalue())
-    inputs.load(served, "image")
-    monkeypatch.setattr(inputs, "_SILENCE", 0.2)
+    if code == 200:
+        inputs.load(served, "image")
+    else:
+        _Server.failures[:] = [code] * 9
+        with pytest.raises(RequestError, match=r"is not there|cannot be read: 403"):
+            inputs.load(served, "image")
+        _Server.failures.clear()
     with monkeypatch.context() as patch:
         patch.setattr(_Server, "do_GET", lambda self: time.sleep(1))
         with pytest.raises(RequestError, match="says nothing"):
+            inputs.load(served, "image")
+    assert inputs.load(served, "image").image.size == (8, 8)
+
+
+def test_a_slow_server_is_not_a_silent_one(served, monkeypatch, nobody_asked):
+    """It goes on sending, and another picture may be small. The limit may be a number, as in a file of settings."""
+
+    def slowly(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "99")
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError):
+            for _ in range(20):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+
+    monkeypatch.setitem(inputs.conf, "http", {"client_kwargs": {"timeout": 0.5}})
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    monkeypatch.setattr(_Server, "data", buffer.getvalue())
+    with monkeypatch.context() as patch:
+        patch.setattr(_Server, "do_GET", slowly)
+        with pytest.raises(RequestError, match="takes too long"):
             inputs.load(served, "image")
     assert inputs.load(served, "image").image.size == (8, 8)
 

@@ -1,4 +1,4 @@
-"""What else a plan is of than a model, a device and steps: its JSON says it, and jobs are compared with it. No JAX."""
+"""What a plan is made for beside model, device and steps; its JSON says it, and jobs are compared with it. No JAX."""
 
 from argparse import Namespace
 from dataclasses import fields
@@ -21,12 +21,16 @@ _PARTS = ("controlnet", "refiner", "vae", "vae_tiling")
 def asked(request: Request, options: Namespace) -> dict[str, Any]:
     """The fields of a request that are not at their defaults, and how many parts of a kind the options add to a model.
 
-    Of pictures it is how many, and of guidance_scale only one that leaves guidance out.
+    Pictures are counted; guidance_scale is named only where it leaves guidance out, as 1.
     """
     found = {field.name: getattr(request, field.name) for field in fields(Request) if field.name not in _FREE}
     found |= {name: len(lines(found[name])) or None for name in PICTURES}
     if request.guidance_scale > 1:
         del found["guidance_scale"]
+    else:
+        found["guidance_scale"] = 1.0
+    if request.hires_scale == 1:
+        del found["hires_strength"], found["hires_upscaler"]
     found = {name: value for name, value in found.items() if value != getattr(Request, name)}
     given = {name: getattr(options, name) for name in _PARTS}
     return found | {name: len(value) if isinstance(value, list) else 1 for name, value in given.items() if value}

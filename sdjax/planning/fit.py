@@ -12,7 +12,7 @@ from flax import nnx
 from sdjax.generate import IN_FLIGHT
 from sdjax.models import tiling
 from sdjax.networks import build
-from sdjax.parallel import Device
+from sdjax.parallel import Device, Devices
 from sdjax.planning.compiled import Compiled, compiled_for
 from sdjax.planning.record import Recorded, record
 from sdjax.programs import Flat
@@ -176,7 +176,7 @@ def largest_here(spec: Spec, requests: Sequence[Request], say: Callable[[str], N
     Raises:
         ValueError: not one of a request fits, or the devices do not say how much memory they have.
     """
-    target, found = Local(jax.local_devices()[0]), None
+    target, found = Local(Devices().devices[0]), None
     for request in _greediest(spec, requests):
         found = Fit(spec, request, target, say).largest(found)
         if not found:

@@ -21,6 +21,7 @@ from sdjax.training.samples import (
     CAPTIONS,
     CONDITIONING,
     IMAGES,
+    is_hidden,
     json_object,
     members,
     sample_key,
@@ -123,7 +124,7 @@ class Folder:
             needed = [path for file in self._files for path in (file.path, file.conditioning) if path is not None]
         else:
             paths = [path for path in there if path.lower().endswith(IMAGES)]
-            paths = [path for path in paths if not _is_hidden(posixpath.relpath(path, root))]
+            paths = [path for path in paths if not is_hidden(posixpath.relpath(path, root))]
             self._files = [_File(path, None if _beside(path) in there else caption) for path in paths]
             needed = [_beside(file.path) for file in self._files if file.caption is None] if captions else []
         if not self._files:
@@ -188,7 +189,7 @@ class _Example(NamedTuple):
 
 
 class Shards:
-    """WebDataset tar files at a path or fsspec URL (`*`, `?`, `[]`): `key.png|jpg|webp` beside `key.txt` or `key.json`.
+    """WebDataset tars at a path or fsspec URL (`*`, `?`, `[]`): `key.png` (any of IMAGES) beside `key.txt` or `.json`.
 
     The tars are walked once, header by header, and examples are then read by their place in the tar.
 
@@ -213,9 +214,8 @@ class Shards:
         try:
             with self._fs.open(shard, "rb") as stream:
                 for name, start, size in members(stream, shard):
-                    if not _is_hidden(name):
-                        key, extension = sample_key(name)
-                        found.setdefault(key, {})[extension] = _Span(shard, name, start, start + size)
+                    key, extension = sample_key(name)
+                    found.setdefault(key, {})[extension] = _Span(shard, name, start, start + size)
         except FileNotFoundError:
             raise DataError(f"{shard} is not there") from None
         beside = [f".{name}{extension}" for name in CONDITIONING for extension in IMAGES]
@@ -276,11 +276,6 @@ class Shards:
 def _beside(path: str) -> str:
     """An image's file of its caption."""
     return posixpath.splitext(path)[0] + ".txt"
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a file of a data set, or a folder that it lies in there, is one that systems leave and do not show."""
-    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in name.split("/"))
 
 
 def _no_caption(shard: str, key: str) -> DataError:

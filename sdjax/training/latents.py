@@ -70,6 +70,7 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
             ahead = pool.map(read, chunks[0])
             for number, chunk in enumerate(tqdm(chunks, desc="latents", unit="batch", dynamic_ncols=True), 1):
                 if stop is not None and stop.is_set():
+                    pool.shutdown(cancel_futures=True)
                     return None
                 pixels, frames[chunk] = zip(*ahead, strict=True)
                 ahead = pool.map(read, chunks[number] if number < len(chunks) else ())

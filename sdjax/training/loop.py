@@ -92,7 +92,8 @@ class Run:
         """Take the steps that remain and write a checkpoint; return False if `stop` was set before the end.
 
         Raises:
-            FloatingPointError: the loss, a weight, an average or a moment is not finite; checkpoints before it stay.
+            FloatingPointError: the loss, a weight, an average or a moment is not finite; checkpoints before it stay,
+                and a Run is made anew from them: this one's state is gone.
             DataError, OSError: an example can't be read, or a file can't be written; a checkpoint was written first.
         """
         config = self.config
@@ -116,14 +117,14 @@ class Run:
             name: {key: self.devices.replicate(leaf.astype(self.networks.dtypes[name])) for key, leaf in own.items()}
             for name, own in self.frozen.items()
         }
-        start, ahead = int(self.state.step), None
+        start, last = int(self.state.step), None
         progress = Progress(self.folder, start, config.steps, config.batch_size)
         finished = True
         try:
             for number, batch in enumerate(self._batches(start, cache), start + 1):
                 state, values = step(state, frozen, batch)
-                jax.block_until_ready(ahead)  # one step runs ahead, not as many as devices queue: a stop waits for them
-                ahead = values
+                jax.block_until_ready(last)  # one step runs ahead, not as many as devices queue: a stop waits for them
+                last = values
                 progress.add(number, values)
                 finished = number == config.steps
                 stopped = stop is not None and stop.is_set()
@@ -168,8 +169,11 @@ class Run:
         if self.config.task == "vae" and not self.config.reconstruction.decoder_only:
             self.networks.configs["vae"]["scaling_factor"] = latents.scaling_factor(self)
         folder = folder.resolve()  # of a link, what it leads to
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}.????????.old"):  # of an export that was killed
-            if folder.exists():
+        name = f".{glob.escape(folder.name)}.????????"  # of an export that was killed
+        for left in folder.parent.glob(f"{name}.new"):
+            shutil.rmtree(left, ignore_errors=True)
+        for left in folder.parent.glob(f"{name}.old"):
+            if folder.exists() and any(folder.iterdir()):
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.rename(folder)

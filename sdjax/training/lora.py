@@ -57,7 +57,11 @@ def resume(factors: dict[str, Params], networks: Networks, config: Train) -> dic
         for key, delta in read.deltas(network).items():
             a, b = (key.removesuffix("weight") + name for name in (_A, _B))
             own = found.get(network, {})
-            if a not in own or delta.factors.keys() != {"up", "down"} or delta.magnitude is not None:
+            if delta.factors.keys() != {"up", "down"} or delta.magnitude is not None:
+                raise TrainConfigError(
+                    f"{config.lora.init} is no plain LoRA at {network}.{key}; only such a one goes on"
+                )
+            if a not in own:
                 raise TrainConfigError(f"{config.lora.init} changes {network}.{key}, which this run does not train")
             if len(delta.factors["down"]) != config.lora.rank:
                 rank = len(delta.factors["down"])

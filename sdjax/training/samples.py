@@ -22,7 +22,7 @@ class Member(NamedTuple):
 
 
 def members(stream: IO[bytes], file: str) -> Iterator[Member]:
-    """The files of a tar in order, header by header; without sparse ones, whose bytes do not lie as they are.
+    """The files of a tar in order, header by header; without hidden ones, and sparse ones, whose bytes lie otherwise.
 
     Raises:
         DataError: it is no tar, damaged or cut short; `file` is how errors call it.
@@ -38,7 +38,7 @@ def members(stream: IO[bytes], file: str) -> Iterator[Member]:
                 # A header may say any size; a negative one would lead back to what was read already, for ever.
                 if not 0 <= (member.size if plain else 0) <= tar.offset - member.offset_data or tar.offset > end:
                     raise tarfile.ReadError
-                if plain:
+                if plain and not is_hidden(member.name):
                     yield Member(member.name, member.offset_data, member.size)
             stream.seek(tar.offset)  # tarfile takes any damaged header but the first for the end, which is two of zeros
             if stream.read(2 * tarfile.BLOCKSIZE).strip(b"\0"):
@@ -47,6 +47,11 @@ def members(stream: IO[bytes], file: str) -> Iterator[Member]:
         if isinstance(error, OSError) or is_of_a_network(error):
             raise
         raise DataError(fault) from None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file of a data set, or a folder that it lies in there, is one that systems leave and do not show."""
+    return any(part == "__MACOSX" or (part.startswith(".") and part.strip(".")) for part in name.split("/"))
 
 
 def sample_key(name: str) -> tuple[str, str]:

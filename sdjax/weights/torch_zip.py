@@ -19,7 +19,7 @@ import numpy as np
 from sdjax.weights.safetensors import CheckpointError, Entry, check_key
 
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-ALLOWED_BY = "--allow-ckpt; to train allow_ckpt"  # what users set, for errors
+ALLOWED_BY = "--allow-ckpt, or allow_ckpt in a training configuration"  # what users set, for errors
 MAX_PICKLE_BYTES = 16_000_000  # of a description, whose objects take up to 100 times that; Stable Diffusion's has one
 _MAX_AXES = 64  # that numpy has
 _MAX_DEPTH = 20  # of dicts within dicts

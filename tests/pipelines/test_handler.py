@@ -1,5 +1,6 @@
 """The model handler in other people's pipelines: loaded once, bad examples alone, and five lines long."""
 
+import contextlib
 import functools
 import json
 import time
@@ -240,6 +241,28 @@ def test_a_fault_of_no_row_rejects_none(units_of_two, tmp_path, monkeypatch, tim
     else:
         assert account(made) == [(2, 0), (2, 0)]
     assert not (tmp_path / "rejected").exists()
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_a_device_that_is_lost_rejects_no_row_that_can_be_made(units_of_two, tmp_path, monkeypatch, after):
+    packed, handler = units_of_two
+    rows = [row for unit in packed for row in unpack(unit.blob).rows]
+    packed = [PackedUnit(unit.name, pack(unit)) for unit in make_units(rows, 4)]
+    made = []
+
+    def stream(pipe, requests):
+        for request in requests:
+            if request.prompt == "cat 2":
+                raise ZeroDivisionError("a fault of ours")
+            if len(made) == after:
+                raise JaxRuntimeError("a device is lost")
+            made.append(request)
+            yield standin.picture(pipe.spec, request)
+
+    monkeypatch.setattr(standin.Pipe, "stream", stream)
+    with contextlib.suppress(JaxRuntimeError, ZeroDivisionError):
+        list(handler.run_inference(packed, handler.load_model()))
+    assert not (tmp_path / "rejected").exists() or rejected(tmp_path).keys() == {2}
 
 
 def test_a_request_that_no_device_has_memory_for_is_alone(monkeypatch):

@@ -134,6 +134,19 @@ def test_a_network_that_fails_within_a_tar_is_no_damage(tmp_path, error):
         list(members(Failing((tmp_path / "0.tar").read_bytes()), "0.tar"))
 
 
+def test_hidden_files_are_of_no_set(tmp_path):
+    (tmp_path / "__MACOSX").mkdir()
+    for name in ("a", "._a", "__MACOSX/a"):
+        (tmp_path / f"{name}.png").write_bytes(png(PICTURES["000"]))
+        (tmp_path / f"{name}.txt").write_text("a")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(tmp_path.rglob("*a.*")):
+            tar.add(path, path.relative_to(tmp_path))
+    for path in (str(tmp_path), f"{tmp_path}/set.tar"):
+        ((_, (picture, _)),) = image_sets.read(*image_sets.cut(path))
+        assert picture.key in ("a", "a.png")
+
+
 def test_what_generate_images_wrote_is_an_image_set(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "manifest").mkdir()

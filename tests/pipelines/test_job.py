@@ -182,7 +182,7 @@ def test_a_second_job_in_a_bucket_is_refused_while_the_first_tells_of_itself(pro
     for options in ((), ("--overwrite",)):
         assert standin.run(*arguments, *options, load=no_load) == 2
         assert refusal(capsys) == (
-            "generate_images: another job wrote to memory://out within the last minute; wait until it has ended"
+            "generate_images: another job wrote to memory://out within the last minute; wait for its end, or a minute"
         )
     assert bucket.store == before
     monkeypatch.setattr(type(bucket), "modified", lambda *_: datetime.now(UTC) - timedelta(seconds=61))

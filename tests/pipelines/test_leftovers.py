@@ -208,9 +208,9 @@ def test_pictures_where_a_job_sweeps_are_refused(tmp_path, folder, capsys):
 
 @pytest.mark.parametrize("kind", ["folder", "metadata"])
 def test_a_set_that_holds_images_of_earlier_jobs_is_refused(output, kind, capsys):
-    """Of its pictures --overwrite would delete some."""
+    """Of its pictures --overwrite would delete some; where no job made any yet, none."""
     images = write_set(output, kind)
-    leftovers.refuse_inputs(Store(str(output)), image_sets.find([images]))  # no job made any yet
+    leftovers.refuse_inputs(Store(str(output)), map(image_sets.folder_of, image_sets.find([images])))
     shutil.copy(output / "images/photo.png", output / image_name(ID, "png"))
     before = files(output)
     assert encode_latents.main(["--images", images, "--output", str(output), "--overwrite"]) == 2
@@ -234,6 +234,7 @@ def test_pictures_that_overwriting_would_delete_are_refused(output, suffix, colu
     elif suffix == ".csv":
         write_csv(file, rows)
     else:
+        rows.insert(0, {"prompt": "d", column: "\ud800.png"})
         file.write_text("[]\n" + "\n".join(map(json.dumps, rows)))
     before = files(output)
     option = f"--{column.strip().lower().replace('_', '-')}"
@@ -243,6 +244,13 @@ def test_pictures_that_overwriting_would_delete_are_refused(output, suffix, colu
         assert f"{picture} lies in {output}/images, where jobs delete what others left" in line
         assert files(output) == before
     assert standin.run("--prompts", file, "--output", output.parent / "elsewhere", "--overwrite") == 0
+
+
+def test_a_prompt_file_may_have_the_name_of_a_sets_table(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"prompt": "a"}\n')
+    for _ in range(2):
+        named = "--prompts", tmp_path / "metadata.jsonl", "--output", tmp_path / "out"
+        assert standin.run(*named, "--format", "files") == 0
 
 
 def test_prompts_where_a_job_sweeps_are_refused(output, capsys):

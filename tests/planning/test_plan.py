@@ -162,7 +162,9 @@ def test_a_plan_says_what_takes_time_and_is_not_at_its_default():
     made, _ = Request.from_row({"prompt": "a photo", "guidance_scale": "5", **request})
     fields = {"width": 512, "sampler": "heun", "hires_scale": 2.0, "control_image": 2}
     assert asked(made, options) == fields | {"controlnet": 2, "vae_tiling": 1}
-    assert asked(replace(REQUEST, guidance_scale=0), plan.parser().parse_args([])) == {"guidance_scale": 0}
+    for scale in (0, 1):
+        plain = replace(REQUEST, guidance_scale=scale, hires_strength=0.5)  # of no second pass
+        assert asked(plain, plan.parser().parse_args([])) == {"guidance_scale": 1}
 
 
 def test_a_file_that_cannot_be_written_is_a_line(monkeypatch, tmp_path, capsys):

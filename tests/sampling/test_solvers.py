@@ -300,8 +300,10 @@ def test_names_of_all_kinds_are_understood():
     assert canonical("k_euler_a") == canonical("Euler a") == "euler_ancestral"
     assert canonical("uni-pc") == canonical("UniPC") == "uni_pc"
     assert canonical("PNDM") == "plms"
-    with pytest.raises(SamplingError, match="two things; give sampler=dpmpp_2m and sigmas=karras"):
-        canonical("DPM++ 2M Karras")
+    for sigmas in ("Karras", "SGM Uniform"):
+        own = sigmas.lower().replace(" ", "_")
+        with pytest.raises(SamplingError, match=f"two things; give sampler=dpmpp_2m and sigmas={own}"):
+            canonical(f"DPM++ 2M {sigmas}")
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -109,7 +109,15 @@ def test_one_goes_on_from_another_of_any_scale(model, trained, tmp_path):
     assert not any(np.any(leaf) for name, leaf in again.state.params["text_encoder"].items() if "lora_B" in name)
     assert again.networks.init != run.networks.init
     frozen = dataclasses.replace(started.diffusion, train_text_encoder=False)
+    factors = {"hada_w1_a": (8, 3), "hada_w1_b": (3, 8), "hada_w2_a": (8, 3), "hada_w2_b": (3, 8)}
+    q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    hada = {f"{q}.{name}": np.ones(shape, np.float32) for name, shape in factors.items()}
+    save_file(hada, tmp_path / "hada.safetensors")
     for changes, message in (
+        (
+            {"lora": config.Lora(rank=RANK, init=f"{tmp_path}/hada.safetensors")},
+            r"hada\.safetensors is no plain LoRA at",
+        ),
         ({"lora": config.Lora(rank=RANK + 1, init=str(path))}, r"a\.safetensors has rank 3; lora\.rank is 4"),
         (
             {"lora": config.Lora(rank=RANK, init=str(folder)), "diffusion": frozen},

@@ -316,6 +316,14 @@ def test_what_does_not_fit_is_one_line(tmp_path, capsys, change, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_stays_that_was_there_before_a_run_that_cannot_start(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("batch_size = 4", "batch_size = 3"))
+    (tmp_path / "run").mkdir()
+    assert train.main(["--config", str(path)]) == 2
+    assert (tmp_path / "run").exists()
+
+
 def test_a_run_of_another_configuration_does_not_go_on(tmp_path):
     begun = begin(tmp_path)
     begun.config = dataclasses.replace(begun.config, steps=1)

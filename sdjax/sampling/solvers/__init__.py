@@ -99,9 +99,10 @@ def canonical(name: str) -> str:
         known = ALIASES.get(known, known)
         if known in SAMPLERS:
             return known
-    first, _, last = short.rpartition("_")
-    if first and last in grids.NAMES:  # A1111 joins the two in one name
-        raise SamplingError(f"sampler {name!r} is two things; give sampler={canonical(first)} and sigmas={last}")
+    for sigmas in grids.NAMES:  # A1111 joins the two in one name
+        if short.endswith(f"_{sigmas}"):
+            first = canonical(short.removesuffix(f"_{sigmas}"))
+            raise SamplingError(f"sampler {name!r} is two things; give sampler={first} and sigmas={sigmas}")
     raise SamplingError(f"unknown sampler {name!r}; there are {', '.join(SAMPLERS)}")
 
 
