@@ -83,8 +83,8 @@ def test_of_a_repository_one_file_is_fetched(tmp_path):
     assert lines == [
         "other",
         "other",
-        "some/concept has no safetensors file but named.bin; a pickle is read with allow_pickle only (--allow-ckpt; "
-        "to train allow_ckpt)",
+        "some/concept has no safetensors file but named.bin; a pickle is read with allow_pickle only (--allow-ckpt, or "
+        "allow_ckpt in a training configuration)",
         "named",
         *["some/many has 2 safetensors files; name one, or named.safetensors or other.safetensors"] * 2,
         *["[1] a*"] * 2,
