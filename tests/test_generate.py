@@ -120,7 +120,9 @@ def test_images_are_those_of_diffusers(name, tmp_path):
 def test_a_request_gives_the_same_pixels_in_any_company(tiny, pipe):
     one = dataclasses.replace(RED, sampler="dpmpp_2m", sigmas="karras", num_inference_steps=6)
     others = [
-        dataclasses.replace(RED, seed=i, sampler=sampler, num_inference_steps=2 + i, guidance_scale=i, prompt="cat" * i)
+        dataclasses.replace(
+            RED, seed=i, sampler=sampler, num_inference_steps=2 + i % 3, guidance_scale=i, prompt="cat" * i
+        )
         for i, sampler in enumerate(["ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "euler_ancestral"], 1)
     ]
     alone = [pipe.generate([request])[0] for request in (one, *others)]

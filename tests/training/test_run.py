@@ -226,11 +226,10 @@ def _distance(a, b):
 @pytest.mark.parametrize(
     ("change", "least", "most"),
     [
-        ({"devices": Devices()}, 0, 1e-4),
-        ({"accumulate": 4}, 0, 1e-4),
+        ({"devices": Devices(), "accumulate": 4}, 0, 1e-4),
         ({"dtype": "bfloat16"}, 1e-3, 0.04),
     ],
-    ids=["eight devices", "accumulation", "bfloat16"],
+    ids=["eight devices, four parts", "bfloat16"],
 )
 def test_the_gradient_of_a_step(gradients, tmp_path, change, least, most):
     changed = _gradients(tmp_path, **change)
