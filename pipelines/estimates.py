@@ -12,8 +12,7 @@ from pipelines.options import parse
 from sdjax.planning.asked import asked
 from sdjax.planning.chips import CHIPS
 from sdjax.request import Request
-
-_BATCH = 4  # images that an accelerator makes at once unless a job says it
+from sdjax.values import BATCH_SIZE
 
 
 class Figure(NamedTuple):
@@ -84,7 +83,11 @@ def _asked(preset: Preset) -> dict[str, Any]:
         request, _ = Request.from_row({"prompt": "any", **options.request_defaults()})
     except ValueError as error:
         raise LaunchError(f"no plan is for this job: {error}") from None
-    batch = {"dtype": options.dtype, "steps": request.num_inference_steps, "batch_size": options.batch_size or _BATCH}
+    batch = {
+        "dtype": options.dtype,
+        "steps": request.num_inference_steps,
+        "batch_size": options.batch_size or BATCH_SIZE,
+    }
     return batch | asked(request, options)
 
 

@@ -27,7 +27,7 @@ from sdjax.files import below
 from sdjax.retrying import retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import CAPTIONS, IMAGES, is_hidden
-from sdjax.values import RequestError, one_line
+from sdjax.values import RequestError, is_web, one_line
 
 READERS = 16  # images that are fetched or decoded at once
 FOLDER_FILES = 4096  # of a folder in a piece
@@ -141,8 +141,7 @@ def _names(folder: str) -> list[str]:
 
 
 def _check(file: str) -> None:
-    is_on_the_web = file.startswith(("http://", "https://"))
-    if is_on_the_web and file.endswith((".tar", ".parquet")) and not sources.is_given_in_parts(file):
+    if is_web(file) and file.endswith((".tar", ".parquet")) and not sources.is_given_in_parts(file):
         raise SourceError(f"{file}: its web server gives no parts of files, in which it is read; copy it from there")
     if file.endswith(".parquet"):
         _check_columns(file)

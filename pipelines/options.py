@@ -10,7 +10,7 @@ from pipelines import sinks
 from sdjax.images import FORMATS
 from sdjax.model_options import add_model_options
 from sdjax.request_options import add_request_options, refuse_empty, request_fields
-from sdjax.values import DTYPES
+from sdjax.values import DTYPES, is_web
 
 # In this process, with nothing to fetch. Beam's own DirectRunner first tries to download the Prism runner.
 IN_PROCESS = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -76,7 +76,7 @@ class JobOptions(argparse.Namespace):
             refuse_empty(self)
         except ValueError as error:
             raise OptionError(str(error)) from None
-        if self.output.startswith(("http://", "https://")):
+        if is_web(self.output):
             raise OptionError(f"--output={self.output} is on a web server; give a folder or a bucket")
         for name, values in self.choices.items():
             if getattr(self, name) not in values:

@@ -25,7 +25,7 @@ from sdjax.console import says_why
 from sdjax.retrying import is_absent, retry
 from sdjax.training.encoded import DataError
 from sdjax.training.samples import json_object
-from sdjax.values import PICTURES, RequestError, coerce, lines, one_line
+from sdjax.values import PICTURES, RequestError, coerce, is_web, lines, one_line
 
 PIECE_ROWS = 16_384
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet", ".toml")
@@ -308,7 +308,7 @@ def _is_text(text: str) -> bool:
 def _open(file: str) -> IO[bytes]:
     def opened() -> Any:
         fs, path = fsspec.core.url_to_fs(file)
-        if file.startswith(("http://", "https://")) and not is_given_in_parts(file):
+        if is_web(file) and not is_given_in_parts(file):
             return io.BytesIO(fs.cat_file(path))  # type: ignore[arg-type]
         return fs.open(path, "rb")
 

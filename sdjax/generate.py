@@ -33,7 +33,7 @@ from sdjax.parallel import Device, Devices
 from sdjax.parts import BUNDLED, REFINER
 from sdjax.request import Request
 from sdjax.spec import Program, Spec
-from sdjax.values import RequestError
+from sdjax.values import BATCH_SIZE, RequestError
 from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file
 
@@ -118,7 +118,7 @@ class StableDiffusion:
         spec = source if isinstance(source, Spec) else Spec(source, dtype=dtype, **options)
         on = devices if isinstance(devices, Devices) else Devices(devices)
         if batch_size is None:
-            batch_size = 1 if on.platform == "cpu" else 4
+            batch_size = 1 if on.platform == "cpu" else BATCH_SIZE
         if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} is no number of images; allowed is an integer of 1 or more")
         _ = spec.tokenizers, spec.refiner and spec.refiner.tokenizers  # refused now where they cannot be read

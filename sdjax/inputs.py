@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from sdjax.retrying import FinalError, is_absent, retry
-from sdjax.values import RequestError, one_line
+from sdjax.values import RequestError, is_web, one_line
 
 MAX_BYTES = 2**26
 MAX_PIXELS = 2**26
@@ -148,7 +148,7 @@ def read(url: str) -> bytes:
 
 def _read_from_host(url: str) -> bytes:
     """As `read`, but a web server that says nothing is asked once, and one that never answered not for each picture."""
-    host = url.split("/")[2] if _is_web(url) else ""
+    host = url.split("/")[2] if is_web(url) else ""
     if host not in _answered and time.monotonic() < _silent.get(host, 0):
         raise FinalError(f"{host} says nothing")
 
@@ -172,15 +172,11 @@ def _read_from_host(url: str) -> bytes:
 
 
 def _whole(url: str) -> bytes:
-    fs, path = fsspec.core.url_to_fs(url, **(_web_options() if _is_web(url) else {}))
+    fs, path = fsspec.core.url_to_fs(url, **(_web_options() if is_web(url) else {}))
     if isinstance(fs, LocalFileSystem) and stat.S_ISFIFO(os.stat(path).st_mode):
         raise FinalError("it is a pipe, of which nothing may ever come")
     with fs.open(path, "rb") as file:
         return b"".join(_parts(file))
-
-
-def _is_web(url: str) -> bool:
-    return url.startswith(("http://", "https://"))
 
 
 def _web_options() -> dict[str, Any]:

@@ -16,6 +16,8 @@ MAX_PROMPT_CHARACTERS = 10_000
 MAX_STEPS = 1000
 DTYPES = ("float32", "bfloat16", "float16")
 """Of a model's weights and products."""
+BATCH_SIZE = 4
+"""Images that a device other than a CPU makes at once, where no number is asked for."""
 
 _SIZES = ("original_size", "target_size", "negative_original_size", "negative_target_size")
 _CORNERS = ("crops_coords_top_left", "negative_crops_coords_top_left")
@@ -41,6 +43,11 @@ def corner_of(text: str) -> tuple[int, int]:
     """Top and left of `0,16`."""
     top, left = text.split(",")
     return int(top), int(left)
+
+
+def is_web(url: str) -> bool:
+    """Whether a web server is asked for it, which may list no folders, and give no parts of files."""
+    return url.startswith(("http://", "https://"))
 
 
 def lines(text: Any) -> list[str]:

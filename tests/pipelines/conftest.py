@@ -29,6 +29,16 @@ def made(tmp_path_factory, prompts) -> Path:
 
 
 @pytest.fixture
+def terraform(tmp_path) -> str:
+    """The launcher's option that names what Terraform made."""
+    from tests.pipelines.test_dataflow import DEPLOYMENT, outputs
+
+    file = tmp_path / "outputs.json"
+    file.write_text(outputs(DEPLOYMENT))
+    return f"--terraform={file}"
+
+
+@pytest.fixture
 def faulty(monkeypatch):
     monkeypatch.setattr(retrying, "FIRST_WAIT", 0.0)
     fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)

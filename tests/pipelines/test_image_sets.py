@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import image_sets, tables
 from sdjax import retrying
 from sdjax.training.samples import members
-from tests.pipelines.test_encode_latents import PICTURES, png, write_set
+from tests.pipelines.image_set import PICTURES, png, write_set
 from tests.training.test_samples import tar_of
 
 

@@ -17,8 +17,8 @@ from pipelines.sources import SourceError
 from pipelines.storage import Store
 from sdjax.weights.safetensors import CheckpointError
 from tests.pipelines import standin
+from tests.pipelines.image_set import write_set
 from tests.pipelines.outputs import files, no_load
-from tests.pipelines.test_encode_latents import write_set
 
 
 @pytest.fixture

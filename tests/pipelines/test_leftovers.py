@@ -12,8 +12,8 @@ from pipelines import encode_latents, image_sets, layout, leftovers, verify
 from pipelines.layout import image_name, manifest_name, rejects_name, shard_name
 from pipelines.storage import Store
 from tests.pipelines import standin
+from tests.pipelines.image_set import write_set
 from tests.pipelines.outputs import write_csv
-from tests.pipelines.test_encode_latents import write_set
 
 ID, OTHER = "ab" + "0" * 30, "cd" + "1" * 30
 OWN = [

@@ -11,7 +11,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from pipelines import image_sets, sources
 from pipelines.sources import SourceError
-from tests.pipelines.test_encode_latents import write_set
+from tests.pipelines.image_set import write_set
 
 
 def values(url, **options):
