@@ -134,7 +134,7 @@ class Networks:
         else:
             index |= {"image_encoder": [None, None], "force_zeros_for_empty_prompt": self.xl.zeroes_empty}
         configs = {name: self.configs[name] for name in modules}
-        checkpoint.save(folder, index=index, configs=configs, weights=weights, texts=self.texts)
+        checkpoint.write(folder, index=index, configs=configs, weights=weights, texts=self.texts)
 
 
 def flat(module: nnx.Module) -> Params:

@@ -321,22 +321,37 @@ def tensors_of(module: nnx.Module, dtype: Any = None) -> dict[str, np.ndarray]:
     }
 
 
-def save(
-    folder: str | os.PathLike[str],
+def write(
+    folder: Path,
     *,
     index: Mapping[str, Any],
     configs: Mapping[str, Mapping[str, Any]],
     weights: Mapping[str, Mapping[str, np.ndarray]],
     texts: Mapping[str, str],
 ) -> None:
-    """Write a checkpoint folder in the diffusers layout, whole or not at all.
+    """Write a checkpoint in the diffusers layout.
 
     Args:
-        folder: a local folder that does not exist yet.
+        folder: a local folder, which is made.
         index: model_index.json.
         configs: each component's config.json by its folder.
         weights: each network's tensors by its folder.
         texts: other files (tokenizer, scheduler) by their path in the folder.
+    """
+    files = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
+    files |= {
+        f"{name}/config.json": json.dumps(config, indent=2, sort_keys=True) + "\n" for name, config in configs.items()
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, tensors in weights.items():
+        stem = _STEMS[".safetensors"][name.startswith("text_encoder")]
+        write_tensors(folder / name / f"{stem}.safetensors", tensors)
+
+
+def save(folder: str | os.PathLike[str], **content: Any) -> None:
+    """Write a checkpoint folder, which does not exist yet, whole or not at all; `content` is as `write` takes it.
 
     Raises:
         FileExistsError: `folder` is there already.
@@ -348,17 +363,7 @@ def save(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)
     try:
-        files = {"model_index.json": json.dumps(index, indent=2, sort_keys=True) + "\n", **texts}
-        files |= {
-            f"{name}/config.json": json.dumps(config, indent=2, sort_keys=True) + "\n"
-            for name, config in configs.items()
-        }
-        for name, text in files.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_text(text, encoding="utf-8")
-        for name, tensors in weights.items():
-            stem = _STEMS[".safetensors"][name.startswith("text_encoder")]
-            write_tensors(temporary / name / f"{stem}.safetensors", tensors)
+        write(temporary, **content)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

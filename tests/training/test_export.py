@@ -1,5 +1,6 @@
 """What a run writes as a model: its average, in place of a model and of nothing else."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from sdjax import train
 from sdjax.training.config import TrainConfigError
+from sdjax.weights import checkpoint
 from tests.training.runs import begin, weights, write
 
 
@@ -61,6 +63,21 @@ def test_a_model_that_a_kill_left_between_two_names_is_found_again(begun, tmp_pa
     begun.export(folder)
     assert (folder / "README.md").read_text() == "my card"
     assert not list(tmp_path.glob(".model.*"))
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_export(begun, tmp_path, monkeypatch):
+    def killed(path, _):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_tensors", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as a kill lets nothing be tidied
+        with pytest.raises(KeyboardInterrupt):
+            begun.export(tmp_path / "model")
+    assert list(tmp_path.glob(".*/**/*.safetensors"))
+    begun.export(tmp_path / "model")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_exported_is_the_average(begun, tmp_path):
