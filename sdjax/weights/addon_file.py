@@ -36,7 +36,7 @@ class AddonFile:
         def chosen(paths: Iterable[str]) -> str:
             return _chosen(self.source, paths, names, allow_pickle)
 
-        place = hub.file(self.source)
+        place = os.path.expanduser(hub.file(self.source))
         if (
             "://" not in place
             and not os.path.exists(place)

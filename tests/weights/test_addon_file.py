@@ -46,6 +46,13 @@ def test_a_folders_file_is_the_named_one_or_the_only_one(tmp_path):
     assert stem(tmp_path) == "other"
 
 
+def test_a_tilde_is_the_users_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "lora").mkdir()
+    safetensors.torch.save_file(TENSORS, tmp_path / "lora" / "named.safetensors")
+    assert stem("~/lora") == stem("~/lora/named.safetensors") == "named"
+
+
 def test_of_a_repository_one_file_is_fetched(tmp_path):
     files = {
         "some/lora": [
