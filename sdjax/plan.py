@@ -19,13 +19,13 @@ from sdjax import architectures
 from sdjax.console import interrupted, markdown, says_why, show
 from sdjax.files import check_file
 from sdjax.model_options import add_model_options, model_options
+from sdjax.planning import gpu, tpu
 from sdjax.planning.asked import asked
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import PlanError
 from sdjax.planning.estimate import Plan
 from sdjax.planning.fit import Fit, Fitted
-from sdjax.planning.gpu import GPUS, Gpu, GpuCompiler
-from sdjax.planning.tpu import TpuCompiler
+from sdjax.planning.gpu import GPUS, Gpu
 from sdjax.request import Request
 from sdjax.request_options import add_request_options, refuse_empty, request_fields
 from sdjax.spec import Spec
@@ -77,9 +77,9 @@ def make(options: argparse.Namespace, request: Request) -> tuple[Fitted | None, 
     with architectures.checkpoint(options.model or "bundled") as source:
         spec = Spec(source, dtype=options.dtype, **model_options(options))
         resolved = spec.resolve(request)
-        target = options.target
-        compiler = TpuCompiler(CHIPS[target]) if target in CHIPS else GpuCompiler(GPUS[target])
-        fit = Fit(spec, resolved, compiler, lambda text: print(text, file=sys.stderr))
+        chip = CHIPS.get(options.target)
+        target = tpu.target(chip) if chip else gpu.target(GPUS[options.target])
+        fit = Fit(spec, resolved, target, lambda text: print(text, file=sys.stderr))
         return fit.fitted(options.batch_size), resolved, spec.name
 
 

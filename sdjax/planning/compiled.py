@@ -1,6 +1,6 @@
 """Programs compiled for devices that may not be here, and what their compilers say of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -50,28 +50,40 @@ class Compiled:
         return Program(self.text)
 
 
-def compiled_for(recorded: Recorded, draft: bool, sharding: Sharding, **options: Any) -> Compiled | None:
-    """Compile a program, or its draft, for the device of a sharding; None where it needs more memory than that has.
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for, which need not be here.
 
+    name: for messages.
+    memory: bytes of main memory that a program may use.
+    sharding: of that device alone.
     options: of XLA, beside those that programs here are compiled with.
     """
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), recorded.arguments
-    )
-    options |= COMPILER_OPTIONS.get(next(iter(sharding.device_set)).platform, {})
-    lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
-    try:
-        compiled = lowered.compile(options | _DRAFT if draft else options)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return None
-        raise
-    found: Any = compiled.memory_analysis()
-    memory = Memory(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
-        found.generated_code_size_in_bytes,
-    )
-    return Compiled(memory, compiled.as_text() or "")
+
+    name: str
+    memory: int
+    sharding: Sharding
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
+        """A program compiled, or its draft; None where it needs more memory than the device has."""
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding), recorded.arguments
+        )
+        options = self.options | COMPILER_OPTIONS.get(next(iter(self.sharding.device_set)).platform, {})
+        lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
+        try:
+            compiled = lowered.compile(options | _DRAFT if draft else options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return None
+            raise
+        found: Any = compiled.memory_analysis()
+        memory = Memory(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+            found.generated_code_size_in_bytes,
+        )
+        return Compiled(memory, compiled.as_text() or "")

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -13,7 +13,7 @@ from sdjax.generate import IN_FLIGHT
 from sdjax.models import tiling
 from sdjax.networks import build
 from sdjax.parallel import Device, Devices
-from sdjax.planning.compiled import Compiled, compiled_for
+from sdjax.planning.compiled import Compiled, Target
 from sdjax.planning.record import Recorded, record
 from sdjax.programs import Flat
 from sdjax.request import Request
@@ -23,38 +23,16 @@ _MOST = 256  # images a device makes at once; more would gain nothing
 _FIRST = 4  # that are tried
 
 
-class Target(Protocol):
-    """A device to compile for.
-
-    Attributes:
-        name: for messages.
-        memory: bytes of main memory that a program may use.
-    """
-
-    name: str
-    memory: int
-
-    def compile(self, recorded: Recorded, draft: bool) -> Compiled | None:
-        """A program compiled, or its draft; None where it needs more memory than there is."""
-        ...
-
-
-class Local:
-    """A device of this machine, as a target.
+def local(device: Device) -> Target:
+    """A device of this machine.
 
     Raises:
         ValueError: it does not say how much memory it has, as CPUs do not.
     """
-
-    def __init__(self, device: Device) -> None:
-        self.name, self._device = device.device_kind, device
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        if limit is None:
-            raise ValueError(f"{self.name} does not say how much memory it has; give the batch size as a number")
-        self.memory: int = limit
-
-    def compile(self, recorded: Recorded, draft: bool) -> Compiled | None:
-        return compiled_for(recorded, draft, jax.sharding.SingleDeviceSharding(self._device))
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    if memory is None:
+        raise ValueError(f"{device.device_kind} does not say how much memory it has; give the batch size as a number")
+    return Target(device.device_kind, memory, jax.sharding.SingleDeviceSharding(device))
 
 
 class Placed(NamedTuple):
@@ -176,7 +154,7 @@ def largest_here(spec: Spec, requests: Sequence[Request], say: Callable[[str], N
     Raises:
         ValueError: not one of a request fits, or the devices do not say how much memory they have.
     """
-    target, found = Local(Devices().devices[0]), None
+    target, found = local(Devices().devices[0]), None
     for request in _greediest(spec, requests):
         found = Fit(spec, request, target, say).largest(found)
         if not found:

@@ -7,8 +7,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sdjax.planning.compiled import Compiled, PlanError, compiled_for
-from sdjax.planning.record import Recorded
+from sdjax.planning.compiled import PlanError, Target
 
 _SHARE = 0.75  # of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 _CONFIG = """\
@@ -79,24 +78,18 @@ GPUS = {
 }
 
 
-class GpuCompiler:
-    """XLA's compiler for a GPU.
+def target(gpu: Gpu) -> Target:
+    """A GPU to compile for.
 
     Raises:
         PlanError: JAX's plugin for CUDA is not installed.
     """
-
-    def __init__(self, gpu: Gpu) -> None:
-        config = _CONFIG.format(gpu=gpu, block=gpu.shared - 1024)  # the rest of what a block may have is CUDA's
-        try:
-            found = topologies.get_topology_desc(gpu.name, "cuda", target_config=config, topology="1x1x1")
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-            message = f"planning for a GPU needs its compiler: pip install 'sdjax[cuda]' ({error})"
-            raise PlanError(message) from None
-        self.name, self.memory = gpu.name, gpu.memory
-        self._sharding = NamedSharding(Mesh(np.array(found.devices), ("device",)), PartitionSpec())
-
-    def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
-        """A program compiled for the GPU, or its draft."""
-        # Which of Triton's tiles suit a product is found by trying on a device; without one some suit none.
-        return compiled_for(recorded, draft, self._sharding, xla_gpu_enable_triton_gemm=False)
+    config = _CONFIG.format(gpu=gpu, block=gpu.shared - 1024)  # the rest of what a block may have is CUDA's
+    try:
+        found = topologies.get_topology_desc(gpu.name, "cuda", target_config=config, topology="1x1x1")
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        message = f"planning for a GPU needs its compiler: pip install 'sdjax[cuda]' ({error})"
+        raise PlanError(message) from None
+    sharding = NamedSharding(Mesh(np.array(found.devices), ("device",)), PartitionSpec())
+    # Which of Triton's tiles suit a product is found by trying on a device; without one some suit none.
+    return Target(gpu.name, gpu.memory, sharding, {"xla_gpu_enable_triton_gemm": False})

@@ -9,8 +9,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdjax.planning.chips import Chip
-from sdjax.planning.compiled import Compiled, PlanError, compiled_for
-from sdjax.planning.record import Recorded
+from sdjax.planning.compiled import PlanError, Target
 
 # libtpu asks the machine what it is unless told; nothing of it is used, only the compiler.
 _ENVIRONMENT = {
@@ -22,24 +21,18 @@ _ENVIRONMENT = {
 }
 
 
-class TpuCompiler:
-    """libtpu's compiler for one chip.
+def target(chip: Chip) -> Target:
+    """A chip to compile for.
 
     Raises:
         PlanError: libtpu is not installed, or knows no such chip.
     """
-
-    def __init__(self, chip: Chip) -> None:
-        if importlib.util.find_spec("libtpu") is None:
-            raise PlanError("planning for a TPU needs its compiler: pip install 'sdjax[tpu]'")
-        os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-        try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **chip.options)
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-            raise PlanError(f"libtpu compiles nothing for {chip.topology} here: {error}") from None
-        self.name, self.memory = chip.name, chip.memory
-        self._sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("device",)), PartitionSpec())
-
-    def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
-        """A program compiled for the chip, or its draft; None where it needs more memory than the chip has."""
-        return compiled_for(recorded, draft, self._sharding)
+    if importlib.util.find_spec("libtpu") is None:
+        raise PlanError("planning for a TPU needs its compiler: pip install 'sdjax[tpu]'")
+    os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **chip.options)
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise PlanError(f"libtpu compiles nothing for {chip.topology} here: {error}") from None
+    sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("device",)), PartitionSpec())
+    return Target(chip.name, chip.memory, sharding)

@@ -1,5 +1,7 @@
 """The search for the largest batch that fits: what counts, how few compilations it takes, and for which requests."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,7 +12,7 @@ from sdjax.networks import build
 from sdjax.planning import fit
 from sdjax.planning.chips import CHIPS
 from sdjax.planning.compiled import Compiled, Memory
-from sdjax.planning.fit import Fit, Local
+from sdjax.planning.fit import Fit
 from sdjax.planning.record import Recorded, record
 from sdjax.request import Request
 from sdjax.spec import Spec
@@ -75,7 +77,7 @@ def test_what_else_is_on_the_device_counts(tiny):
 def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
     device = jax.devices()[0]
     with pytest.raises(ValueError, match="does not say how much memory it has"):
-        Local(device)
+        fit.local(device)
 
     class Small:
         """The CPU, by its own word with little memory."""
@@ -85,9 +87,8 @@ def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
         def memory_stats(self):
             return {"bytes_limit": 2**26}
 
-    local = Local(Small())
-    local._device = device
-    found = Fit(Spec(tiny), REQUEST, local, lambda _: None)
+    target = replace(fit.local(Small()), sharding=jax.sharding.SingleDeviceSharding(device))
+    found = Fit(Spec(tiny), REQUEST, target, lambda _: None)
     for draft in (True, False):
         placed = found.place("decode", 2, draft)
         assert placed is not None
@@ -105,7 +106,7 @@ def sought(monkeypatch):
 
     monkeypatch.setattr(Fit, "__init__", lambda self, spec, request, *_: setattr(self, "_request", request))
     monkeypatch.setattr(Fit, "largest", largest)
-    monkeypatch.setattr(fit, "Local", lambda device: device)
+    monkeypatch.setattr(fit, "local", lambda device: device)
     return asked, fits
 
 

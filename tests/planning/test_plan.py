@@ -25,14 +25,14 @@ from sdjax.models.attention import attention, flash_attention
 from sdjax.models.blocks import TransformerBlock
 from sdjax.models.unet import UNet2DCondition
 from sdjax.parallel import Devices
+from sdjax.planning import gpu, tpu
 from sdjax.planning.asked import asked
 from sdjax.planning.chips import CHIPS, Chip
 from sdjax.planning.compiled import Compiled, Memory
 from sdjax.planning.estimate import Estimate, Plan
 from sdjax.planning.fit import Fit, Fitted, Placed
-from sdjax.planning.gpu import GPUS, GpuCompiler
+from sdjax.planning.gpu import GPUS
 from sdjax.planning.record import Recorded, record
-from sdjax.planning.tpu import TpuCompiler
 from sdjax.request import Request
 from sdjax.request_options import request_fields
 from sdjax.spec import Spec
@@ -260,7 +260,7 @@ def test_a_draft_is_told_from_what_it_is_of():
     """By a layer too large for anything but main memory."""
     shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(2**15, 2**13), (2**13, 2**15)])
     recorded = Recorded("layer", lambda x, kernel: jax.nn.gelu(x @ kernel) @ kernel.T, shapes, (), None, calls=1)
-    draft, program = (TpuCompiler(CHIPS["v5e"]).compile(recorded, draft) for draft in (True, False))
+    draft, program = (tpu.target(CHIPS["v5e"]).compile(recorded, draft) for draft in (True, False))
     assert draft is not None
     assert program is not None
     assert 0.5 < draft.memory.temporaries / program.memory.temporaries < 2
@@ -273,7 +273,7 @@ def test_the_attention_kernel_fits_every_chips_vector_memory(target):
     """Of Stable Diffusion 2.1 at 768 px: 9,216 tokens and 5 heads, more keys than one step takes."""
     tokens = jax.ShapeDtypeStruct((1, 9216, 5, 64), jnp.bfloat16)
     recorded = Recorded("kernel", flash_attention, (tokens,) * 3, (), None, calls=1)
-    assert TpuCompiler(CHIPS[target]).compile(recorded) is not None
+    assert tpu.target(CHIPS[target]).compile(recorded) is not None
 
 
 @needs_libtpu
@@ -285,7 +285,7 @@ def test_a_full_width_block_on_every_chip(target):
     block = TransformerBlock(Stage(640, 1, (1,), 10, 2048, False), **half)
     arguments = block, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [(4, 4096, 640), (4, 77, 2048)])
     recorded = Recorded("block", lambda block, *inputs: block(*inputs, (64, 64)), arguments, (), None, calls=1)
-    compiled = TpuCompiler(CHIPS[target]).compile(recorded)
+    compiled = tpu.target(CHIPS[target]).compile(recorded)
     assert compiled is not None
     found = Estimate(recorded, compiled, CHIPS[target])
     assert sum(found.cost.kernels.values()) == 1
@@ -312,7 +312,7 @@ def test_on_a_gpu_a_networks_convolutions_and_attention_are_cudnns_and_images_st
     shapes = [(2, 64, 64, 4), (2,), (2, 77, torch_models.UNET["cross_attention_dim"])]
     arguments = network, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
     recorded = Recorded("unet", lambda network, *inputs: network(*inputs), arguments, (), None, calls=1)
-    compiled = GpuCompiler(GPUS["h100"]).compile(recorded)
+    compiled = gpu.target(GPUS["h100"]).compile(recorded)
     assert compiled is not None
     convolutions = [line for line in compiled.text.splitlines() if '"__cudnn$conv' in line]
     assert convolutions
@@ -325,7 +325,7 @@ def test_on_a_gpu_a_networks_convolutions_and_attention_are_cudnns_and_images_st
 def test_attention_on_a_gpu_has_a_gradient(queries, keys):
     shapes = tuple(jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (queries, keys, keys))
     gradient = jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
-    assert GpuCompiler(GPUS["h100"]).compile(Recorded("gradient", gradient, shapes, (), None, calls=1)) is not None
+    assert gpu.target(GPUS["h100"]).compile(Recorded("gradient", gradient, shapes, (), None, calls=1)) is not None
 
 
 @needs_libtpu
