@@ -106,25 +106,24 @@ def vae(config: VAEConfig) -> Table:
     """The modules of an AutoencoderKL, in a file below `first_stage_model`."""
     table = {}
     channels, layers = config.block_out_channels, config.layers_per_block
-    halves = (
-        ("encoder", "down_blocks", "downsamplers", channels, layers, "down.{}", "downsample.conv"),
-        ("decoder", "up_blocks", "upsamplers", channels[::-1], layers + 1, "up.{}", "upsample.conv"),
-    )
-    for half, blocks, samplers, sizes, count, block_there, sampler_there in halves:
+    for half, way, sizes, count in (
+        ("encoder", "down", channels, layers),
+        ("decoder", "up", channels[::-1], layers + 1),
+    ):
         table |= _same(half, half, ("conv_in", "conv_out")) | {f"{half}.conv_norm_out": f"{half}.norm_out"}
-        table |= _vae_resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", False)
-        table |= _vae_resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", False)
+        table |= _resnet(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1", False, _VAE_RESNET)
+        table |= _resnet(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2", False, _VAE_RESNET)
         if config.mid_block_add_attention:
             table |= _under(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
-        before = sizes[0]
+        before, last = sizes[0], len(sizes) - 1
         for i, size in enumerate(sizes):
             # The original numbers both halves from the image inwards.
-            there = f"{half}.{block_there.format(i if half == 'encoder' else len(sizes) - 1 - i)}"
+            here, there = f"{half}.{way}_blocks.{i}", f"{half}.{way}.{i if half == 'encoder' else last - i}"
             for j in range(count):
-                table |= _vae_resnet(f"{half}.{blocks}.{i}.resnets.{j}", f"{there}.block.{j}", before != size)
+                table |= _resnet(f"{here}.resnets.{j}", f"{there}.block.{j}", before != size, _VAE_RESNET)
                 before = size
-            if i < len(sizes) - 1:
-                table[f"{half}.{blocks}.{i}.{samplers}.0.conv"] = f"{there}.{sampler_there}"
+            if i < last:
+                table[f"{here}.{way}samplers.0.conv"] = f"{there}.{way}sample.conv"
     if config.use_quant_conv:
         table["quant_conv"] = "quant_conv"
     if config.use_post_quant_conv:
@@ -180,12 +179,8 @@ def _same(here: str, there: str, names: Iterable[str]) -> Table:
     return _under(here, there, {name: name for name in names})
 
 
-def _resnet(here: str, there: str, shortcut: bool) -> Table:
-    return _under(here, there, {k: v for k, v in _UNET_RESNET.items() if shortcut or k != "conv_shortcut"})
-
-
-def _vae_resnet(here: str, there: str, shortcut: bool) -> Table:
-    return _under(here, there, {k: v for k, v in _VAE_RESNET.items() if shortcut or k != "conv_shortcut"})
+def _resnet(here: str, there: str, shortcut: bool, names: Mapping[str, str] = _UNET_RESNET) -> Table:
+    return _under(here, there, {k: v for k, v in names.items() if shortcut or k != "conv_shortcut"})
 
 
 def _transformer(depth: int) -> list[str]:
