@@ -22,7 +22,7 @@ import jax
 from sdjax import architectures
 from sdjax.benchmark.ours import Measured, measure
 from sdjax.benchmark.weights import add_random
-from sdjax.console import interrupted, is_out_of_memory, markdown, says_why, show
+from sdjax.console import ended, is_out_of_memory, markdown, show
 from sdjax.files import check_file
 from sdjax.request import Request
 from sdjax.request_options import add_request_options, refuse_empty, request_fields
@@ -141,15 +141,7 @@ def plot(found: Sequence[Measured], file: Path, title: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's exit status."""
     options = parser().parse_args(argv)
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        return interrupted(parser().prog)
-    except Exception as error:
-        if not says_why(error):
-            raise
-        print(f"{parser().prog}: {error}", file=sys.stderr)
-        return 2
+    return ended(parser().prog, lambda: _run(options))
 
 
 def _sizes(text: str) -> list[int]:

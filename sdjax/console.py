@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sdjax.retrying import is_of_a_network
 
@@ -21,6 +21,19 @@ def interrupted(command: str) -> int:
     """The exit status of a command that Ctrl-C ended, as shells have it."""
     print(f"{command}: interrupted", file=sys.stderr)
     return 130
+
+
+def ended(command: str, run: Callable[[], int]) -> int:
+    """The exit status of a command: what it returns, or 130 after Ctrl-C, or 2 after an error that is its one line."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        return interrupted(command)
+    except Exception as error:
+        if not says_why(error):
+            raise
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
 
 
 def show(text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from sdjax import architectures
-from sdjax.console import interrupted, markdown, says_why, show
+from sdjax.console import ended, markdown, show
 from sdjax.files import check_file
 from sdjax.model_options import add_model_options, model_options
 from sdjax.planning import gpu, tpu
@@ -146,15 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the process's exit status: 1 where nothing fits, 2 where nothing can be planned."""
     options = parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # a device that is here is not touched
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        return interrupted(parser().prog)
-    except Exception as error:
-        if not says_why(error):
-            raise
-        print(f"{parser().prog}: {error}", file=sys.stderr)
-        return 2
+    return ended(parser().prog, lambda: _run(options))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.console import says_why, show
+from sdjax.console import ended, show
 from sdjax.files import check_file, write_whole
 from sdjax.generate import StableDiffusion
 from sdjax.parts import BUNDLED
@@ -82,16 +82,14 @@ def main(argv: list[str] | None = None) -> int:
             check_file("--picture", Path(arguments.picture))
         except ValueError as error:
             parser.error(str(error))
-    try:
-        pipe = StableDiffusion.from_pretrained(arguments.model, batch_size=arguments.batch_size)
-        asked = held_out(arguments.captions, arguments.seed)
-        options = {"sampler": arguments.sampler, "num_inference_steps": arguments.steps}
-        measured = [measure(pipe, asked, guidance_scale=scale, **options) for scale in arguments.guidance]
-    except Exception as error:
-        if not says_why(error):
-            raise
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+    return ended(parser.prog, lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    pipe = StableDiffusion.from_pretrained(arguments.model, batch_size=arguments.batch_size)
+    asked = held_out(arguments.captions, arguments.seed)
+    options = {"sampler": arguments.sampler, "num_inference_steps": arguments.steps}
+    measured = [measure(pipe, asked, guidance_scale=scale, **options) for scale in arguments.guidance]
     columns = [column for column, _ in measured]
     show("| held-out captions | of | " + " | ".join(f"guidance {scale:g}" for scale in arguments.guidance) + " |")
     show("| --- | --- |" + " --- |" * len(columns))

@@ -69,13 +69,13 @@ def test_what_cannot_be_measured_or_kept_is_refused_first(arguments, capsys, tmp
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", [None, ConnectionError("the hub is away"), TypeError("ours")])
-def test_a_model_that_is_not_there_is_one_line(capsys, tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("fault", [None, ConnectionError("the hub is away"), KeyboardInterrupt(), TypeError("ours")])
+def test_a_model_that_is_not_there_is_one_line_and_so_is_an_interrupt(capsys, tmp_path, monkeypatch, fault):
     def failing(*_, **__):
         raise fault
 
     if fault is not None:
         monkeypatch.setattr(evaluate.StableDiffusion, "from_pretrained", failing)
     with pytest.raises(TypeError) if isinstance(fault, TypeError) else contextlib.nullcontext():
-        assert evaluate.main(["--model", str(tmp_path)]) == 2
+        assert evaluate.main(["--model", str(tmp_path)]) == (130 if isinstance(fault, KeyboardInterrupt) else 2)
         assert capsys.readouterr().err.count("\n") == 1
