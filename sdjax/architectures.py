@@ -10,6 +10,7 @@ from typing import Any
 
 from sdjax.family import TOKENIZERS
 from sdjax.parts import BUNDLED
+from sdjax.weights.checkpoint import CLASSES
 
 _CLIP_L = {
     "hidden_act": "quick_gelu",
@@ -88,12 +89,6 @@ ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """config.json of each network, by folder: Stable Diffusion 1.1 to 1.5, 2.0 and 2.1 at 768 pixels, XL base."""
 
-_CLASSES = {
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-}
 _VOCABULARY = Path(BUNDLED) / "tokenizer"
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SCHEDULE = {**_BETAS, "clip_sample": False, "steps_offset": 1}
@@ -120,9 +115,9 @@ def write(name: str, folder: Path) -> None:
     index: dict[str, Any] = {"_class_name": f"StableDiffusion{'XL' * (name == 'sdxl')}Pipeline"}
     for part, config in configs.items():
         _write(folder / part / "config.json", config)
-        index[part] = _CLASSES[part]
+        index[part] = CLASSES[part]
         if part in TOKENIZERS:
-            index[TOKENIZERS[part]] = ("transformers", "CLIPTokenizer")
+            index[TOKENIZERS[part]] = CLASSES[TOKENIZERS[part]]
             shutil.copytree(_VOCABULARY, folder / TOKENIZERS[part])
     prediction = "v_prediction" if name == "sd21" else "epsilon"
     _write(folder / "scheduler" / "scheduler_config.json", {**_SCHEDULE, "prediction_type": prediction})

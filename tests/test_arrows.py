@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "sdjax/inputs.py": {"sdjax.retrying", "sdjax.values"},
     "sdjax/canvas.py": {"sdjax.inputs", "sdjax.request", "sdjax.values"},
     "sdjax/parallel.py": set(),
-    "sdjax/architectures.py": {"sdjax.family", "sdjax.parts"},
+    "sdjax/architectures.py": {"sdjax.family", "sdjax.parts", "sdjax.weights"},
     "sdjax/files.py": {"sdjax.retrying", "sdjax.values"},
     "sdjax/console.py": {"sdjax.retrying"},
     "sdjax/retrying.py": set(),

@@ -32,6 +32,7 @@ from sdjax.training.data import Source
 from sdjax.training.encoded import EncodedSet, encoding_parts
 from sdjax.training.tokenizer import train_tokenizer
 from sdjax.weights import checkpoint
+from sdjax.weights.checkpoint import CLASSES
 
 Params = dict[str, Any]  # arrays of numpy or JAX
 
@@ -45,14 +46,6 @@ _CAPTIONS = 4000  # that a new tokenizer is trained on
 _FIRST_LOGVAR = -6.0
 _LAYOUT = "0.42.1"  # of diffusers, which reads no inpainting model that does not say one
 _TOKEN_GAIN = 25.0  # to a standard deviation of 0.5
-_CLASSES = {  # what model_index.json calls each component
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "tokenizer_2": ("transformers", "CLIPTokenizer"),
-}
 
 
 @dataclass
@@ -113,17 +106,17 @@ class Networks:
 
         Without `params` it has no weights, and says only what the networks are.
         """
-        modules = {name: module for name, module in self.modules.items() if name in _CLASSES}
+        modules = {name: module for name, module in self.modules.items() if name in CLASSES}
         weights = {}
         if params is not None:
             weights = {
                 name: checkpoint.tensors_of(bind(module, params.get(name, self.params[name])), dtype)
                 for name, module in modules.items()
             }
-        classes = {name: list(_CLASSES[name]) for name in modules}
+        classes = {name: CLASSES[name] for name in modules}
         if "unet" in classes:
-            classes["scheduler"] = ["diffusers", self.scheduler["_class_name"]]
-            classes |= {TOKENIZERS[name]: list(_CLASSES[TOKENIZERS[name]]) for name in self.text_encoders}
+            classes["scheduler"] = "diffusers", self.scheduler["_class_name"]
+            classes |= {TOKENIZERS[name]: CLASSES[TOKENIZERS[name]] for name in self.text_encoders}
         kind, does = "" if self.xl is None else "XL", ""
         if "unet" in classes:
             does = "Inpaint" if self.inpaints else "InstructPix2Pix" if self.edits else ""
@@ -193,7 +186,7 @@ def prepare(config: Train, source: Source | EncodedSet, start: checkpoint.Checkp
         if fresh and name == "text_encoder":
             settings = _fitted(settings, networks.texts)
         elif fresh:
-            settings = {"_class_name": _CLASSES[name][1], **settings}
+            settings = {"_class_name": CLASSES[name][1], **settings}
         elif start is not None:
             settings = start.json(name, "config.json")
         else:

@@ -32,6 +32,16 @@ Place = Callable[[np.ndarray], jax.Array | np.ndarray]
 Edit = Callable[[str, np.ndarray], np.ndarray]
 """A checkpoint's tensor, in its layout, as it should be instead, by its key."""
 
+CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+}
+"""What model_index.json calls each component: its library and its class."""
+
 # What diffusers and transformers call a component's weights, by their ending.
 _STEMS = {
     ".safetensors": ("diffusion_pytorch_model", "model"),

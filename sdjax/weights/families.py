@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from sdjax.config import CLIPTextConfig, ControlNetConfig, UNetConfig, VAEConfig
 from sdjax.weights import from_shapes, ldm
+from sdjax.weights.checkpoint import CLASSES
 from sdjax.weights.from_shapes import Shapes, below
 from sdjax.weights.safetensors import CheckpointError
 
@@ -259,16 +260,14 @@ def _index(family: Family, kind: str, scheduler: str) -> dict[str, Any]:
     xl = family.size_conditions > 0
     index: dict[str, Any] = {
         "_class_name": f"{family.pipeline}{kind}Pipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "unet": CLASSES["unet"],
+        "vae": CLASSES["vae"],
         "scheduler": ["diffusers", scheduler],
         "feature_extractor": [None, None],
     }
     for suffix in ("", "_2") if xl else ("",):
-        encoder = family.encoders.get(f"text_encoder{suffix}")
-        name = "CLIPTextModelWithProjection" if encoder and encoder.projection else "CLIPTextModel"
-        index[f"text_encoder{suffix}"] = ["transformers", name] if encoder else [None, None]
-        index[f"tokenizer{suffix}"] = ["transformers", "CLIPTokenizer"] if encoder else [None, None]
+        for name in (f"text_encoder{suffix}", f"tokenizer{suffix}"):
+            index[name] = CLASSES[name] if f"text_encoder{suffix}" in family.encoders else [None, None]
     if not xl:
         return index | {"safety_checker": [None, None], "requires_safety_checker": False}
     refiner = "text_encoder" not in family.encoders
