@@ -18,7 +18,7 @@ from sdjax import controls, family, sampling
 from sdjax.family import TOKENIZERS
 from sdjax.text import Tokenizer
 from sdjax.values import DTYPES
-from sdjax.weights.checkpoint import Checkpoint, Edit
+from sdjax.weights.checkpoint import Checkpoint, Edit, as_folder
 from sdjax.weights.lora import Lora, fused
 from sdjax.weights.safetensors import Entry
 from sdjax.weights.single_file import is_single_file, open_checkpoint, open_vae
@@ -206,5 +206,5 @@ class Parts:
     def _tokenizer(self, encoder: str) -> Tokenizer:
         config = self.configs[encoder]
         added = [(each.token, each.count(encoder)) for each in self._inversions if each.count(encoder)]
-        with self.checkpoint.local(TOKENIZERS[encoder]) as folder:
+        with as_folder(self.checkpoint.texts(TOKENIZERS[encoder])) as folder:
             return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings, added=added)

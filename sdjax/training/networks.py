@@ -290,10 +290,8 @@ def _texts(
 
 
 def _tokenizer(texts: Mapping[str, str], component: str, vocab_size: int, length: int) -> Tokenizer:
-    with tempfile.TemporaryDirectory() as folder:
-        for path, text in texts.items():
-            if path.startswith(f"{component}/"):
-                Path(folder, Path(path).name).write_text(text, encoding="utf-8")
+    own = {path: text for path, text in texts.items() if path.startswith(f"{component}/")}
+    with checkpoint.as_folder(own) as folder:
         return Tokenizer(folder, vocab_size=vocab_size, length=length)
 
 

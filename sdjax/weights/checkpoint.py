@@ -160,14 +160,6 @@ class Checkpoint:
         except UnicodeDecodeError:
             raise CheckpointError(f"{folder} of {self.source} has a text file that is not UTF-8") from None
 
-    @contextlib.contextmanager
-    def local(self, folder: str) -> Iterator[Path]:
-        """The text files of a folder of the checkpoint as a folder on this machine, while the context lasts."""
-        with tempfile.TemporaryDirectory() as copy:
-            for path, text in self.texts(folder).items():
-                (Path(copy) / posixpath.basename(path)).write_text(text, encoding="utf-8")
-            yield Path(copy)
-
     @cached_property
     def name(self) -> str:
         """The last part of the source: what metadata calls the model."""
@@ -239,6 +231,15 @@ class Component(Checkpoint):
 
     def _wanted(self, paths: list[str]) -> list[str]:
         return self._wanted_of("", paths)
+
+
+@contextlib.contextmanager
+def as_folder(texts: Mapping[str, str]) -> Iterator[Path]:
+    """Text files, by their path in a checkpoint, as one folder on this machine, while the context lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path, text in texts.items():
+            Path(folder, posixpath.basename(path)).write_text(text, encoding="utf-8")
+        yield Path(folder)
 
 
 def _read_header(stream: IO[bytes], file: str) -> dict[str, Entry]:
