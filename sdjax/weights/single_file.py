@@ -182,16 +182,9 @@ class SingleFile(_File):
     @cached_property
     def _files(self) -> list[str]:
         names = (*_VOCABULARY, "tokenizer_config.json")
-        tokenizers = [f"{self._tokenizer_of(encoder)}/{name}" for encoder in self._encoders for name in names]
+        folders = [encoder.replace("text_encoder", "tokenizer") for encoder in self._layout.encoders]
+        tokenizers = [f"{folder}/{name}" for folder in folders for name in names]
         return sorted([*self._layout.files, *tokenizers])
-
-    @property
-    def _encoders(self) -> Mapping[str, families.Encoder]:
-        return self._layout.encoders
-
-    @staticmethod
-    def _tokenizer_of(encoder: str) -> str:
-        return encoder.replace("text_encoder", "tokenizer")
 
     def _read(self, path: str) -> bytes:
         folder, _, name = path.rpartition("/")
@@ -202,7 +195,7 @@ class SingleFile(_File):
         encoder = folder.replace("tokenizer", "text_encoder")
         # OpenCLIP pads with the token whose id is 0, CLIP with the one that ends a text.
         special = {"bos": "<|startoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"}
-        special["pad"] = "!" if self._encoders[encoder].open_clip else special["eos"]
+        special["pad"] = "!" if self._layout.encoders[encoder].open_clip else special["eos"]
         length = self._layout.files[f"{encoder}/config.json"]["max_position_embeddings"]
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
         return json.dumps(config | {f"{kind}_token": token for kind, token in special.items()}).encode()
