@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from sdjax.parallel import Devices
+from sdjax.planning.compiled import Memory
 
 
 class Stopwatch(Devices):
@@ -53,8 +54,8 @@ class Stopwatch(Devices):
         self.compiling[_name(function)] += time.perf_counter() - started
         found = compiled.memory_analysis()
         if found is not None:
-            used = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-            self.memory[_name(function)] = max(self.memory.get(_name(function), 0), used - found.alias_size_in_bytes)
+            memory = Memory.of(found)
+            self.memory[_name(function)] = max(self.memory.get(_name(function), 0), memory.total - memory.code)
         return compiled
 
 

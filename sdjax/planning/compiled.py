@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.sharding import Sharding
@@ -32,6 +32,17 @@ class Memory:
     aliased: int
     temporaries: int
     code: int
+
+    @classmethod
+    def of(cls, found: Any) -> Self:
+        """What a compiler's `memory_analysis` says."""
+        return cls(
+            found.argument_size_in_bytes,
+            found.output_size_in_bytes,
+            found.alias_size_in_bytes,
+            found.temp_size_in_bytes,
+            found.generated_code_size_in_bytes,
+        )
 
     @property
     def total(self) -> int:
@@ -78,12 +89,4 @@ class Target:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None
             raise
-        found: Any = compiled.memory_analysis()
-        memory = Memory(
-            found.argument_size_in_bytes,
-            found.output_size_in_bytes,
-            found.alias_size_in_bytes,
-            found.temp_size_in_bytes,
-            found.generated_code_size_in_bytes,
-        )
-        return Compiled(memory, compiled.as_text() or "")
+        return Compiled(Memory.of(compiled.memory_analysis()), compiled.as_text() or "")
