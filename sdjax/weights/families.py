@@ -35,8 +35,8 @@ class Encoder(NamedTuple):
     projection: bool
 
 
-class Family(NamedTuple):
-    """What all files of a family have in common."""
+class Original(NamedTuple):
+    """What all files of a family in the original layout have in common."""
 
     name: str
     pipeline: str
@@ -46,7 +46,7 @@ class Family(NamedTuple):
 
 # In the order in which they are tried: the first whose encoders are all there.
 FAMILIES = (
-    Family(
+    Original(
         "Stable Diffusion XL",
         "StableDiffusionXL",
         {
@@ -55,14 +55,16 @@ FAMILIES = (
         },
         6,
     ),
-    Family(
+    Original(
         "Stable Diffusion XL refiner",
         "StableDiffusionXL",
         {"text_encoder_2": Encoder("conditioner.embedders.0.model.", True, True)},
         5,
     ),
-    Family("Stable Diffusion 2", "StableDiffusion", {"text_encoder": Encoder("cond_stage_model.model.", True, False)}),
-    Family(
+    Original(
+        "Stable Diffusion 2", "StableDiffusion", {"text_encoder": Encoder("cond_stage_model.model.", True, False)}
+    ),
+    Original(
         "Stable Diffusion 1",
         "StableDiffusion",
         {"text_encoder": Encoder("cond_stage_model.transformer.", False, False)},
@@ -121,7 +123,7 @@ def recognise(shapes: Shapes, metadata: Mapping[str, str], prediction_type: str 
         raise CheckpointError(f"is a {found[0].name} that lacks {error.args[0]}") from None
 
 
-def _recognised(family: Family, shapes: Shapes, metadata: Mapping[str, str], prediction_type: str | None) -> Layout:
+def _recognised(family: Original, shapes: Shapes, metadata: Mapping[str, str], prediction_type: str | None) -> Layout:
     configs: dict[str, dict[str, Any]] = {}
     parts: dict[str, Part] = {}
     pooled = 0
@@ -227,7 +229,7 @@ def _what_else(shapes: Shapes) -> str:
     return f"no keys {UNET}* and {encoders}"
 
 
-def _prediction(family: Family, shapes: Shapes, metadata: Mapping[str, str], asked: str | None, kind: str) -> str:
+def _prediction(family: Original, shapes: Shapes, metadata: Mapping[str, str], asked: str | None, kind: str) -> str:
     """What the network predicts: as asked, as the file says, or as all networks of its family do."""
     if asked is not None:
         if asked not in PREDICTION_TYPES:
@@ -255,7 +257,7 @@ def _scheduler(xl: bool, kind: str, predicts: str, zero_snr: bool) -> dict[str, 
     return config | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {})
 
 
-def _index(family: Family, kind: str, scheduler: str) -> dict[str, Any]:
+def _index(family: Original, kind: str, scheduler: str) -> dict[str, Any]:
     """model_index.json, with which diffusers too loads what `save_pretrained` writes."""
     xl = family.size_conditions > 0
     index: dict[str, Any] = {
