@@ -39,16 +39,18 @@ class Original(NamedTuple):
     """What all files of a family in the original layout have in common."""
 
     name: str
-    pipeline: str
     encoders: Mapping[str, Encoder]
     size_conditions: int = 0  # numbers that an image's size and crop are told in
+
+    @property
+    def is_xl(self) -> bool:
+        return self.size_conditions > 0
 
 
 # In the order in which they are tried: the first whose encoders are all there.
 FAMILIES = (
     Original(
         "Stable Diffusion XL",
-        "StableDiffusionXL",
         {
             "text_encoder": Encoder("conditioner.embedders.0.transformer.", False, False),
             "text_encoder_2": Encoder("conditioner.embedders.1.model.", True, True),
@@ -56,19 +58,10 @@ FAMILIES = (
         6,
     ),
     Original(
-        "Stable Diffusion XL refiner",
-        "StableDiffusionXL",
-        {"text_encoder_2": Encoder("conditioner.embedders.0.model.", True, True)},
-        5,
+        "Stable Diffusion XL refiner", {"text_encoder_2": Encoder("conditioner.embedders.0.model.", True, True)}, 5
     ),
-    Original(
-        "Stable Diffusion 2", "StableDiffusion", {"text_encoder": Encoder("cond_stage_model.model.", True, False)}
-    ),
-    Original(
-        "Stable Diffusion 1",
-        "StableDiffusion",
-        {"text_encoder": Encoder("cond_stage_model.transformer.", False, False)},
-    ),
+    Original("Stable Diffusion 2", {"text_encoder": Encoder("cond_stage_model.model.", True, False)}),
+    Original("Stable Diffusion 1", {"text_encoder": Encoder("cond_stage_model.transformer.", False, False)}),
 )
 UNET, VAE, CONTROLNET = "model.diffusion_model.", "first_stage_model.", "control_model."
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
@@ -136,7 +129,7 @@ def _recognised(family: Original, shapes: Shapes, metadata: Mapping[str, str], p
         parts[name] = Part(encoder.prefix, table if encoder.open_clip else None, unused)
         configs[name], pooled = config, config["projection_dim"]
 
-    xl = family.size_conditions > 0
+    xl = family.is_xl
     unet = from_shapes.unet(below(shapes, UNET))
     vae = from_shapes.vae(below(shapes, VAE))
     latent = vae["latent_channels"]
@@ -259,9 +252,9 @@ def _scheduler(xl: bool, kind: str, predicts: str, zero_snr: bool) -> dict[str, 
 
 def _index(family: Original, kind: str, scheduler: str) -> dict[str, Any]:
     """model_index.json, with which diffusers too loads what `save_pretrained` writes."""
-    xl = family.size_conditions > 0
+    xl = family.is_xl
     index: dict[str, Any] = {
-        "_class_name": f"{family.pipeline}{kind}Pipeline",
+        "_class_name": f"StableDiffusion{'XL' * xl}{kind}Pipeline",
         "unet": CLASSES["unet"],
         "vae": CLASSES["vae"],
         "scheduler": ["diffusers", scheduler],
