@@ -8,7 +8,6 @@ from flax import nnx
 from sdjax.networks import build
 from sdjax.spec import Spec
 from sdjax.weights import checkpoint
-from sdjax.weights.safetensors import write_tensors
 
 
 def add_random(folder: Path, dtype: str) -> None:
@@ -26,5 +25,4 @@ def add_random(folder: Path, dtype: str) -> None:
                 value = rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
             drawn[path] = leaf.replace(value.astype(leaf.dtype))
         nnx.update(network, nnx.from_flat_state(drawn))
-        stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-        write_tensors(folder / name / f"{stem}.safetensors", checkpoint.tensors_of(network))
+        checkpoint.write_weights(folder, name, checkpoint.tensors_of(network))

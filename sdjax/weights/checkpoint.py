@@ -357,8 +357,13 @@ def write(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     for name, tensors in weights.items():
-        stem = _STEMS[".safetensors"][name.startswith("text_encoder")]
-        write_tensors(folder / name / f"{stem}.safetensors", tensors)
+        write_weights(folder, name, tensors)
+
+
+def write_weights(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write a network's tensors into its folder of a checkpoint, which is there."""
+    stem = _STEMS[".safetensors"][name.startswith("text_encoder")]
+    write_tensors(folder / name / f"{stem}.safetensors", tensors)
 
 
 def save(folder: str | os.PathLike[str], **content: Any) -> None:
