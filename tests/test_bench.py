@@ -90,6 +90,20 @@ def test_diffusers_is_measured_alike_and_compared(tiny, measured):
     assert float(row[9]) == pytest.approx(found["program_bytes"]["advance"] / their["UNet bytes"], abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "revision"), [("~/model@1", "HOME/model@1", None), ("org/name@fp16", "org/name", "fp16")]
+)
+def test_diffusers_is_given_the_checkpoint_in_its_own_words(monkeypatch, tmp_path, source, name, revision):
+    (tmp_path / "model@1").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = Mock(side_effect=OSError("found"))
+    monkeypatch.setattr(torch_side.DiffusionPipeline, "from_pretrained", given)
+    with pytest.raises(OSError, match="found"):
+        torch_side.measure(source, Request(prompt="x"), batch_size=1, dtype="float32", repeats=1, compiled=False)
+    assert given.call_args.args == (name.replace("HOME", str(tmp_path)),)
+    assert given.call_args.kwargs["revision"] == revision
+
+
 def failing(monkeypatch, of: int, error: Exception) -> None:
     """Lets what is measured at a batch size end in an error, and finds HALF at others."""
 

@@ -29,7 +29,7 @@ def measure(
     and of Linux alone.
 
     Args:
-        source: the checkpoint, in the diffusers layout.
+        source: a folder in the diffusers layout, or a hub id, at a revision too (`org/name@revision`).
         request: complete; its sampler is the checkpoint's own.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,9 +37,11 @@ def measure(
         library.set_verbosity_error()
         library.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of checkpoints older than today's defaults
-    pipe: Any = DiffusionPipeline.from_pretrained(
-        source, dtype=getattr(torch, dtype), safety_checker=None, requires_safety_checker=False
-    ).to(device)
+    folder = Path(source).expanduser()
+    name, _, revision = (str(folder), "", "") if folder.is_dir() else source.partition("@")
+    plain = {"safety_checker": None, "requires_safety_checker": False}
+    pipe: Any = DiffusionPipeline.from_pretrained(name, revision=revision or None, dtype=getattr(torch, dtype), **plain)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     if compiled:
         pipe.unet.forward = torch.compile(pipe.unet.forward)
