@@ -32,6 +32,15 @@ from sdjax.values import RequestError
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
 
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    StopIteration,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)  # what a row of JSON raises
+
 
 class Frame(NamedTuple):
     """A picture's height and width before it was scaled and cut, and where in the scaled one the cut begins."""
@@ -254,7 +263,14 @@ class Shards:
             return self._caption
         what = f"{span.name} of {span.shard}"
         text = text_of(self._read(span), what)
-        return text.strip() if sample_key(span.name)[1] == ".txt" else _told(text, what, self._caption)
+        if sample_key(span.name)[1] == ".txt":
+            return text.strip()
+        try:
+            return _said(text, self._caption)[0]
+        except DataError as error:
+            raise DataError(f"{what}: {error}") from None
+        except _UNREADABLE:
+            raise DataError(f"{what} needs one of {', '.join(CAPTIONS)}, as a string") from None
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each example's tar and name there, and its place, the tar's size, and when it was last written."""
@@ -282,17 +298,12 @@ def _no_caption(shard: str, key: str) -> DataError:
     return DataError(f"{shard} has no {key}.txt, the caption of {key}'s image")
 
 
-def _told(text: str, what: str, default: str | None) -> str:
-    """The caption in a sample's JSON."""
-    try:
-        own, _ = split_caption(json.loads(text, object_pairs_hook=json_object))
-        caption: Any = default if own is None else own
-        caption.encode()  # half of a surrogate pair is no text
-    except DataError as error:
-        raise DataError(f"{what}: {error}") from None
-    except (ValueError, AttributeError, RecursionError):
-        raise DataError(f"{what} needs one of {', '.join(CAPTIONS)}, as a string") from None
-    return caption.strip()
+def _said(text: str, default: str | None) -> tuple[str, dict[str, Any]]:
+    """The caption in a JSON object, and its other values. Raises DataError, or any of _UNREADABLE."""
+    own, others = split_caption(json.loads(text, object_pairs_hook=json_object))
+    caption: Any = default if own is None else own
+    caption.encode()  # half of a surrogate pair is no text
+    return caption.strip(), others
 
 
 def _written(entry: dict[str, Any]) -> str | None:
@@ -341,22 +352,19 @@ def _rows(content: bytes, what: str, root: str, conditioned: bool, default: str 
         if not text.strip():
             continue
         try:
-            own, others = split_caption(json.loads(text, object_pairs_hook=json_object))
-            caption: Any = default if own is None else own
+            caption, others = _said(text, default)
             names = [others["file_name"]]
             if conditioned:
                 names += [next(others[name] for name in columns if name in others)]
-            if not all(isinstance(value, str) for value in (caption, *names)):
-                raise TypeError
-            "".join((caption, *names)).encode()  # half of a surrogate pair is no text
+            "".join(names).encode()
         except DataError as error:
             raise DataError(f"{what} line {number}: {error}") from None
-        except (ValueError, KeyError, StopIteration, TypeError, AttributeError, RecursionError):
+        except _UNREADABLE:
             needed = f"file_name, {columns[0]}" if conditioned else "file_name"
             wanted = f"{needed} and one of {', '.join(CAPTIONS)}"
             raise DataError(f"{what} line {number} needs {wanted}, as strings") from None
         path, *conditioning = (posixpath.join(root, name) for name in names)
-        yield _File(path, caption.strip(), *conditioning)
+        yield _File(path, caption, *conditioning)
 
 
 def framed(source: Source, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:

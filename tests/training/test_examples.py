@@ -58,7 +58,9 @@ def test_a_tars_image_without_a_caption_is_named_where_captions_are(tmp_path):
         open_source(data, captions=True)
 
 
-@pytest.mark.parametrize("told", ['{"a": 1}', '{"text": 3}', "[]", "{", '{"text": "half \\ud83d"}'])
+@pytest.mark.parametrize(
+    "told", ['{"a": 1}', '{"text": 3}', "[]", "{", "null", "5", "true", '["text"]', '{"text": "half \\ud83d"}']
+)
 def test_a_json_without_a_caption_is_named(tmp_path, told):
     source = open_source(_tar(tmp_path / "a.tar", {"a.png": _png(), "a.json": told.encode()}), captions=True)
     with pytest.raises(DataError, match=r"a\.json of .*a\.tar needs one of text, caption, prompt, as a string"):
