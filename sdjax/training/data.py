@@ -31,15 +31,8 @@ from sdjax.training.samples import (
 from sdjax.values import RequestError
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
-
-_UNREADABLE = (
-    ValueError,
-    KeyError,
-    StopIteration,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)  # what a row of JSON raises
+# What JSON that is no row raises where it is read as one.
+_UNREADABLE = (ValueError, KeyError, StopIteration, TypeError, AttributeError, RecursionError)
 
 
 class Frame(NamedTuple):
@@ -128,7 +121,8 @@ class Folder:
         self._size, self._url, self._root = size, url, root
         table, there = posixpath.join(root, "metadata.jsonl"), below(self._fs, root)
         if self._fs.isfile(table):
-            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl", root, conditioned, caption)
+            default = caption if captions else caption or ""  # which is then not asked for
+            rows = _rows(self._fs.cat_file(table), f"{url}/metadata.jsonl", root, conditioned, default)
             self._files = list(rows)
             needed = [path for file in self._files for path in (file.path, file.conditioning) if path is not None]
         else:

@@ -106,7 +106,15 @@ def test_a_line_of_metadata_ends_at_its_newline_alone(tmp_path):
 def test_a_line_of_metadata_that_is_no_captioned_file_is_named(tmp_path, line):
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "000.png", "text": "a"}\n\n' + line + b"\n")
     with pytest.raises(DataError, match=r"metadata\.jsonl line 3 needs file_name and one of .*, as strings"):
-        open_source(Data(folder=str(tmp_path)))
+        open_source(Data(folder=str(tmp_path)), captions=True)
+
+
+def test_metadata_without_captions_is_taken_where_none_are_trained_on(tmp_path):
+    _folder(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "000.png"}\n{"file_name": "001.png", "text": null}')
+    assert len(open_source(Data(folder=str(tmp_path), size=24))) == 2
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 1 needs file_name and one of .*, as strings"):
+        open_source(Data(folder=str(tmp_path), size=24), captions=True)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +224,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         source.caption(0, RNG)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(DataError, match=r"metadata\.jsonl line 1 needs file_name and one of"):
-        open_source(Data(folder=str(tmp_path), size=8))
+        open_source(Data(folder=str(tmp_path), size=8), captions=True)
 
 
 def test_a_tars_image_that_cannot_be_read_is_named_by_its_place(tmp_path):
