@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float16, Int, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int, UInt8
 from tqdm import tqdm
 
 from sdjax.files import write_whole
@@ -38,11 +39,28 @@ def moments(
 
 
 def _encoder(run: Run):
-    """The function uint8 [batch, h, w, 3] -> mean and logvar [batch, h / f, w / f, 2 c], on the first device."""
-    params = run.state.average["vae"] if run.config.task == "vae" else run.networks.params["vae"]
-    params = jax.device_put(params, run.devices.devices[0])
-    compiled = jax.jit(partial(moments, run.networks.modules["vae"]))
-    return lambda pixels: np.asarray(compiled(params, pixels), np.float32)
+    """The function uint8 [batch, h, w, 3] -> mean and logvar [batch, h / f, w / f, 2 c], which all devices share."""
+    params, devices = run.state.average if run.config.task == "vae" else run.networks.params, run.devices
+    copies = {name: devices.replicate(np.asarray(leaf)) for name, leaf in params["vae"].items()}
+    compiled = devices.pmap(partial(moments, run.networks.modules["vae"]))
+    return lambda pixels: devices.join(compiled(copies, devices.split(pixels))).astype(np.float32)
+
+
+def _encoded(
+    run: Run, chunks: Sequence[Sequence[int]]
+) -> Generator[tuple[Float32[np.ndarray, "chunk h w moments"], Any], None, None]:
+    """The moments and frames of each chunk of the examples, none longer than the first; the next one is read ahead."""
+    encode, size = _encoder(run), -(-len(chunks[0]) // len(run.devices)) * len(run.devices)
+    pool, read = ThreadPoolExecutor(run.config.data.workers), partial(framed, run.pictures)
+    try:
+        ahead = pool.map(read, chunks[0])
+        for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
+            pixels, frames = zip(*ahead, strict=True)
+            ahead = pool.map(read, following)
+            filled = np.stack(pixels)[np.minimum(np.arange(size), len(chunk) - 1)]  # one shape, one program
+            yield encode(filled)[: len(chunk)], frames
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Cache(NamedTuple):
@@ -62,21 +80,17 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
     there = path.exists() and beside.exists() and note.exists()
     if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
-        encode, count, read = _encoder(run), len(run.pictures), partial(framed, run.pictures)
-        size, frames = min(_BATCH, count), np.zeros((count, 4), np.int32)
-        chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        count = len(run.pictures)
+        frames = np.zeros((count, 4), np.int32)
+        chunks = [range(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH)]
         # Not mapped: there a full disk is a signal that ends the process.
-        with unfinished.open("wb") as file, ThreadPoolExecutor(run.config.data.workers) as pool:
-            ahead = pool.map(read, chunks[0])
-            for number, chunk in enumerate(tqdm(chunks, desc="latents", unit="batch", dynamic_ncols=True), 1):
+        with unfinished.open("wb") as file, contextlib.closing(_encoded(run, chunks)) as encoded:
+            for chunk in tqdm(chunks, desc="latents", unit="batch", dynamic_ncols=True):
                 if stop is not None and stop.is_set():
-                    pool.shutdown(cancel_futures=True)
                     return None
-                pixels, frames[chunk] = zip(*ahead, strict=True)
-                ahead = pool.map(read, chunks[number] if number < len(chunks) else ())
-                filled = np.stack(pixels)[np.minimum(np.arange(size), len(chunk) - 1)]  # one shape, one program
-                part = encode(filled)[: len(chunk)].astype(np.float16)
-                if number == 1:
+                part, frames[chunk] = next(encoded)
+                part = part.astype(np.float16)
+                if chunk is chunks[0]:
                     header = np.lib.format.header_data_from_array_1_0(part)
                     np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *part.shape[1:])})
                 file.write(part.tobytes())
@@ -99,10 +113,8 @@ def _digest(run: Run) -> str:
 
 def scaling_factor(run: Run) -> float:
     """Return what makes the standard deviation of the data set's latents 1 (Rombach et al. 2022, appendix G)."""
-    encode, count = _encoder(run), len(run.pictures)
-    parts = [
-        encode(np.stack([run.pictures.image(index % count) for index in range(start, start + _BATCH)]))
-        for start in range(0, _SAMPLE, _BATCH)
-    ]
+    starts, count = range(0, _SAMPLE, _BATCH), len(run.pictures)
+    chunks = [[index % count for index in range(start, start + _BATCH)] for start in starts]
+    parts = [part for part, _ in _encoded(run, chunks)]
     means = np.split(np.concatenate(parts), 2, axis=-1)[0]
     return round(float(1 / means.std()), 5)

@@ -11,11 +11,13 @@ import pytest
 import webdataset
 from PIL import Image
 
+from sdjax.parallel import Devices
 from sdjax.training import config, identity, latents
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import Scenes, open_source
 from sdjax.training.step import State
+from tests.training.runs import ONE
 from tests.training.test_data import _shards
 
 LEAST = {"task": "vae", "output": "x", "steps": 10, "batch_size": 2}
@@ -190,11 +192,15 @@ def standin(tmp_path, monkeypatch):
 
         return encode
 
-    def make(size=8, weight=0.0):
+    def make(size=8, weight=0.0, devices=ONE):
         data = config.Data(folder=str(folder), size=size)
         networks = SimpleNamespace(configs={"vae": {}}, params={"vae": {"w": jnp.full(2, weight)}})
         return SimpleNamespace(
-            config=SimpleNamespace(data=data), networks=networks, pictures=open_source(data), folder=tmp_path / "run"
+            config=SimpleNamespace(data=data),
+            networks=networks,
+            pictures=open_source(data),
+            folder=tmp_path / "run",
+            devices=devices,
         )
 
     monkeypatch.setattr(latents, "_encoder", encoder)
@@ -243,6 +249,9 @@ def test_few_pictures_are_a_small_batch(standin):
         path.unlink()
     assert len(latents.cached(standin.make()).moments) == 5
     assert standin.calls == [5]
+    (standin.make().folder / "latents.sha256").unlink()
+    assert len(latents.cached(standin.make(devices=Devices())).moments) == 5
+    assert standin.calls == [5, 8]
 
 
 def test_latents_stop_when_told(standin):

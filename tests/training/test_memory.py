@@ -16,6 +16,7 @@ from PIL import Image
 from sdjax.config import VAEConfig
 from sdjax.models import tiling
 from sdjax.models.vae import AutoencoderKL
+from sdjax.parallel import Devices
 from sdjax.sampling.schedule import Schedule
 from sdjax.training import config, latents, loop, objective, sheet
 from sdjax.training.loop import Run
@@ -78,6 +79,19 @@ def test_latents_and_sheets_of_one_picture_at_a_time_are_those_of_the_batch(vae,
     for function, expected in zip(functions, whole, strict=True):
         made = jax.jit(partial(function, vae))(flat(vae), pixels)
         np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_devices_share_the_latents_of_a_data_set(vae, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    networks, shapes, moments = SimpleNamespace(params={"vae": flat(vae)}, modules={"vae": vae}), [], latents.moments
+    task = SimpleNamespace(task="unet")
+    monkeypatch.setattr(latents, "moments", lambda *given: shapes.append(given[-1].shape) or moments(*given))
+    one, all_ = (
+        latents._encoder(SimpleNamespace(config=task, networks=networks, devices=devices))(pixels)
+        for devices in (ONE, Devices())
+    )
+    assert shapes == [(8, 16, 16, 3), (1, 16, 16, 3)]
+    np.testing.assert_allclose(all_, one, rtol=1e-4, atol=1e-5)
 
 
 def held():
