@@ -21,8 +21,16 @@ from pipelines.sinks import facts
 from pipelines.storage import Store
 from sdjax import inputs
 from sdjax.retrying import is_transient, retry
-from sdjax.training.encoded import DataError
-from sdjax.training.samples import IMAGES, Member, json_object, members, sample_key, split_caption, text_of
+from sdjax.training.samples import (
+    IMAGES,
+    DataError,
+    Member,
+    json_object,
+    members,
+    sample_key,
+    split_caption,
+    text_of,
+)
 from sdjax.values import one_line
 
 _BLOCK = 2**23  # bytes that a file is read by

@@ -25,8 +25,7 @@ from pipelines.storage import spread
 from sdjax import inputs
 from sdjax.files import below
 from sdjax.retrying import retry
-from sdjax.training.encoded import DataError
-from sdjax.training.samples import CAPTIONS, IMAGES, is_hidden
+from sdjax.training.samples import CAPTIONS, IMAGES, DataError, is_hidden
 from sdjax.values import RequestError, is_web, one_line
 
 READERS = 16  # images that are fetched or decoded at once

@@ -23,8 +23,7 @@ from pipelines.storage import spread
 from pipelines.templates import Template, TemplateError
 from sdjax.console import says_why
 from sdjax.retrying import is_absent, retry
-from sdjax.training.encoded import DataError
-from sdjax.training.samples import json_object
+from sdjax.training.samples import DataError, json_object
 from sdjax.values import PICTURES, RequestError, coerce, is_web, lines, one_line
 
 PIECE_ROWS = 16_384

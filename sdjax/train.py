@@ -85,7 +85,7 @@ def _remove_empty(folder: Path) -> None:
 
 def _trained(run: "Run", model: Path, dtype: str, command: str) -> int:
     """Take the run's steps and write its model; returns the command's exit status."""
-    from sdjax.training.encoded import DataError
+    from sdjax.training.samples import DataError
 
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)

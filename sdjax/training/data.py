@@ -16,11 +16,12 @@ from sdjax import inputs
 from sdjax.files import below
 from sdjax.training import scenes
 from sdjax.training.config import Data
-from sdjax.training.encoded import DataError, EncodedSet
+from sdjax.training.encoded import EncodedSet
 from sdjax.training.samples import (
     CAPTIONS,
     CONDITIONING,
     IMAGES,
+    DataError,
     is_hidden,
     json_object,
     members,

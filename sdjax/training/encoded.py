@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float16
 
+from sdjax.training.samples import DataError
 from sdjax.weights.safetensors import CheckpointError, Entry, read_header
 
 _COLUMNS = ["shard", "index", "caption", "frame", "flags", "model_fingerprint", "size", "dtype"]
@@ -21,10 +22,6 @@ TENSORS = ("moments", "text", "pooled")
 """What a shard has of each example; the last of Stable Diffusion XL's alone."""
 SHARED = ("unconditional", "unconditional_pooled")
 """What a shard has of the empty caption."""
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message is one line naming the file."""
 
 
 def is_whole(tensors: Iterable[str]) -> bool:

@@ -24,7 +24,7 @@ from sdjax.training.loader import Loader
 from sdjax.training.networks import Networks, Params, is_conditioned, prepare
 from sdjax.training.progress import Progress
 from sdjax.training.sheet import Sheet
-from sdjax.training.step import State, initial, make_step, parts
+from sdjax.training.step import State, initial, make_step, microbatches
 from sdjax.weights.single_file import open_checkpoint
 
 
@@ -227,7 +227,7 @@ class Run:
                 target = np.full((config.batch_size, 2), side)
                 arrays["time_ids"] = np.concatenate([frames, target], axis=1).astype(np.float32)
                 arrays["is_zero"] = batch.empty & xl.zeroes_empty
-            yield parts(arrays, config.optimizer.accumulate, self.devices)
+            yield microbatches(arrays, config.optimizer.accumulate, self.devices)
 
     def _objective(self) -> objective.Objective:
         config, modules = self.config, self.networks.modules

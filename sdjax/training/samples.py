@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from sdjax.retrying import is_of_a_network
-from sdjax.training.encoded import DataError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 CAPTIONS = ("text", "caption", "prompt")  # the columns that are taken as a caption, the first that is there
 CONDITIONING = ("conditioning_image", "control_image", "input_image")  # what an image is made from, likewise
+
+
+class DataError(ValueError):
+    """A data set that cannot be used; the message is one line naming the file."""
 
 
 class Member(NamedTuple):

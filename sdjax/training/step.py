@@ -71,8 +71,8 @@ def make_step(
 ) -> Callable[[State, dict[str, Params], Mapping[str, Any]], tuple[State, dict[str, Array]]]:
     """Return the function (state, frozen parameters, batch) -> (state, metrics), compiled for the devices.
 
-    State and frozen parameters have a leading device axis; a batch is what `parts` returns, on the devices. The state
-    passed in is given up.
+    State and frozen parameters have a leading device axis; a batch is what `microbatches` returns, on the devices. The
+    state passed in is given up.
     """
     update_rule, rate = optimizer(options, steps), learning_rate(options, steps)
 
@@ -112,6 +112,6 @@ def make_step(
     return devices.pmap(step, axis_name="device", donate_argnums=(0,))
 
 
-def parts(batch: Mapping[str, Any], accumulate: int, devices: Devices) -> Any:
+def microbatches(batch: Mapping[str, Any], accumulate: int, devices: Devices) -> Any:
     """Put a batch onto the devices as [devices, accumulate, each, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(len(devices), accumulate, -1, *leaf.shape[2:]), devices.split(batch))

@@ -1,7 +1,7 @@
-"""A small byte-pair tokenizer in the files of transformers' CLIPTokenizer, trained on the captions of the scenes.
+"""A small byte-pair tokenizer in the files of transformers' CLIPTokenizer, trained on captions.
 
 The vocabulary is laid out as CLIP's: 256 byte symbols, the same ending a word, the merges, then the two marks. Any text
-can be tokenized; words of the scenes' captions become one token each.
+can be tokenized; the more often a word is in the captions, the fewer tokens it takes.
 """
 
 import json

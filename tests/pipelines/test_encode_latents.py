@@ -17,7 +17,8 @@ from pipelines import encode_latents, image_sets, latents, verify
 from pipelines.sources import SourceError
 from sdjax import train
 from sdjax.encode import Encoder
-from sdjax.training.encoded import DataError, EncodedSet
+from sdjax.training.encoded import EncodedSet
+from sdjax.training.samples import DataError
 from tests import checkpoints
 from tests.pipelines import standin
 from tests.pipelines.image_set import CAPTIONS, PICTURES, png, write_set

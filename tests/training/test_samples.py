@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdjax.training.data import Shards
-from sdjax.training.encoded import DataError
-from sdjax.training.samples import Member, members
+from sdjax.training.samples import DataError, Member, members
 
 FILES = {f"{key}.{kind}": f"{key} as {kind} ".encode() * 99 for key in range(3) for kind in ("png", "txt")}
 

@@ -8,7 +8,7 @@ import pytest
 
 from sdjax.parallel import Devices
 from sdjax.training.config import Optimizer
-from sdjax.training.step import initial, learning_rate, make_step, optimizer, parts
+from sdjax.training.step import initial, learning_rate, make_step, microbatches, optimizer
 
 PLAIN = Optimizer(learning_rate=0.1, clip_norm=0.0, ema_decay=0.5)
 START = {"net": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
@@ -35,7 +35,7 @@ def _run(options, count, devices=1, steps=100):
     )
     state, history = copies[0], []
     for number in range(count):
-        state, metrics = step(state, copies[1], parts(_batch(number), options.accumulate, on))
+        state, metrics = step(state, copies[1], microbatches(_batch(number), options.accumulate, on))
         history.append({name: float(value[0]) for name, value in metrics.items()})
     return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state), history
 
@@ -135,6 +135,6 @@ def test_steps_draw_different_noise():
     copies = jax.tree.map(
         lambda leaf: on.replicate(np.array(leaf)), (initial(START, options, 9), {"other": {"offset": 1.0}})
     )
-    state, first = step(copies[0], copies[1], parts(_batch(0), 1, on))
-    _, second = step(state, copies[1], parts(_batch(0), 1, on))
+    state, first = step(copies[0], copies[1], microbatches(_batch(0), 1, on))
+    _, second = step(state, copies[1], microbatches(_batch(0), 1, on))
     assert float(first["loss"][0]) != float(second["loss"][0])
