@@ -29,8 +29,8 @@ from pipelines.sinks import Encoded, Provenance, commit
 from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
-from sdjax.training.data import frame, square
 from sdjax.training.encoded import SHARED, TENSORS, encoding_parts
+from sdjax.training.framing import frame, square
 
 SUFFIX = "safetensors"
 MANIFEST = pa.schema(
@@ -40,7 +40,7 @@ MANIFEST = pa.schema(
         pa.field("caption", pa.string()),
         pa.field("image_sha256", pa.string()),
         pa.field("size", pa.int64()),  # pixels of a side, as encoded
-        pa.field("frame", pa.list_(pa.int32())),  # `sdjax.training.data.Frame`: the picture before it was cut
+        pa.field("frame", pa.list_(pa.int32())),  # `sdjax.training.framing.Frame`: the picture before it was cut
         pa.field("shard", pa.string()),  # its path in the output
         pa.field("index", pa.int64()),  # in the shard's tensors
         pa.field("bytes", pa.int64()),

@@ -43,7 +43,7 @@ ROOMS = [
     "sdjax.text",
     *(
         f"sdjax.training.{name}"
-        for name in ("checker", "data", "encoded", "loader", "lora", "objective", "scenes", "step")
+        for name in ("checker", "data", "encoded", "framing", "loader", "lora", "objective", "scenes", "step", "stored")
     ),
 ]
 jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")

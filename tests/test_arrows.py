@@ -76,6 +76,9 @@ MAY_IMPORT = {
     },
     "sdjax/training/config.py": set(),
     "sdjax/training/scenes.py": set(),
+    "sdjax/training/samples.py": {"sdjax.retrying"},
+    "sdjax/training/framing.py": {"sdjax.inputs", "sdjax.training.samples", "sdjax.values"},
+    "sdjax/training/stored.py": {"sdjax.files", "sdjax.training.framing", "sdjax.training.samples"},
     "sdjax/training/checker.py": {"sdjax.training.scenes"},
     "sdjax/describe.py": {"sdjax.family", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.weights"},
     "sdjax/model_options.py": set(),
@@ -100,7 +103,13 @@ MAY_IMPORT = {
         *("pipelines", "sdjax.compile_cache", "sdjax.console", "sdjax.encode", "sdjax.files", "sdjax.generate"),
         *("sdjax.images", "sdjax.inputs", "sdjax.model_options", "sdjax.parts", "sdjax.planning.asked"),
         *("sdjax.planning.chips", "sdjax.request", "sdjax.request_options", "sdjax.retrying", "sdjax.spec"),
-        *("sdjax.training.data", "sdjax.training.encoded", "sdjax.training.samples", "sdjax.values", "sdjax.weights"),
+        *(
+            "sdjax.training.encoded",
+            "sdjax.training.framing",
+            "sdjax.training.samples",
+            "sdjax.values",
+            "sdjax.weights",
+        ),
     },
 }
 NOT_IN_SDJAX = {"torch", "diffusers", "apache_beam", "pipelines"}

@@ -106,7 +106,7 @@ class EncodedSet:
         return self._examples[index].is_empty
 
     def frame(self, index: int) -> tuple[int, ...]:
-        """The picture's `sdjax.training.data.Frame`."""
+        """The picture's `sdjax.training.framing.Frame`."""
         return self._examples[index].frame
 
     def files(self) -> Iterator[tuple[str | int | None, ...]]:

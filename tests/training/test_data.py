@@ -17,8 +17,10 @@ from PIL import Image
 from pipelines import image_sets
 from sdjax.training import scenes
 from sdjax.training.config import Data
-from sdjax.training.data import DataError, Folder, Scenes, open_source
+from sdjax.training.data import Scenes, open_source
 from sdjax.training.loader import Loader, indices
+from sdjax.training.samples import DataError
+from sdjax.training.stored import Folder
 
 RNG = np.random.default_rng(0)
 PICTURES = {f"{number:03d}": scenes.draw(scenes.scene(number), 24) for number in range(5)}

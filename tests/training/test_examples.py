@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from sdjax.training.config import Data
-from sdjax.training.data import DataError, open_source
+from sdjax.training.data import open_source
 from sdjax.training.loader import Loader
+from sdjax.training.samples import DataError
 
 RNG = np.random.default_rng(0)
 

@@ -13,9 +13,9 @@ from PIL import Image
 from sdjax import train
 from sdjax.parallel import Devices
 from sdjax.training import config, loop, progress
-from sdjax.training.data import DataError
 from sdjax.training.loader import indices
 from sdjax.training.loop import Run
+from sdjax.training.samples import DataError
 from sdjax.training.step import State
 from tests.training import runs
 from tests.training.runs import ONE, write

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdjax.training.data import Shards
 from sdjax.training.samples import DataError, Member, members
+from sdjax.training.stored import Shards
 
 FILES = {f"{key}.{kind}": f"{key} as {kind} ".encode() * 99 for key in range(3) for kind in ("png", "txt")}
 

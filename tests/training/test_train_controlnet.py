@@ -16,9 +16,9 @@ from sdjax.models.unet import UNet2DCondition
 from sdjax.request import Request
 from sdjax.training import config, controlnet, identity
 from sdjax.training.config import TrainConfigError
-from sdjax.training.data import DataError
 from sdjax.training.loop import Run, check_replaceable
 from sdjax.training.networks import flat
+from sdjax.training.samples import DataError
 from sdjax.weights.safetensors import CheckpointError
 from tests import checkpoints
 from tests.training import pairs

@@ -18,9 +18,11 @@ from sdjax.sampling.schedule import Schedule
 from sdjax.spec import Spec
 from sdjax.training import config, latents, lora, objective
 from sdjax.training.config import TrainConfigError
-from sdjax.training.data import DataError, Folder, framed
+from sdjax.training.data import framed
 from sdjax.training.loop import Run
 from sdjax.training.networks import bind, flat
+from sdjax.training.samples import DataError
+from sdjax.training.stored import Folder
 from sdjax.weights.safetensors import CheckpointError
 from tests import checkpoints
 from tests.training.runs import ONE
