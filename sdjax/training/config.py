@@ -175,6 +175,10 @@ _OTHERS = {  # what only other tasks' runs look at
     "unet": ("reconstruction.", "controlnet."),
     "controlnet": ("reconstruction.", "lora.", "model.", "diffusion.train_text_encoder", "diffusion.in_channels"),
 }
+_BEFORE_LATENTS = (  # what has no part in training on latents that another run encoded
+    *("model.vae", "model.text_encoder", "model.tokenizer", "diffusion.train_text_encoder"),
+    *("data.flip", "data.caption", "data.size", "data.cache_latents"),
+)
 
 
 def load(path: str | Path, **overrides: Any) -> Train:
@@ -250,7 +254,8 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def check(config: Train) -> None:
     """Raise TrainConfigError where a value is out of range, does nothing, or does not go with another."""
-    data = config.data
+    data, values = config.data, flat(config)
+    defaults = flat(Train(task=config.task, output="", steps=1, batch_size=1, data=Data()))
     if sum(source is not None for source in (data.folder, data.shards, data.latents, data.generator)) != 1:
         raise TrainConfigError("data must name exactly one of folder, shards, latents and generator")
     if data.options and data.generator is None:
@@ -265,12 +270,8 @@ def check(config: Train) -> None:
             "model.text_encoder"
         )
     if data.latents is not None:
-        fresh = [f"model.{name}" for name in ("vae", "text_encoder", "tokenizer") if getattr(config.model, name)]
-        fresh += ["diffusion.train_text_encoder"] * config.diffusion.train_text_encoder
-        fresh += [f"data.{name}" for name in ("flip", "caption") if getattr(data, name)]
-        fresh += ["data.size"] * (data.size != Data.size)
-        fresh += ["data.cache_latents"] * data.cache_latents + [f"task {config.task}"] * (config.task != "unet")
-        if fresh:
+        fresh = [name for name in _BEFORE_LATENTS if values[name] != defaults[name]]
+        if fresh := fresh + [f"task {config.task}"] * (config.task != "unet"):
             raise TrainConfigError(f"{fresh[0]} does not go with data.latents, which another run has encoded already")
     if data.flip and data.cache_latents:
         raise TrainConfigError("data.flip does not go with data.cache_latents: pictures are encoded once")
@@ -280,7 +281,6 @@ def check(config: Train) -> None:
         raise TrainConfigError("optimizer.schedule does nothing without optimizer.decay_steps; take it out")
     if config.lora.init is not None and not config.lora.rank:
         raise TrainConfigError("lora.init does nothing without lora.rank; take it out")
-    values, others = flat(config), _OTHERS[config.task]
     if config.lora.rank:
         for name in (name for name in values if name.startswith("model.") and values[name] is not None):
             raise TrainConfigError(f"{name} does not go with lora.rank: a LoRA belongs to the model in init")
@@ -297,9 +297,8 @@ def check(config: Train) -> None:
         for name in names:
             if values[name] is not None and not allowed(values[name]):
                 raise TrainConfigError(f"{name} is {values[name]}; it must {what}")
-    defaults = flat(Train(task=config.task, output="", steps=1, batch_size=1, data=Data()))
     for name in values:
-        if name.startswith(others) and values[name] != defaults[name]:
+        if name.startswith(_OTHERS[config.task]) and values[name] != defaults[name]:
             raise TrainConfigError(f"{name} does nothing where task is {config.task!r}; take it out")
     if config.reconstruction.decoder_only and config.optimizer.weight_decay:
         raise TrainConfigError("optimizer.weight_decay does not go with reconstruction.decoder_only: the encoder stays")
