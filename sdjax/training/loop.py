@@ -21,9 +21,10 @@ from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Source, open_source
 from sdjax.training.encoded import EncodedSet
 from sdjax.training.loader import Loader
-from sdjax.training.networks import Networks, Params, is_conditioned, prepare
+from sdjax.training.networks import Networks, Params
 from sdjax.training.progress import Progress
 from sdjax.training.sheet import Sheet
+from sdjax.training.start import is_conditioned, prepare
 from sdjax.training.step import State, initial, make_step, microbatches
 from sdjax.weights.single_file import open_checkpoint
 

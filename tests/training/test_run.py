@@ -22,7 +22,7 @@ from sdjax import compile_cache, files, train
 from sdjax.generate import StableDiffusion
 from sdjax.parallel import Devices
 from sdjax.request import Request
-from sdjax.training import config, loop, networks
+from sdjax.training import config, loop, networks, start
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import open_source
 from sdjax.training.loop import Run
@@ -248,12 +248,12 @@ def test_networks_are_made_as_the_configuration_says(tmp_path, monkeypatch):
 
         return Network
 
-    kinds = {name: (kind, standin(name)) for name, (kind, _) in networks._KINDS.items()}
-    monkeypatch.setattr(networks, "_KINDS", kinds)
-    monkeypatch.setattr(networks, "_started", lambda name, params: params)
+    kinds = {name: (kind, standin(name)) for name, (kind, _) in start._KINDS.items()}
+    monkeypatch.setattr(start, "_KINDS", kinds)
+    monkeypatch.setattr(start, "_started", lambda name, params: params)
     for remat in (False, True):
         loaded = dataclasses.replace(config.load(write(tmp_path)), remat=remat, dtype="bfloat16")
-        networks.prepare(loaded, open_source(loaded.data), None)
+        start.prepare(loaded, open_source(loaded.data), None)
         assert told["unet"]["remat"] == remat
     assert {name: str(options["dtype"]) for name, options in told.items()} == {
         "vae": "float32",
@@ -267,7 +267,7 @@ def test_a_new_text_encoder_fits_a_tokenizer_in_either_form(tmp_path):
     CLIPTokenizer.from_pretrained(tmp_path / "files").save_pretrained(tmp_path / "one")
     assert not (tmp_path / "one" / "vocab.json").exists()
     fitted = [
-        networks._fitted({}, {f"tokenizer/{path.name}": path.read_text() for path in folder.iterdir()})
+        networks.fitted({}, {f"tokenizer/{path.name}": path.read_text() for path in folder.iterdir()})
         for folder in (tmp_path / "files", tmp_path / "one")
     ]
     assert fitted[0] == fitted[1]
