@@ -43,7 +43,19 @@ ROOMS = [
     "sdjax.text",
     *(
         f"sdjax.training.{name}"
-        for name in ("checker", "data", "encoded", "framing", "loader", "lora", "objective", "scenes", "step", "stored")
+        for name in (
+            "buckets",
+            "checker",
+            "data",
+            "encoded",
+            "framing",
+            "loader",
+            "lora",
+            "objective",
+            "scenes",
+            "step",
+            "stored",
+        )
     ),
 ]
 jaxtyping.install_import_hook(ROOMS, "tests.typecheck.check")

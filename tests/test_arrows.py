@@ -78,7 +78,10 @@ MAY_IMPORT = {
     "sdjax/training/scenes.py": set(),
     "sdjax/training/samples.py": {"sdjax.retrying"},
     "sdjax/training/framing.py": {"sdjax.inputs", "sdjax.training.samples", "sdjax.values"},
-    "sdjax/training/stored.py": {"sdjax.files", "sdjax.training.framing", "sdjax.training.samples"},
+    "sdjax/training/buckets.py": {"sdjax.files"},
+    "sdjax/training/stored.py": {
+        *("sdjax.files", "sdjax.training.buckets", "sdjax.training.framing", "sdjax.training.samples"),
+    },
     "sdjax/training/checker.py": {"sdjax.training.scenes"},
     "sdjax/describe.py": {"sdjax.family", "sdjax.request", "sdjax.sampling", "sdjax.spec", "sdjax.weights"},
     "sdjax/model_options.py": set(),

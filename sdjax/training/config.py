@@ -30,6 +30,7 @@ class Data:
     generator: str | None = None  # "module:Class", a source made from `options`
     options: dict[str, Any] = field(default_factory=dict)
     size: int = 512  # images are cut and scaled to size x size
+    aspect_ratio_buckets: tuple[tuple[int, ...], ...] = ()  # [height, width] each, of which the nearest takes its place
     workers: int = 2
     caption: str | None = None  # of pictures that have none
     flip: bool = False  # half of the pictures, drawn anew at each visit
@@ -168,8 +169,8 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
 ]
 _OTHERS = {  # what only other tasks' runs look at
     "vae": (
-        *("remat", "sheet_prompts", "sheet_images", "data.cache_latents", "data.caption", "diffusion.", "lora."),
-        "controlnet.",
+        *("remat", "sheet_prompts", "sheet_images", "data.cache_latents", "data.caption", "data.aspect_ratio_buckets"),
+        *("diffusion.", "lora.", "controlnet."),
         *("model.unet", "model.text_encoder", "model.scheduler", "model.tokenizer"),
     ),
     "unet": ("reconstruction.", "controlnet."),
@@ -177,7 +178,7 @@ _OTHERS = {  # what only other tasks' runs look at
 }
 _BEFORE_LATENTS = (  # what has no part in training on latents that another run encoded
     *("model.vae", "model.text_encoder", "model.tokenizer", "diffusion.train_text_encoder"),
-    *("data.flip", "data.caption", "data.size", "data.cache_latents"),
+    *("data.flip", "data.caption", "data.size", "data.cache_latents", "data.aspect_ratio_buckets"),
 )
 
 
@@ -277,6 +278,16 @@ def check(config: Train) -> None:
         raise TrainConfigError("data.flip does not go with data.cache_latents: pictures are encoded once")
     if data.caption is not None and data.generator is not None:
         raise TrainConfigError("data.caption does nothing with data.generator, which has its own; take it out")
+    shapes = data.aspect_ratio_buckets
+    if shapes and data.generator is not None:
+        raise TrainConfigError(
+            "data.aspect_ratio_buckets does not go with data.generator, whose pictures have one size"
+        )
+    for number, shape in enumerate(shapes):
+        if len(shape) != 2 or min(shape) < 1:
+            raise TrainConfigError(f"data.aspect_ratio_buckets has {list(shape)}; each is [height, width] in pixels")
+        if shape in shapes[:number]:
+            raise TrainConfigError(f"data.aspect_ratio_buckets has {list(shape)} twice; take one out")
     if config.optimizer.schedule != Optimizer.schedule and not config.optimizer.decay_steps:
         raise TrainConfigError("optimizer.schedule does nothing without optimizer.decay_steps; take it out")
     if config.lora.init is not None and not config.lora.rank:

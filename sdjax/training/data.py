@@ -21,11 +21,11 @@ class Source(Protocol):
 
     One whose examples the configuration does not settle also has `files()`: for each, values that tell it from any
     other, and last what else changes where it is written anew. One that cuts pictures has `framed(index)`: an image and
-    its frame.
+    its frame; and `buckets`, if they are cut to several shapes.
     """
 
     def __len__(self) -> int: ...
-    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]: ...
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]: ...
     def caption(self, index: int, rng: np.random.Generator) -> str: ...
 
 
@@ -33,7 +33,7 @@ class Source(Protocol):
 class Conditioned(Source, Protocol):
     """One whose images are made from other pictures: what a ControlNet, or a UNet that edits, is trained on."""
 
-    def conditioning(self, index: int) -> UInt8[np.ndarray, "size size 3"]: ...
+    def conditioning(self, index: int) -> UInt8[np.ndarray, "height width 3"]: ...
 
 
 class Scenes:
@@ -69,7 +69,7 @@ class Scenes:
         return scenes.caption(scenes.scene(index, self._seed), rng)
 
 
-def framed(source: Source, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
+def framed(source: Source, index: int) -> tuple[UInt8[np.ndarray, "height width 3"], Frame]:
     """Return an image of a source and its frame, which of a source that cuts none is the image."""
     if (own := getattr(source, "framed", None)) is not None:
         return own(index)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdjax.files import write_whole
-from sdjax.training.config import Train, TrainConfigError, flat
+from sdjax.training.config import Data, Train, TrainConfigError, flat
 from sdjax.training.data import Source
 from sdjax.training.encoded import EncodedSet
 
@@ -33,8 +33,12 @@ def of_source(source: Source | EncodedSet, *, times: bool) -> str:
 
 def of_run(config: Train, source: Source | EncodedSet, init: str | None) -> dict[str, Any]:
     """What a run's numbers follow from, by name; `init` is the fingerprint of what was read to start from."""
+    return _settled(config) | {"data": of_source(source, times=False), "init": init}
+
+
+def _settled(config: Train) -> dict[str, Any]:
+    """What of a configuration stays as it is while a run goes on, as JSON gives it back."""
     made = {key: value for key, value in flat(config).items() if key not in _FREE}
-    made |= {"data": of_source(source, times=False), "init": init}
     return json.loads(json.dumps(made, default=str))
 
 
@@ -42,7 +46,10 @@ def check(folder: Path, made: dict[str, Any]) -> None:
     """Raise TrainConfigError where the run in `folder` was begun from something else."""
     if not (folder / _FILE).exists():  # begun by an earlier version
         return
-    for key, before in json.loads((folder / _FILE).read_text(encoding="utf-8")).items():
+    # What an earlier version did not know was as it is by default.
+    begun = _settled(Train(task=made["task"], output="", steps=1, batch_size=1, data=Data()))
+    begun |= json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    for key, before in begun.items():
         now = made.get(key)
         if before == now or key in _MEMORY:
             continue

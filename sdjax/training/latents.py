@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -47,10 +48,10 @@ def _encoder(run: Run):
 
 
 def _encoded(
-    run: Run, chunks: Sequence[Sequence[int]]
+    run: Run, encode: Callable, chunks: Sequence[Sequence[int]]
 ) -> Generator[tuple[Float32[np.ndarray, "chunk h w moments"], Any], None, None]:
     """The moments and frames of each chunk of the examples, none longer than the first; the next one is read ahead."""
-    encode, size = _encoder(run), -(-len(chunks[0]) // len(run.devices)) * len(run.devices)
+    size = -(-len(chunks[0]) // len(run.devices)) * len(run.devices)
     pool, read = ThreadPoolExecutor(run.config.data.workers), partial(framed, run.pictures)
     try:
         ahead = pool.map(read, chunks[0])
@@ -63,47 +64,84 @@ def _encoded(
         pool.shutdown(cancel_futures=True)
 
 
+class _Parts:
+    """What is kept of every example in several arrays, each of one shape: to be asked for examples of one of them."""
+
+    def __init__(self, places: Sequence[Int[np.ndarray, " examples"]], arrays: Sequence[np.ndarray]) -> None:
+        self._arrays, count = arrays, sum(map(len, places))
+        self._part, self._row = np.zeros(count, int), np.zeros(count, int)
+        for number, own in enumerate(places):
+            self._part[own], self._row[own] = number, np.arange(len(own))
+
+    def __getitem__(self, indices: Int[np.ndarray, " batch"]) -> Float16[np.ndarray, "batch h w moments"]:
+        return self._arrays[int(self._part[indices[0]])][self._row[indices]]
+
+
 class Cache(NamedTuple):
     """Of every example of a data set the latent's mean and logvar, and the picture's frame."""
 
-    moments: Float16[np.ndarray, "examples h w moments"]
+    moments: Float16[np.ndarray, "examples h w moments"] | _Parts
     frames: Int[np.ndarray, "examples 4"]
 
 
 def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
     """Return what a data set's pictures are trained on as, or None if `stop` was set before it was made.
 
-    It is kept in the run's folder, and made anew where the pictures, their size or the VAE are others.
+    It is kept in the run's folder, and made anew where the pictures, their shapes or the VAE are others.
     """
-    path, unfinished = run.folder / "latents.npy", run.folder / "latents.part.npy"
+    buckets, count = getattr(run.pictures, "buckets", None), len(run.pictures)
+    groups = {run.folder / "latents.npy": np.arange(count)}
+    if buckets is not None:
+        groups = {run.folder / f"latents-{'x'.join(map(str, shape))}.npy": own for shape, own in buckets.groups()}
     note, digest, beside = run.folder / "latents.sha256", _digest(run), run.folder / "frames.npy"
-    there = path.exists() and beside.exists() and note.exists()
+    there = note.exists() and beside.exists() and all(path.exists() for path in groups)
     if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
-        count = len(run.pictures)
-        frames = np.zeros((count, 4), np.int32)
-        chunks = [range(start, min(start + _BATCH, count)) for start in range(0, count, _BATCH)]
-        # Not mapped: there a full disk is a signal that ends the process.
-        with unfinished.open("wb") as file, contextlib.closing(_encoded(run, chunks)) as encoded:
-            for chunk in tqdm(chunks, desc="latents", unit="batch", dynamic_ncols=True):
-                if stop is not None and stop.is_set():
+        encode, frames = _encoder(run), np.zeros((count, 4), np.int32)
+        with tqdm(total=count, desc="latents", unit="image", dynamic_ncols=True) as progress:
+            for path, places in groups.items():
+                if not _written(run, encode, path, places, frames, progress, stop):
                     return None
-                part, frames[chunk] = next(encoded)
-                part = part.astype(np.float16)
-                if chunk is chunks[0]:
-                    header = np.lib.format.header_data_from_array_1_0(part)
-                    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *part.shape[1:])})
-                file.write(part.tobytes())
-        unfinished.replace(path)
         np.save(beside, frames)
         write_whole(note, digest.encode())
-    return Cache(np.load(path, mmap_mode="r"), np.load(beside))
+    parts = [np.load(path, mmap_mode="r") for path in groups]
+    return Cache(parts[0] if len(parts) == 1 else _Parts(list(groups.values()), parts), np.load(beside))
+
+
+def _written(
+    run: Run,
+    encode: Callable,
+    path: Path,
+    places: Int[np.ndarray, " examples"],
+    frames: Int[np.ndarray, "all 4"],
+    progress: tqdm,
+    stop: threading.Event | None,
+) -> bool:
+    """Write the moments of examples of one shape, and put their frames into `frames`; whether `stop` was not set."""
+    unfinished = run.folder / "latents.part.npy"
+    chunks = [places[start : start + _BATCH].tolist() for start in range(0, len(places), _BATCH)]
+    # Not mapped: there a full disk is a signal that ends the process.
+    with unfinished.open("wb") as file, contextlib.closing(_encoded(run, encode, chunks)) as encoded:
+        for chunk in chunks:
+            if stop is not None and stop.is_set():
+                return False
+            part, frames[chunk] = next(encoded)
+            part = part.astype(np.float16)
+            if chunk is chunks[0]:
+                header = np.lib.format.header_data_from_array_1_0(part)
+                np.lib.format.write_array_header_1_0(file, header | {"shape": (len(places), *part.shape[1:])})
+            file.write(part.tobytes())
+            progress.update(len(chunk))
+    unfinished.replace(path)
+    return True
 
 
 def _digest(run: Run) -> str:
     """Of all that the latents follow from."""
     data, networks = run.config.data, run.networks
     pictures = [identity.of_source(run.pictures, times=True), data.generator, data.options, data.size]
+    if (buckets := getattr(run.pictures, "buckets", None)) is not None:
+        pictures += [buckets.shapes, buckets.of.tolist()]
     digest = hashlib.sha256(json.dumps([*pictures, networks.configs["vae"]], default=str, sort_keys=True).encode())
     for name, leaf in sorted(networks.params["vae"].items()):
         digest.update(name.encode())
@@ -115,6 +153,6 @@ def scaling_factor(run: Run) -> float:
     """Return what makes the standard deviation of the data set's latents 1 (Rombach et al. 2022, appendix G)."""
     starts, count = range(0, _SAMPLE, _BATCH), len(run.pictures)
     chunks = [[index % count for index in range(start, start + _BATCH)] for start in starts]
-    parts = [part for part, _ in _encoded(run, chunks)]
+    parts = [part for part, _ in _encoded(run, _encoder(run), chunks)]
     means = np.split(np.concatenate(parts), 2, axis=-1)[0]
     return round(float(1 / means.std()), 5)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float16, Int, UInt8
 
 from sdjax.training.data import Conditioned, Source, framed
 from sdjax.training.encoded import EncodedSet
+from sdjax.training.framing import scaled
 
 
 @lru_cache(maxsize=2)
@@ -38,10 +39,10 @@ class Batch(NamedTuple):
 
     indices: Int[np.ndarray, " batch"]
     empty: Bool[np.ndarray, " batch"] | None = None
-    pixels: UInt8[np.ndarray, "batch size size 3"] | None = None
+    pixels: UInt8[np.ndarray, "batch height width 3"] | None = None
     frames: Int[np.ndarray, "batch 4"] | None = None
     captions: list[str] | None = None
-    conditioning: UInt8[np.ndarray, "batch size size 3"] | None = None
+    conditioning: UInt8[np.ndarray, "batch height width 3"] | None = None
     is_unseen: Bool[np.ndarray, " batch"] | None = None
     moments: Float16[np.ndarray, "batch h w moments"] | None = None
     context: Float16[np.ndarray, "batch length hidden"] | None = None
@@ -83,7 +84,10 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Make the batch of a step."""
         source = self._source
-        chosen = indices(step, self._batch_size, len(source), self._seed)
+        if (buckets := getattr(source, "buckets", None)) is None:
+            chosen = indices(step, self._batch_size, len(source), self._seed)
+        else:
+            chosen = buckets.indices(step, self._batch_size, self._seed)
         rngs = [np.random.default_rng([self._seed, step, place]) for place in range(len(chosen))]
         chances, numbers = np.array([rng.random() for rng in rngs]), chosen.tolist()
         dropped = chances < self._dropout
@@ -108,9 +112,9 @@ class Loader:
             made, found = zip(*(framed(source, i) for i in numbers), strict=True)
             pixels, frames = np.stack(made), np.array(found)
             pixels[flipped] = pixels[flipped, :, ::-1]
-            size = pixels.shape[2]
-            scaled = (frames[:, 1] * size / frames[:, :2].min(axis=1)).astype(int)  # the width that it was cut from
-            frames[flipped, 3] = (scaled - size - frames[:, 3])[flipped]
+            height, width = pixels.shape[1:3]
+            _, wide = scaled(frames[:, 0], frames[:, 1], height, width)
+            frames[flipped, 3] = (wide.astype(int) - width - frames[:, 3])[flipped]
         if self._conditioning:
             assert isinstance(source, Conditioned)
             conditioning = np.stack([source.conditioning(i) for i in numbers])

@@ -15,7 +15,7 @@ import numpy as np
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
 from sdjax.sampling.schedule import Schedule
-from sdjax.training import controlnet, identity, latents, lora, objective
+from sdjax.training import buckets, controlnet, identity, latents, lora, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
 from sdjax.training.data import Source, open_source
@@ -26,6 +26,7 @@ from sdjax.training.progress import Progress
 from sdjax.training.sheet import Sheet
 from sdjax.training.start import is_conditioned, prepare
 from sdjax.training.step import State, initial, make_step, microbatches
+from sdjax.training.stored import Stored
 from sdjax.weights.single_file import open_checkpoint
 
 
@@ -99,6 +100,12 @@ class Run:
         """
         config = self.config
         identity.write(self.folder, self._made)
+        if shapes := config.data.aspect_ratio_buckets:
+            assert isinstance(self.source, Stored)  # others are refused
+            told = {"data": self._made["data"], "workers": config.data.workers, "stop": stop}
+            self.source.buckets = buckets.kept(self.folder / "buckets.json", self.source, shapes, **told)
+            if self.source.buckets is None:
+                return False
         cache = None
         if config.data.cache_latents:
             cache = latents.cached(self, stop)
@@ -202,6 +209,7 @@ class Run:
         words = config.denoises and not isinstance(self.source, EncodedSet)
         tokenizers, xl = self.networks.tokenizers() if words else [], self.networks.xl
         side = self.source.size if isinstance(self.source, EncodedSet) else config.data.size
+        cut = getattr(self.source, "buckets", None)
         loader = Loader(
             self.source,
             config.batch_size,
@@ -225,7 +233,7 @@ class Run:
                 arrays["moments"] = cache.moments[batch.indices]
             if xl is not None and batch.empty is not None:
                 frames = np.asarray(batch.frames if cache is None else cache.frames[batch.indices])
-                target = np.full((config.batch_size, 2), side)
+                target = np.full((config.batch_size, 2), side if cut is None else cut.shape(int(batch.indices[0])))
                 arrays["time_ids"] = np.concatenate([frames, target], axis=1).astype(np.float32)
                 arrays["is_zero"] = batch.empty & xl.zeroes_empty
             yield microbatches(arrays, config.optimizer.accumulate, self.devices)

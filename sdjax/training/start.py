@@ -103,6 +103,9 @@ def prepare(config: Train, source: Source | EncodedSet, start: checkpoint.Checkp
     side = VAEConfig.from_dict(networks.configs["vae"]).downscale
     if not isinstance(source, EncodedSet) and config.data.size % side:
         raise TrainConfigError(f"data.size is {config.data.size}; the vae needs a multiple of {side}")
+    for shape in config.data.aspect_ratio_buckets:
+        if any(each % side for each in shape):
+            raise TrainConfigError(f"data.aspect_ratio_buckets has {list(shape)}; the vae needs multiples of {side}")
     if config.denoises:
         _check(networks)
         if (networks.inpaints or networks.edits) and (config.data.cache_latents or isinstance(source, EncodedSet)):

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sdjax.files import below
-from sdjax.training.framing import Frame, decode
+from sdjax.training.buckets import Buckets
+from sdjax.training.framing import Frame, decode, sides
 from sdjax.training.samples import (
     CAPTIONS,
     CONDITIONING,
@@ -27,32 +28,52 @@ from sdjax.training.samples import (
 )
 
 _VERSIONS = ("etag", "ETag", "md5Hash", "mtime", "last_modified", "LastModified", "created")  # of fsspec's filesystems
+_HEADER = 2**16  # bytes of an image in which its header mostly lies
 # What JSON that is no row raises where it is read as one.
 _UNREADABLE = (ValueError, KeyError, StopIteration, TypeError, AttributeError, RecursionError)
 
 
-class _Stored(ABC):
+class Stored(ABC):
     """Examples whose pictures lie in files, and are read when they are asked for."""
 
     _examples: list[Any]
+    _size: int
+    buckets: Buckets | None = None  # which else pictures are cut to
 
     @abstractmethod
-    def _decoded(self, place: Any) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
-        """The picture at one of an example's places, and its frame."""
+    def _content(self, place: Any, most: int | None = None) -> bytes:
+        """What lies at one of an example's places, or its first `most` bytes."""
+
+    @abstractmethod
+    def _called(self, place: Any) -> str:
+        """What errors call a picture."""
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def framed(self, index: int) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
-        return self._decoded(self._examples[index].image)
+    def sides(self, index: int) -> tuple[int, int]:
+        """An image's height and width before it is cut."""
+        place = self._examples[index].image
+        for most in (_HEADER, None):
+            if (found := sides(self._content(place, most))) is not None:
+                return found
+        _, frame = self._decoded(index, place)  # which says what it is not
+        return frame.height, frame.width
 
-    def image(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+    def framed(self, index: int) -> tuple[UInt8[np.ndarray, "height width 3"], Frame]:
+        return self._decoded(index, self._examples[index].image)
+
+    def image(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
         return self.framed(index)[0]
 
-    def conditioning(self, index: int) -> UInt8[np.ndarray, "size size 3"]:
+    def conditioning(self, index: int) -> UInt8[np.ndarray, "height width 3"]:
         place = self._examples[index].conditioning
         assert place is not None  # looked for when it was opened
-        return self._decoded(place)[0]
+        return self._decoded(index, place)[0]
+
+    def _decoded(self, index: int, place: Any) -> tuple[UInt8[np.ndarray, "height width 3"], Frame]:
+        shape = (self._size, self._size) if self.buckets is None else self.buckets.shape(index)
+        return decode(self._content(place), shape, self._called(place))
 
 
 class _File(NamedTuple):
@@ -63,7 +84,7 @@ class _File(NamedTuple):
     conditioning: str | None = None
 
 
-class Folder(_Stored):
+class Folder(Stored):
     """Images below a folder or fsspec URL, captioned by metadata.jsonl (`file_name`, `text`) or by .txt files.
 
     captions, conditioned: whether each image must have a caption, or a picture that it is made from (metadata.jsonl's
@@ -97,7 +118,7 @@ class Folder(_Stored):
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         path, caption, _ = self._examples[index]
-        return text_of(self._read(_beside(path)), _beside(path)).strip() if caption is None else caption
+        return text_of(self._content(_beside(path)), _beside(path)).strip() if caption is None else caption
 
     def files(self) -> Iterator[tuple[Any, ...]]:
         """Each file's name, caption if metadata.jsonl has it, and its size and when it was last written."""
@@ -108,14 +129,14 @@ class Folder(_Stored):
                 entry = there.get(posixpath.normpath(name), {})
                 yield posixpath.relpath(name, self._root), caption, (entry.get("size"), _written(entry))
 
-    def _decoded(self, place: str) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
-        return decode(self._read(place), self._size, place)
-
-    def _read(self, path: str) -> bytes:
+    def _content(self, place: str, most: int | None = None) -> bytes:
         try:
-            return self._fs.cat_file(path)
+            return self._fs.cat_file(place, end=most)
         except FileNotFoundError:
-            raise self._missing(path) from None
+            raise self._missing(place) from None
+
+    def _called(self, place: str) -> str:
+        return place
 
     def _missing(self, path: str) -> DataError:
         return DataError(f"{path} is not there; {self._url} needs it as an image or a caption")
@@ -136,7 +157,7 @@ class _Example(NamedTuple):
     conditioning: _Span | None
 
 
-class Shards(_Stored):
+class Shards(Stored):
     """WebDataset tars at a path or fsspec URL (`*`, `?`, `[]`): `key.png` (any of IMAGES) beside `key.txt` or `.json`.
 
     The tars are walked once, header by header, and examples are then read by their place in the tar.
@@ -187,7 +208,7 @@ class Shards(_Stored):
                 raise _no_caption(image.shard, sample_key(image.name)[0])
             return self._caption
         what = f"{span.name} of {span.shard}"
-        text = text_of(self._read(span), what)
+        text = text_of(self._content(span), what)
         if sample_key(span.name)[1] == ".txt":
             return text.strip()
         try:
@@ -207,11 +228,12 @@ class Shards(_Stored):
             key = sample_key(example.image.name)[0]
             yield posixpath.basename(example.image.shard), key, (*places, info.get("size"), _written(info))
 
-    def _decoded(self, place: _Span) -> tuple[UInt8[np.ndarray, "size size 3"], Frame]:
-        return decode(self._read(place), self._size, f"the image at byte {place.start} of {place.shard}")
+    def _content(self, place: _Span, most: int | None = None) -> bytes:
+        stop = place.stop if most is None else min(place.stop, place.start + most)
+        return self._fs.cat_file(place.shard, place.start, stop)
 
-    def _read(self, span: _Span) -> bytes:
-        return self._fs.cat_file(span.shard, span.start, span.stop)
+    def _called(self, place: _Span) -> str:
+        return f"the image at byte {place.start} of {place.shard}"
 
 
 def _beside(path: str) -> str:

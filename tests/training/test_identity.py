@@ -65,6 +65,16 @@ def test_another_configuration_is_named(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_key_that_an_earlier_version_did_not_know_was_at_its_default(tmp_path):
+    data = {"folder": str(_pictures(tmp_path / "a", red=1))}
+    earlier = _made(data)
+    del earlier["data.aspect_ratio_buckets"]
+    identity.write(tmp_path, earlier)
+    identity.check(tmp_path, _made(data))
+    with pytest.raises(TrainConfigError, match=r"another data\.aspect_ratio_buckets; name another --output"):
+        identity.check(tmp_path, _made(data | {"aspect_ratio_buckets": [[8, 8]]}))
+
+
 def test_another_start_is_named(tmp_path):
     settings = config.build(config.Train, LEAST | {"data": {"generator": "x:y"}})
     identity.write(tmp_path, identity.of_run(settings, Scenes(8, 3), "one"))

@@ -140,6 +140,31 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
             {"task": "unet", "data": {"generator": "x:y", "caption": "a"}},
             "data.caption does nothing with data.generator, which has its own; take it out",
         ),
+        (
+            {"data": {"folder": "y", "aspect_ratio_buckets": [[64, 64]]}},
+            "data.aspect_ratio_buckets does nothing where task is 'vae'; take it out",
+        ),
+        (
+            {"task": "unet", "data": {"latents": "y", "aspect_ratio_buckets": [[64, 64]]}},
+            "data.aspect_ratio_buckets does not go with data.latents",
+        ),
+        (
+            {"task": "unet", "data": {"generator": "x:y", "aspect_ratio_buckets": [[64, 64]]}},
+            "data.aspect_ratio_buckets does not go with data.generator, whose pictures have one size",
+        ),
+        *(
+            (
+                {"task": "unet", "data": {"folder": "y", "aspect_ratio_buckets": [[64, 64], shape]}},
+                f"data.aspect_ratio_buckets has {shape}{why}",
+            )
+            for shape, why in (
+                ([], "; each is [height, width] in pixels"),
+                ([64], "; each is"),
+                ([64, 0], "; each is"),
+                ([64, 64], " twice; take one out"),
+            )
+        ),
+        ({"task": "unet", "data": {"folder": "y", "aspect_ratio_buckets": [64]}}, "data.aspect_ratio_buckets is 64"),
         ({"optimizer": {"schedule": "cosine"}}, "optimizer.schedule does nothing without optimizer.decay_steps"),
         ({"optimizer": {"schedule": "step"}}, "optimizer.schedule is 'step'; it can be 'linear' or 'cosine'"),
         ({"task": "unet", "lora": {"init": "x"}}, "lora.init does nothing without lora.rank; take it out"),

@@ -17,6 +17,7 @@ from sdjax.models.unet import UNet2DCondition
 from sdjax.sampling.schedule import Schedule
 from sdjax.spec import Spec
 from sdjax.training import config, latents, lora, objective
+from sdjax.training.buckets import Buckets
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import framed
 from sdjax.training.loop import Run
@@ -85,6 +86,18 @@ def test_a_batch_has_each_pictures_sizes(run):
     assert chosen == sorted((*wanted[caption], SIDE, SIDE) for caption in order)
     assert arrays["ids"].shape == (4, 2, run.networks.tokenizers()[0](["x"])[0].shape[1])
     assert sorted(arrays["is_zero"]) == [False, False, False, True]
+
+
+def test_a_bucket_is_the_target_that_a_batch_is_told(run):
+    """Beside each picture's own sizes, and the corner of the cut where it is scaled to cover the bucket."""
+    run.pictures.buckets = Buckets([(24, 16), (16, 16)], np.array([1, 1, 0, 0]))
+    try:
+        batches = [next(run._batches(step, None)) for step in range(2)]
+    finally:
+        run.pictures.buckets = None
+    wanted = {(24, 40, 0, 5, 16, 16), (24, 24, 0, 0, 16, 16), (48, 32, 0, 0, 24, 16), (64, 25, 8, 0, 24, 16)}
+    assert {tuple(row) for batch in batches for row in np.asarray(batch["time_ids"])[0, 0].astype(int)} == wanted
+    assert {batch["pixels"].shape[3:5] for batch in batches} == {(24, 16), (16, 16)}
 
 
 def test_corners_are_those_of_diffusers_trainer(pictures):
