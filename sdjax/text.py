@@ -10,7 +10,7 @@ from tokenizers import AddedToken
 
 from sdjax import compel, vocabulary
 from sdjax.compel import Encoding
-from sdjax.prompts import Chunking, Token, in_chunks, parse
+from sdjax.prompts import Chunking, Fragment, Token, in_chunks, parse
 from sdjax.values import one_line
 from sdjax.weights.safetensors import CheckpointError
 
@@ -136,6 +136,10 @@ class Tokenizer:
         # A prompt that is too long keeps its start and its end token, as transformers truncates.
         return np.array([self.row(text)[0] for text in texts], np.int32), cut
 
+    def chunks(self, text: str) -> list[list[Token]]:
+        """The tokens of a text without weights, in chunks, at least one."""
+        return in_chunks([[Fragment(text, 1.0)]], self.tokens, self._chunking)
+
     def clauses(self, prompt: str, negative_prompt: str, language: str) -> list[tuple[float, list[list[Token]]]]:
         """Each joined prompt, then the negative one: its weight and its tokens in chunks.
 
@@ -202,6 +206,24 @@ def encode(tokenizers: Sequence[Tokenizer], prompts: Sequence[tuple[str, str]], 
     clauses = np.array([weight for weight, _ in read[0][:-1]], np.float32)
     variants = None if weighted is None else _variants(tokenizers, weighted, count)
     return Text(ids, weights, clauses, cut or longest > MAX_CHUNKS, variants)
+
+
+def chunked(
+    tokenizers: Sequence[Tokenizer], texts: Sequence[str], most: int
+) -> Int32[np.ndarray, "texts encoders chunks length"]:
+    """The ids of texts without weights: as many chunks as the longest has, but no more than `most`."""
+    read = [[tokenizer.chunks(text) for tokenizer in tokenizers] for text in texts]
+    count = min(most, max(len(chunks) for row in read for chunks in row))
+    return np.array(
+        [
+            [
+                [tokenizer.row(chunk)[0] for chunk in _exactly(count, chunks, [])]
+                for tokenizer, chunks in zip(tokenizers, row, strict=True)
+            ]
+            for row in read
+        ],
+        np.int32,
+    )
 
 
 def _unweighted(chunks: list[list[Encoding]]) -> list[list[Token]]:

@@ -166,12 +166,15 @@ class CLIPTextModelWithProjection(CLIPTextModel):
 
 
 def read(
-    encoders: Sequence[Callable[[Array], TextOutput]], ids: Int[Array, "batch encoders tokens"], *, is_xl: bool
+    encoders: Sequence[Callable[[Array], TextOutput]], ids: Int[Array, "batch encoders *chunks length"], *, is_xl: bool
 ) -> tuple[Float[Array, "batch tokens hidden"], Float[Array, "batch pooled"]]:
     """What a UNet is told of plain texts: the encoders' last states side by side, and the last one's pooled vectors.
 
-    Stable Diffusion XL's are the states of the last layer but one, without the final norm.
+    Of texts in chunks the states follow each other, and the first chunk's vector counts. Stable Diffusion XL's are the
+    states of the last layer but one, without the final norm.
     """
-    outputs = [encoder(ids[:, i]) for i, encoder in enumerate(encoders)]
+    batch, length = len(ids), ids.shape[-1]
+    outputs = [encoder(ids[:, i].reshape(-1, length)) for i, encoder in enumerate(encoders)]
     states = [output.hidden_states[-2] if is_xl else output.last_hidden_state for output in outputs]
-    return jnp.concatenate(states, axis=-1), outputs[-1].pooled
+    context, pooled = jnp.concatenate(states, axis=-1), outputs[-1].pooled
+    return context.reshape(batch, -1, context.shape[-1]), pooled.reshape(batch, -1, pooled.shape[-1])[:, 0]

@@ -33,6 +33,7 @@ class Data:
     aspect_ratio_buckets: tuple[tuple[int, ...], ...] = ()  # [height, width] each, of which the nearest takes its place
     workers: int = 2
     caption: str | None = None  # of pictures that have none
+    caption_chunks: int = 1  # of 75 tokens, after which a caption is cut
     flip: bool = False  # half of the pictures, drawn anew at each visit
     cache_latents: bool = False  # encode the whole data set once before the first step
 
@@ -165,6 +166,7 @@ _RANGES: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     ("be above 0", lambda value: value > 0, ("diffusion.min_snr_gamma",)),
     ("lie between 0 and 1", lambda value: 0 <= value <= 1, ("diffusion.caption_dropout", "optimizer.ema_decay")),
     ("be at least 0 and below 1", lambda value: 0 <= value < 1, ("optimizer.beta1", "optimizer.beta2")),
+    ("lie between 1 and 8", lambda value: 1 <= value <= 8, ("data.caption_chunks",)),
     ("be at least 0 and below 2**32", lambda value: 0 <= value < 2**32, ("seed",)),
 ]
 _OTHERS = {  # what only other tasks' runs look at
@@ -179,6 +181,7 @@ _OTHERS = {  # what only other tasks' runs look at
 _BEFORE_LATENTS = (  # what has no part in training on latents that another run encoded
     *("model.vae", "model.text_encoder", "model.tokenizer", "diffusion.train_text_encoder"),
     *("data.flip", "data.caption", "data.size", "data.cache_latents", "data.aspect_ratio_buckets"),
+    "data.caption_chunks",
 )
 
 

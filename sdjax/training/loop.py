@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdjax import text
 from sdjax.config import VAEConfig
 from sdjax.parallel import Devices
 from sdjax.sampling.schedule import Schedule
@@ -228,7 +229,10 @@ class Run:
             arrays = {name: array for name, array in given.items() if array is not None}
             arrays["place"] = place
             if batch.captions is not None:
-                arrays["ids"] = np.stack([tokenizer(batch.captions)[0] for tokenizer in tokenizers], axis=1)
+                if (most := config.data.caption_chunks) > 1:
+                    arrays["ids"] = text.chunked(tokenizers, batch.captions, most)
+                else:
+                    arrays["ids"] = np.stack([tokenizer(batch.captions)[0] for tokenizer in tokenizers], axis=1)
             if cache is not None:
                 arrays["moments"] = cache.moments[batch.indices]
             if xl is not None and batch.empty is not None:

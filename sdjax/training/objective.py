@@ -76,8 +76,8 @@ def denoising(
     inpaints: bool = False,
     edits: bool = False,
 ) -> Objective:
-    """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, encoders, length] or
-    `context`, the text encoders' states [batch, length, hidden].
+    """The UNet's objective on `pixels` or `moments` [batch, h, w, 2 c], and `ids` int32 [batch, encoders, length], or
+    [batch, encoders, chunks, length], or `context`, the text encoders' states [batch, length, hidden].
 
     Stable Diffusion XL's is also told `time_ids` [batch, 6], `pooled` [batch, pooled] beside a `context`, and zeros of
     captions where `is_zero` [batch]. A UNet that `inpaints` is told a mask and the picture without what it covers; one

@@ -1,6 +1,7 @@
 """The text encoder beside transformers' on random weights, over configurations that differ in every field."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from sdjax import programs
 from sdjax.config import CLIPTextConfig
+from sdjax.models import clip
 from sdjax.models.clip import CLIPTextModel
 from tests.torch_models import CLIP, our_clip, relative_error, torch_clip
 
@@ -71,6 +74,22 @@ def test_the_final_norm_of_the_last_state_is_the_output():
     output = run(ours, prompts(ours.config, 2, 16))
     normed = ours.text_model.final_layer_norm(output.hidden_states[-1])
     np.testing.assert_allclose(normed, output.last_hidden_state, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_xl", [False, True])
+def test_texts_in_chunks_are_read_as_prompts_are(is_xl):
+    kinds = [(CLIP, False), (CLIP | {"hidden_size": 40, "projection_dim": 24}, True)][: 1 + is_xl]
+    encoders = tuple(our_clip(config, torch_clip(config, projection=projection)) for config, projection in kinds)
+    ids = jnp.asarray(prompts(encoders[0].config, 12 * len(kinds), 16).reshape(4, len(kinds), 3, 16))
+    read = jax.jit(partial(clip.read, is_xl=is_xl))
+    context, pooled = read(encoders, ids)
+    rows = jnp.ones((4, len(kinds), 1, 3, 16)), jnp.zeros((4, 1), int), jnp.zeros((4, 1), bool)
+    told = programs.encode_text(encoders, ids[:, :, None], *rows, None, is_xl=is_xl)
+    np.testing.assert_allclose(context, told.context[:, 0], atol=1e-5)
+    if is_xl:
+        np.testing.assert_allclose(pooled, told.pooled[:, 0], atol=1e-5)
+    for one, other in zip(read(encoders, ids[:, :, 0]), read(encoders, ids[:, :, :1]), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_too_many_tokens_are_refused():

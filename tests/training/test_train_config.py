@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdjax.config import CLIPTextConfig, UNetConfig, VAEConfig
+from sdjax.text import MAX_CHUNKS
 from sdjax.training import config
 from sdjax.training.config import TrainConfigError
 
@@ -165,6 +166,15 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
             )
         ),
         ({"task": "unet", "data": {"folder": "y", "aspect_ratio_buckets": [64]}}, "data.aspect_ratio_buckets is 64"),
+        (
+            {"task": "unet", "data": {"folder": "y", "caption_chunks": 1 + MAX_CHUNKS}},
+            f"data.caption_chunks is {1 + MAX_CHUNKS}; it must lie between 1 and {MAX_CHUNKS}",
+        ),
+        (
+            {"task": "unet", "data": {"latents": "y", "caption_chunks": 2}},
+            "data.caption_chunks does not go with data.latents",
+        ),
+        ({"data": {"folder": "y", "caption_chunks": 2}}, "data.caption_chunks does nothing where task is 'vae'"),
         ({"optimizer": {"schedule": "cosine"}}, "optimizer.schedule does nothing without optimizer.decay_steps"),
         ({"optimizer": {"schedule": "step"}}, "optimizer.schedule is 'step'; it can be 'linear' or 'cosine'"),
         ({"task": "unet", "lora": {"init": "x"}}, "lora.init does nothing without lora.rank; take it out"),

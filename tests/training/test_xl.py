@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines import encode_latents, verify
+from sdjax import text
 from sdjax.generate import StableDiffusion
 from sdjax.models import clip
 from sdjax.models.unet import UNet2DCondition
@@ -20,6 +21,7 @@ from sdjax.training import config, latents, lora, objective
 from sdjax.training.buckets import Buckets
 from sdjax.training.config import TrainConfigError
 from sdjax.training.data import framed
+from sdjax.training.loader import indices
 from sdjax.training.loop import Run
 from sdjax.training.networks import bind, flat
 from sdjax.training.samples import DataError
@@ -98,6 +100,28 @@ def test_a_bucket_is_the_target_that_a_batch_is_told(run):
     wanted = {(24, 40, 0, 5, 16, 16), (24, 24, 0, 0, 16, 16), (48, 32, 0, 0, 24, 16), (64, 25, 8, 0, 24, 16)}
     assert {tuple(row) for batch in batches for row in np.asarray(batch["time_ids"])[0, 0].astype(int)} == wanted
     assert {batch["pixels"].shape[3:5] for batch in batches} == {(24, 16), (16, 16)}
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_a_long_caption_is_read_in_chunks_as_prompts_are(run, monkeypatch, most):
+    captions = ["a blue star on white, " * 20, "a red circle", "", "cat " * 90]
+    monkeypatch.setattr(run.pictures, "caption", lambda index, _: captions[index])
+    data = dataclasses.replace(run.config.data, caption_chunks=most)
+    monkeypatch.setattr(run, "config", dataclasses.replace(run.config, data=data))
+    tokenizers, order = run.networks.tokenizers(), indices(0, 4, 4, 0)
+    read = [text.encode(tokenizers, [(captions[index], "")] * 2, "a1111").ids[:, 0] for index in order]
+    count = max(ids.shape[1] for ids in read)
+    assert count == 5
+    ids = given(run)["ids"]
+    if most == 1:
+        plain = [tokenizer([captions[index] for index in order])[0] for tokenizer in tokenizers]
+        np.testing.assert_array_equal(ids, np.stack(plain, axis=1))
+        return
+    assert ids.shape == (4, 2, min(most, count), 77)
+    for found, wanted in zip(ids, read, strict=True):
+        np.testing.assert_array_equal(found[:, : wanted.shape[1]], wanted[:, : ids.shape[2]])
+    monkeypatch.setattr(run.pictures, "caption", lambda index, _: captions[index % 2 + 1])
+    assert given(run)["ids"].shape == (4, 2, 1, 77)
 
 
 def test_corners_are_those_of_diffusers_trainer(pictures):
