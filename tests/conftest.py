@@ -44,16 +44,7 @@ ROOMS = [
     *(
         f"sdjax.training.{name}"
         for name in (
-            "buckets",
-            "checker",
-            "data",
-            "encoded",
-            "framing",
-            "loader",
-            "lora",
-            "objective",
-            "scenes",
-            "step",
+            *("buckets", "checker", "data", "encoded", "framing", "loader", "lora", "objective", "scenes", "step"),
             "stored",
         )
     ),

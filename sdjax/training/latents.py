@@ -98,10 +98,9 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
     if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
         encode, frames = _encoder(run), np.zeros((count, 4), np.int32)
-        with tqdm(total=count, desc="latents", unit="image", dynamic_ncols=True) as progress:
-            for path, places in groups.items():
-                if not _written(run, encode, path, places, frames, progress, stop):
-                    return None
+        for path, places in groups.items():
+            if not _written(run, encode, path, places, frames, stop):
+                return None
         np.save(beside, frames)
         write_whole(note, digest.encode())
     parts = [np.load(path, mmap_mode="r") for path in groups]
@@ -114,7 +113,6 @@ def _written(
     path: Path,
     places: Int[np.ndarray, " examples"],
     frames: Int[np.ndarray, "all 4"],
-    progress: tqdm,
     stop: threading.Event | None,
 ) -> bool:
     """Write the moments of examples of one shape, and put their frames into `frames`; whether `stop` was not set."""
@@ -122,7 +120,7 @@ def _written(
     chunks = [places[start : start + _BATCH].tolist() for start in range(0, len(places), _BATCH)]
     # Not mapped: there a full disk is a signal that ends the process.
     with unfinished.open("wb") as file, contextlib.closing(_encoded(run, encode, chunks)) as encoded:
-        for chunk in chunks:
+        for chunk in tqdm(chunks, desc=path.stem, unit="batch", dynamic_ncols=True):
             if stop is not None and stop.is_set():
                 return False
             part, frames[chunk] = next(encoded)
@@ -131,7 +129,6 @@ def _written(
                 header = np.lib.format.header_data_from_array_1_0(part)
                 np.lib.format.write_array_header_1_0(file, header | {"shape": (len(places), *part.shape[1:])})
             file.write(part.tobytes())
-            progress.update(len(chunk))
     unfinished.replace(path)
     return True
 

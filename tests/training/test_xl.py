@@ -112,7 +112,10 @@ def test_a_long_caption_is_read_in_chunks_as_prompts_are(run, monkeypatch, most)
     read = [text.encode(tokenizers, [(captions[index], "")] * 2, "a1111").ids[:, 0] for index in order]
     count = max(ids.shape[1] for ids in read)
     assert count == 5
-    ids = given(run)["ids"]
+    arrays = given(run)
+    ids = arrays["ids"]
+    losses, _ = jax.eval_shape(run._objective(), {}, run.networks.params, arrays, jax.random.key(0))
+    assert losses.shape == (4,)
     if most == 1:
         plain = [tokenizer([captions[index] for index in order])[0] for tokenizer in tokenizers]
         np.testing.assert_array_equal(ids, np.stack(plain, axis=1))
