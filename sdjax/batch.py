@@ -163,16 +163,10 @@ class HostNoise:
         encoded: Sequence[bool],
         masked: Sequence[bool],
     ) -> None:
-        latents = np.zeros((3, len(requests), *shape), np.float32)
-        self.posterior, self.start, self.unmasked = latents
+        self.posterior, self.start, self.unmasked = np.zeros((3, len(requests), *shape), np.float32)
         self._generators: dict[int, noise.TorchGenerator] = {}
-        self._copies: list[int] = []
         for i, request in enumerate(requests):
             if request.noise != "torch":
-                continue
-            if i and request is requests[i - 1]:  # what a batch is filled up with
-                self._copies.append(i)
-                latents[:, i] = latents[:, i - 1]
                 continue
             generator = self._generators[i] = noise.TorchGenerator(request.seed)
             if encoded[i]:
@@ -199,6 +193,4 @@ class HostNoise:
         for i, drawn in self._rows.items():
             for place, row in enumerate(islice(drawn, count)):
                 result[i, place] = row
-        for i in self._copies:
-            result[i] = result[i - 1]
         return result

@@ -118,10 +118,6 @@ def images(
     result = [np.zeros((len(loaded), *size, 3), np.float32) for _ in range(count)]
     height, width = size
     for row, found in enumerate(loaded):
-        if row and found is loaded[row - 1]:  # what a batch is filled up with
-            for its_images in result:
-                its_images[row] = its_images[row - 1]
-            continue
         for its_images, image in zip(result, found, strict=False):  # a request may have none
             same = image.size == (width, height)
             fitted = image if same else image.resize((width, height), Image.Resampling.LANCZOS)

@@ -49,11 +49,13 @@ class Denoiser:
     Args:
         spec: the checkpoint's promises.
         networks: by their names, on the devices.
+        batch_size: rows that a device takes; smaller batches are filled up.
         devices: what they run on.
     """
 
-    def __init__(self, spec: Spec, networks: dict[str, Any], devices: Devices) -> None:
-        self._spec, self._networks, self._devices = spec, networks, devices
+    def __init__(self, spec: Spec, networks: dict[str, Any], batch_size: int, devices: Devices) -> None:
+        self._spec, self._networks = spec, networks
+        self._split = functools.partial(devices.split, each=batch_size)
         self._encode = devices.pmap(functools.partial(programs.encode_text, is_xl=spec.family.is_xl))
         self._embed_control = devices.pmap(programs.embed_control)
         start = functools.partial(programs.start, dtype=spec.dtype)
@@ -68,7 +70,7 @@ class Denoiser:
             control_images: of each request.
             stage: see `keys`.
         """
-        split, texts = self._devices.split, [self._spec.text(request) for request in requests]
+        split, texts = self._split, [self._spec.text(request) for request in requests]
         return Batch(
             requests=requests,
             control_images=control_images,
@@ -82,11 +84,11 @@ class Denoiser:
 
     def keys(self, requests: list[Request], stage: int) -> jax.Array:
         """Keys of noise="jax", for each stage others: 0, 1 for the second of two UNets, 2 for a second pass."""
-        return self._devices.split(noise.keys([stage << 32 | request.seed for request in requests]))
+        return self._split(noise.keys([stage << 32 | request.seed for request in requests]))
 
     def _conditions(self, requests: list[Request], texts: list[Text]) -> programs.Conditions:
         """What the UNet is told of each request whatever the size."""
-        split, family = self._devices.split, self._spec.family
+        split, family = self._split, self._spec.family
         ids, weights = (np.stack([getattr(text, name) for text in texts]) for name in ("ids", "weights"))
         variants = jax.tree.map(lambda *each: np.stack(each), *(text.variants for text in texts))
         is_negative = np.arange(ids.shape[2]) >= len(texts[0].clauses)
@@ -105,7 +107,7 @@ class Denoiser:
         self, batch: Batch, tables: list[sampling.Table], drawn: HostNoise, image: jax.Array, mask: jax.Array
     ) -> tuple[scan.State, scan.Known]:
         """A run's start from images' latents and noise, at the tables' first levels; and what the masks keep."""
-        split = self._devices.split
+        split = self._split
         levels = split(np.array([(table.start_signal, table.start_noise) for table in tables], np.float32))
         kept = 0, 0, 0
         if batch.reuses:
@@ -127,7 +129,7 @@ class Denoiser:
 
         known: what is blended in after each row.  told: further channels of the UNet.
         """
-        split, spec, family = self._devices.split, self._spec, self._spec.family
+        split, spec, family = self._split, self._spec, self._spec.family
         length = max(table.calls for table in tables)
         padded = -(-length // SCAN_ROWS) * SCAN_ROWS
         size = tuple(side * spec.scale for side in drawn.start.shape[1:3])
@@ -169,9 +171,9 @@ class Denoiser:
         networks = tuple(self._networks[name] for name in self._spec.controlnets)
         if not networks:
             return None
-        images = self._devices.split(controls.images(batch.control_images, size, len(networks)))
+        images = self._split(controls.images(batch.control_images, size, len(networks)))
         seen = tuple(self._embed_control(*each) for each in zip(networks, images, strict=True))
         # As in diffusers, where the first of them pools, the negative prompt is not controlled.
         pools = self._spec.configs[self._spec.controlnets[0]].global_pool_conditions
         guess_mode = np.array([pools or request.guess_mode for request in batch.requests])
-        return programs.Controls(networks, seen, self._devices.split(guess_mode))
+        return programs.Controls(networks, seen, self._split(guess_mode))

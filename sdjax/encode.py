@@ -77,6 +77,7 @@ class Encoder:
     def __init__(self, spec: Spec, networks: dict[str, nnx.Module], batch_size: int, devices: Devices) -> None:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
+        self._split = partial(devices.split, each=batch_size)
         self._encode_pixels = devices.pmap(partial(encode_pixels, tiled=spec.vae_tiling))
         self._encode_captions = devices.pmap(partial(encode_captions, is_xl=spec.family.is_xl))
 
@@ -106,33 +107,28 @@ class Encoder:
         self,
     ) -> tuple[Float16[np.ndarray, "length hidden"], Float16[np.ndarray, " pooled"] | None]:
         """The states and the vector of an empty caption, for captions that training drops."""
-        text, pooled, _ = (self.devices.join(array)[0] for array in self._captions([""] * self._size))
+        text, pooled, _ = (self.devices.join(array)[0] for array in self._captions([""]))
         return text, pooled if self.spec.family.is_xl else None
 
     def stream(self, examples: Iterable[Example]) -> Iterator[Encoded]:
         """Each example encoded, in order, while the devices work on the next batch."""
         flight: deque[tuple[int, tuple[jax.Array, ...]]] = deque()
         iterator = iter(examples)
-        while batch := list(islice(iterator, self._size)):
+        while batch := list(islice(iterator, self.batch_size * len(self.devices))):
             flight.append((len(batch), self._launch(batch)))
             if len(flight) == _IN_FLIGHT:
                 yield from self._land(*flight.popleft())
         for last in flight:
             yield from self._land(*last)
 
-    @property
-    def _size(self) -> int:
-        return self.batch_size * len(self.devices)
-
     def _launch(self, batch: list[Example]) -> tuple[jax.Array, ...]:
-        rows = batch + batch[-1:] * (self._size - len(batch))
-        pixels = self.devices.split(np.stack([row.pixels for row in rows]))
-        return *self._encode_pixels(self._networks["vae"], pixels), *self._captions([row.caption for row in rows])
+        pixels = self._split(np.stack([each.pixels for each in batch]))
+        return *self._encode_pixels(self._networks["vae"], pixels), *self._captions([each.caption for each in batch])
 
     def _captions(self, captions: list[str]) -> tuple[jax.Array, jax.Array, jax.Array]:
         ids = np.stack([tokenizer(captions)[0] for tokenizer in self.spec.tokenizers], axis=1)
         encoders = tuple(self._networks[name] for name in self.spec.family.text_encoders)
-        return self._encode_captions(encoders, self.devices.split(ids))
+        return self._encode_captions(encoders, self._split(ids))
 
     def _land(self, count: int, arrays: tuple[jax.Array, ...]) -> Iterator[Encoded]:
         moments, good, text, pooled, readable = map(self.devices.join, arrays)

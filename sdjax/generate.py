@@ -77,10 +77,11 @@ class StableDiffusion:
     def __init__(self, spec: Spec, networks: dict[str, Any], batch_size: int, devices: Devices) -> None:
         self.spec, self.batch_size, self.devices = spec, batch_size, devices
         self._networks = networks
-        self._denoiser, self._refiner = Denoiser(spec, networks, devices), None
+        self._split = functools.partial(devices.split, each=batch_size)
+        self._denoiser, self._refiner = Denoiser(spec, networks, batch_size, devices), None
         if spec.refiner is not None:
             own = {name.removeprefix(REFINER): part for name, part in networks.items() if name.startswith(REFINER)}
-            self._refiner = Denoiser(spec.refiner, own, devices)
+            self._refiner = Denoiser(spec.refiner, own, batch_size, devices)
         vae = {"scale": spec.configs["vae"].scaling_factor, "tiled": spec.vae_tiling}
         self._encode_image = devices.pmap(functools.partial(programs.encode_image, **vae))
         self._encode_mean = devices.pmap(functools.partial(programs.encode_mean, tiled=spec.vae_tiling))
@@ -234,32 +235,29 @@ class StableDiffusion:
 
     def launch(self, batch: list[Request]) -> "_Flight":
         """Give the devices a batch, and return without waiting for them, with arrays that they will fill."""
-        padding = self.batch_size * len(self.devices) - len(batch)
         canvases = self._read(self.spec.prepare, batch, "image")
         controls = zip(canvases, self._read(self.spec.control_images, batch, "control_image"), strict=True)
         control_images = [found if canvas is None else list(map(canvas.cut, found)) for canvas, found in controls]
-        boards = canvases + canvases[-1:] * padding
-        shared = self._denoiser.batch(batch + batch[-1:] * padding, control_images + control_images[-1:] * padding)
-        program = self.spec.program(batch[0])
-        latents, ticks = self._first_pass(boards, shared, program)
+        shared, program = self._denoiser.batch(batch, control_images), self.spec.program(batch[0])
+        latents, ticks = self._first_pass(canvases, shared, program)
         if program.has_second_pass:
             latents, more = self._second_pass(latents, shared, program)
             ticks += more
         pixels, finite = self._decode(self._networks["vae"], latents)
         return _Flight(batch, canvases, shared.cut, ticks, pixels, finite)
 
-    def _first_pass(self, boards: list[Canvas | None], shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
+    def _first_pass(self, canvases: list[Canvas | None], shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
         """Latents at the requests' width and height."""
-        split, spec, rows = self.devices.split, self.spec, shared.requests
-        pictures = Pictures(boards, (program.height, program.width), spec.scale)
+        split, spec, rows = self._split, self.spec, shared.requests
+        pictures = Pictures(canvases, (program.height, program.width), spec.scale)
         tables = [spec.table(request) for request in rows]
         # As in diffusers, an image that neither the start nor the blending needs is not encoded.
         needed = [
-            board is not None and not spec.family.edits and not (spec.family.inpaints and request.strength == 1)
-            for board, request in zip(boards, rows, strict=True)
+            canvas is not None and not spec.family.edits and not (spec.family.inpaints and request.strength == 1)
+            for canvas, request in zip(canvases, rows, strict=True)
         ]
         encoded = [each and spec.family.draws_latents for each in needed]
-        masked = [board is not None and spec.family.draws_latents and board.mask is not None for board in boards]
+        masked = [each is not None and spec.family.draws_latents and each.mask is not None for each in canvases]
         drawn = HostNoise(rows, tables, self._shape(program.height, program.width), encoded=encoded, masked=masked)
 
         def encode(pixels: np.ndarray, posterior: np.ndarray) -> jax.Array:
@@ -298,7 +296,7 @@ class StableDiffusion:
         directly = [request.hires_upscaler == "latent" for request in rows]
         encoded = [self.spec.family.draws_latents and not each for each in directly]
         drawn = HostNoise(rows, tables, shape, encoded=encoded, masked=[False] * len(rows))
-        split = self.devices.split
+        split = self._split
         image = self._enlarge(
             self._networks["vae"],
             latents,

@@ -32,6 +32,12 @@ def _local() -> list[Device]:
         raise ValueError(f"JAX finds no device with {asked}: {why}") from None
 
 
+def filled(array: np.ndarray, count: int) -> np.ndarray:
+    """`array` with copies of its last row up to `count` rows."""
+    missing = count - len(array)
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing > 0 else array
+
+
 class Devices:
     """The devices of this host that share a batch.
 
@@ -66,9 +72,17 @@ class Devices:
         copies = [jax.device_put(array[None], device) for device in self.devices]
         return jax.make_array_from_single_device_arrays((len(self), *array.shape), self._sharding, copies)
 
-    def split(self, tree: Any) -> Any:
-        """Arrays of a whole batch, `[devices * each, ...]`, as `[devices, each, ...]`, each part on its device."""
-        return jax.tree.map(lambda a: jax.device_put(a.reshape(len(self), -1, *a.shape[1:]), self._sharding), tree)
+    def split(self, tree: Any, each: int = 0) -> Any:
+        """Arrays of a whole batch, `[devices * each, ...]`, as `[devices, each, ...]`, each part on its device.
+
+        each: rows of a device; arrays of fewer are filled up with copies of their last row.
+        """
+
+        def parts(array: np.ndarray) -> jax.Array:
+            array = filled(array, len(self) * each)
+            return jax.device_put(array.reshape(len(self), -1, *array.shape[1:]), self._sharding)
+
+        return jax.tree.map(parts, tree)
 
     def join(self, array: jax.Array) -> np.ndarray:
         """The inverse of `split`, on the host; waits for the devices."""

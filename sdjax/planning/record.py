@@ -15,7 +15,7 @@ from sdjax import programs
 from sdjax.flops import flops
 from sdjax.generate import StableDiffusion
 from sdjax.networks import build
-from sdjax.parallel import Devices
+from sdjax.parallel import Devices, filled
 from sdjax.request import Request
 from sdjax.sampling import scan
 from sdjax.spec import Spec
@@ -72,11 +72,11 @@ class Recorder(Devices):
     def __len__(self) -> int:
         return 1
 
-    def split(self, tree: Any) -> Any:
+    def split(self, tree: Any, each: int = 0) -> Any:
         def first(leaf: Any) -> Any:
             if isinstance(leaf, np.ndarray):
                 with jax.ensure_compile_time_eval():  # its values are there for `Recorded.count`
-                    return jnp.asarray(leaf[None])
+                    return jnp.asarray(filled(leaf, each)[None])
             return jnp.asarray(leaf)[None]
 
         return jax.tree.map(first, tree)
@@ -122,10 +122,10 @@ def record(spec: Spec, request: Request, batch_size: int) -> list[Recorded]:
     Raises:
         RequestError: the checkpoint cannot make it.
     """
-    recorder, batch = Recorder(), [spec.resolve(request)] * batch_size
+    recorder, resolved = Recorder(), spec.resolve(request)
 
     def launch(networks: dict[str, Any]) -> None:
-        StableDiffusion(spec, recorder.split(networks), batch_size, recorder).launch(batch)
+        StableDiffusion(spec, recorder.split(networks), batch_size, recorder).launch([resolved])
 
     jax.eval_shape(launch, build(spec))
     return list(recorder.programs.values())
