@@ -58,8 +58,8 @@ class Denoiser:
         self._split = functools.partial(devices.split, each=batch_size)
         self._encode = devices.pmap(functools.partial(programs.encode_text, is_xl=spec.family.is_xl))
         self._embed_control = devices.pmap(programs.embed_control)
-        start = functools.partial(programs.start, dtype=spec.dtype)
-        self._start = devices.pmap(start, static_broadcasted_argnums=6)
+        kept = {"arrays": 2 if spec.controlnets else 1, "channels": spec.configs["unet"].block_out_channels[0]}
+        self._start = devices.pmap(functools.partial(programs.start, **kept, dtype=spec.dtype))
         advance = functools.partial(programs.advance, last_is_told=not spec.family.edits)
         self._advance = devices.pmap(advance, donate_argnums=1)
 
@@ -109,11 +109,8 @@ class Denoiser:
         """A run's start from images' latents and noise, at the tables' first levels; and what the masks keep."""
         split = self._split
         levels = split(np.array([(table.start_signal, table.start_noise) for table in tables], np.float32))
-        kept = 0, 0, 0
-        if batch.reuses:
-            channels = self._spec.configs["unet"].block_out_channels[0]
-            kept = 2 if self._spec.controlnets else 1, batch.conditions.context.shape[2], channels
-        return self._start(batch.keys, batch.is_given, split(drawn.start), levels, image, mask, kept)
+        context = batch.conditions.context if batch.reuses else None
+        return self._start(batch.keys, batch.is_given, split(drawn.start), levels, image, mask, context)
 
     def run(
         self,

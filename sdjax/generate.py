@@ -85,7 +85,7 @@ class StableDiffusion:
         vae = {"scale": spec.configs["vae"].scaling_factor, "tiled": spec.vae_tiling}
         self._encode_image = devices.pmap(functools.partial(programs.encode_image, **vae))
         self._encode_mean = devices.pmap(functools.partial(programs.encode_mean, tiled=spec.vae_tiling))
-        self._enlarge = devices.pmap(functools.partial(programs.enlarge, **vae), static_broadcasted_argnums=6)
+        self._enlarge = devices.pmap(functools.partial(programs.enlarge, **vae))
         self._decode = devices.pmap(functools.partial(programs.decode, **vae))
 
     @classmethod
@@ -289,10 +289,9 @@ class StableDiffusion:
 
     def _second_pass(self, latents: jax.Array, shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
         """Latents at the size of `hires_scale`: the first pass's image or latent, enlarged, to start from."""
-        height, width, rows = program.final_height, program.final_width, shared.requests
+        rows, shape = shared.requests, self._shape(program.final_height, program.final_width)
         shared = shared._replace(keys=self._denoiser.keys(rows, stage=2))
         tables = [self.spec.hires_table(request) for request in rows]
-        shape = self._shape(height, width)
         directly = [request.hires_upscaler == "latent" for request in rows]
         encoded = [self.spec.family.draws_latents and not each for each in directly]
         drawn = HostNoise(rows, tables, shape, encoded=encoded, masked=[False] * len(rows))
@@ -304,7 +303,6 @@ class StableDiffusion:
             shared.keys,
             shared.is_given,
             split(drawn.posterior),
-            (height, width),
         )
         everywhere = split(np.ones((len(rows), *shape[:2], 1), np.float32))
         state, known = self._denoiser.start(shared, tables, drawn, image, everywhere)

@@ -97,13 +97,11 @@ class Devices:
         mapped: Any = jax.pmap(function, devices=self.devices, **options)
         is_partial = isinstance(function, functools.partial)
         own = (function.func, *sorted(function.keywords.items())) if is_partial else (function,)
-        static = options.get("static_broadcasted_argnums")
         compiled: dict[Any, Any] = {}
 
         def call(*arguments: Any) -> Any:
-            fixed, traced = self.parted(arguments, static)
-            leaves, structure = jax.tree.flatten(traced)
-            key = own, fixed, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+            leaves, structure = jax.tree.flatten(arguments)
+            key = own, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
             is_tracing = any(isinstance(leaf, Tracer) for leaf in leaves)
             if is_tracing:
                 if key not in self._ahead:
@@ -111,10 +109,10 @@ class Devices:
                     self._ahead[key] = lowered.out_info, self._compilers.submit(self.compile, function, lowered)
                 return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._ahead[key][0])
             if key in self._ahead:
-                return self._ahead[key][1].result()(*traced)
+                return self._ahead[key][1].result()(*arguments)
             if key not in compiled:
                 compiled[key] = self.compile(function, mapped.lower(*jax.tree.map(_shape, arguments)))
-            return compiled[key](*traced)
+            return compiled[key](*arguments)
 
         return call
 
@@ -129,13 +127,6 @@ class Devices:
         """The program of a mapped `function`."""
         return lowered.compile(COMPILER_OPTIONS.get(self.platform))
 
-    @staticmethod
-    def parted(arguments: tuple[Any, ...], static: int | None) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The argument at the place `static`, which is compiled in, and the others, which a compiled program takes."""
-        if static is None:
-            return (), arguments
-        return (arguments[static],), arguments[:static] + arguments[static + 1 :]
-
 
 def _shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -187,7 +187,6 @@ def enlarge(
     keys: Array,
     is_given: Bool[Array, " batch"],
     given: Float[Array, "batch new_h new_w c"],
-    size: tuple[int, int],
     *,
     scale: float,
     tiled: bool | None,
@@ -195,12 +194,12 @@ def enlarge(
     """Latents at a larger size: of the decoded images enlarged by Lanczos, or the latents themselves, bilinearly.
 
     directly: which are the latter.  keys, is_given, given: of what `encode_image` draws.
-    size: height and width of the images, in pixels.
     """
+    height, width = (side * vae.config.downscale for side in given.shape[1:3])
 
     def by_image() -> Float[Array, "batch new_h new_w c"]:
         image = jnp.clip(tiling.decode(vae, latents / scale, tiling=tiled).astype(jnp.float32), -1, 1)
-        image = jax.image.resize(image, (len(image), *size, image.shape[-1]), "lanczos3")
+        image = jax.image.resize(image, (len(image), height, width, image.shape[-1]), "lanczos3")
         image, there = jnp.clip(image, -1, 1), jnp.ones_like(is_given)
         return encode_image(vae, image, there, keys, is_given, given, scale=scale, tiled=tiled)
 
@@ -216,20 +215,22 @@ def start(
     levels: Float[Array, "batch 2"],
     image: Float[Array, "batch h w c"],
     mask: Float[Array, "batch h w 1"],
-    kept: tuple[int, int, int],
+    context: Float[Array, "batch prompts tokens hidden"] | None,
     *,
+    arrays: int,
+    channels: int,
     dtype: str,
 ) -> tuple[scan.State, scan.Known]:
     """A run's start: each request's image and its own noise, at its sampler's levels; and what its mask keeps.
 
-    kept: how many arrays `advance` keeps from call to call, for how many prompts, of how many channels.
+    context: text states, where `advance` keeps something of each prompt from call to call.
+    arrays, channels, dtype: of what it keeps.
     """
     drawn = noise.jax_latents(keys, noise.START, given.shape[1:])
     fresh = jnp.where(is_given[:, None, None, None], given, drawn)
     signal, scale = levels[:, :1, None, None], levels[:, 1:, None, None]
-    arrays, prompts, channels = kept
-    nothing = jnp.zeros((prompts, *given.shape[:3], channels), dtype)
-    return scan.begin(signal * image + scale * fresh, (nothing,) * arrays), scan.Known(image, fresh, mask)
+    nothing = () if context is None else (jnp.zeros((context.shape[1], *given.shape[:3], channels), dtype),) * arrays
+    return scan.begin(signal * image + scale * fresh, nothing), scan.Known(image, fresh, mask)
 
 
 def embed_control(

@@ -1,7 +1,6 @@
 """What `generate` would run for a request, recorded rather than run: no weights, no devices."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -82,38 +81,24 @@ class Recorder(Devices):
         return jax.tree.map(first, tree)
 
     def pmap(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        donated, static = options.get("donate_argnums", ()), options.get("static_broadcasted_argnums")
+        name, donated = getattr(function, "func", function).__name__, options.get("donate_argnums", ())
+        program = jax.jit(function)
 
         def call(*arguments: Any) -> Any:
-            fixed, traced = self.parted(arguments, static)
-            traced = jax.tree.map(lambda leaf: leaf[0], traced)
-            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), traced)
-            key = function, fixed, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
+            first = jax.tree.map(lambda leaf: leaf[0], arguments)
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first)
+            key = function, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
             if key not in self.programs:
-                program = _program(function, fixed, static)
-                name = program.__name__
-                count = 1 + sum(other.function.__name__ == name for other in self.programs.values())
-                name = name if count == 1 else f"{name} {count}"
-                self.programs[key] = Recorded(name, program, shapes, donated, jax.eval_shape(program, *shapes), 0)
+                count = 1 + sum(other.name.split()[0] == name for other in self.programs.values())
+                numbered = name if count == 1 else f"{name} {count}"
+                self.programs[key] = Recorded(numbered, program, shapes, donated, jax.eval_shape(program, *shapes), 0)
             recorded = self.programs[key]
             recorded.calls += 1
             for rows in (argument for argument in arguments if isinstance(argument, programs.Rows)):
                 recorded.count(rows)
-            return self.split(recorded.function(*traced))
+            return self.split(program(*first))
 
         return call
-
-
-def _program(function: Callable[..., Any], fixed: tuple[Any, ...], static: int | None) -> Callable[..., Any]:
-    """`function` of the arguments that are traced; `fixed` is what stands at the place `static`."""
-
-    @jax.jit
-    @functools.wraps(function.func if isinstance(function, functools.partial) else function)
-    def program(*traced: Any) -> Any:
-        place = len(traced) if static is None else static
-        return function(*traced[:place], *fixed, *traced[place:])
-
-    return program
 
 
 def record(spec: Spec, request: Request, batch_size: int) -> list[Recorded]:

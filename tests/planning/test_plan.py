@@ -56,11 +56,9 @@ def test_the_programs_recorded_are_those_that_run(tiny, monkeypatch):
 
     def spy(self, function, **options):
         program = jax.pmap(function, devices=self.devices, **options)
-        static = options.get("static_broadcasted_argnums")
 
         def call(*arguments):
-            traced = [argument for i, argument in enumerate(arguments) if i != static]
-            shapes = jax.tree.leaves(jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), traced))
+            shapes = jax.tree.leaves(jax.tree.map(lambda leaf: (leaf.shape[1:], leaf.dtype), arguments))
             given.setdefault(getattr(function, "func", function).__name__, []).append(shapes)
             return program(*arguments)
 
