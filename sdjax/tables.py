@@ -1,12 +1,13 @@
 """The sampler tables of a resolved request: its run's, its second pass's, and that of the refiner that ends it."""
 
 import functools
+from typing import Any
 
 from sdjax import sampling
 from sdjax.request import Request
 from sdjax.values import numbers
 
-_FIELDS = ("sampler", "num_inference_steps", "sigmas", "timesteps", "rho", "eta", "solver_order")
+_make = functools.lru_cache(maxsize=1024)(sampling.make_table)
 
 
 def run(schedule: sampling.Schedule, request: Request, *, edits: bool, all_steps: bool) -> sampling.Table:
@@ -14,8 +15,8 @@ def run(schedule: sampling.Schedule, request: Request, *, edits: bool, all_steps
 
     edits: whether a picture is what the network is told, not where the run starts.  all_steps: see `make_table`.
     """
-    end = request.denoising_end
-    return _of(schedule, request, _strength(request, edits), end=None if end == 1 else end, all_steps=all_steps)
+    end = None if request.denoising_end == 1 else request.denoising_end
+    return _of(schedule, request, _strength(request, edits), denoising_end=end, all_steps=all_steps)
 
 
 def second_pass(schedule: sampling.Schedule, request: Request, *, all_steps: bool) -> sampling.Table:
@@ -28,7 +29,7 @@ def second_pass(schedule: sampling.Schedule, request: Request, *, all_steps: boo
 
 def refiner(schedule: sampling.Schedule, request: Request) -> sampling.Table:
     """The refiner's run over its own schedule, from where the base's run stops."""
-    return _of(schedule, request, _strength(request, False), start=request.denoising_end)
+    return _of(schedule, request, _strength(request, False), denoising_start=request.denoising_end)
 
 
 def _strength(request: Request, edits: bool) -> float | None:
@@ -37,44 +38,17 @@ def _strength(request: Request, edits: bool) -> float | None:
     return request.strength
 
 
-def _of(
-    schedule: sampling.Schedule,
-    request: Request,
-    strength: float | None,
-    *,
-    start: float | None = None,
-    end: float | None = None,
-    all_steps: bool = False,
-) -> sampling.Table:
-    return _table(schedule, *(getattr(request, name) for name in _FIELDS), strength, start, end, all_steps)
-
-
-@functools.lru_cache(maxsize=1024)
-def _table(
-    schedule: sampling.Schedule,
-    sampler: str,
-    steps: int,
-    sigmas: str,
-    timesteps: str | None,
-    rho: float | None,
-    eta: float,
-    order: int | None,
-    strength: float | None,
-    denoising_start: float | None,
-    denoising_end: float | None,
-    all_steps: bool,
-) -> sampling.Table:
-    return sampling.make_table(
+def _of(schedule: sampling.Schedule, request: Request, strength: float | None, **part: Any) -> sampling.Table:
+    """part: which of the steps; see `make_table`."""
+    return _make(
         schedule,
-        sampler=sampler,
-        num_inference_steps=steps,
-        sigmas=numbers(sigmas) or sigmas,
-        timesteps=numbers(timesteps),
-        rho=rho,
-        eta=eta,
-        order=order,
+        sampler=request.sampler,
+        num_inference_steps=request.num_inference_steps,
+        sigmas=tuple(numbers(request.sigmas) or ()) or request.sigmas,
+        timesteps=tuple(numbers(request.timesteps) or ()) or None,
+        rho=request.rho,
+        eta=request.eta,
+        order=request.solver_order,
         strength=strength,
-        denoising_start=denoising_start,
-        denoising_end=denoising_end,
-        all_steps=all_steps,
+        **part,
     )
