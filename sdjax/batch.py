@@ -145,7 +145,6 @@ class HostNoise:
 
     posterior, start, unmasked: [batch, h, w, c], for encoding the image, the start latent, and for encoding what the
     mask leaves.
-    is_drawn: whether a request asks for torch's noise; else all of it is zeros.
 
     Args:
         requests, tables: of the batch.
@@ -174,12 +173,16 @@ class HostNoise:
             self.start[i] = noise.torch_latent(generator, shape)
             if masked[i]:
                 self.unmasked[i] = noise.torch_latent(generator, shape)
-        self.is_drawn = bool(self._generators)
         self._rows = self._of_rows(tables)
 
     def _of_rows(self, tables: Sequence[Table]) -> dict[int, Iterator[np.ndarray]]:
-        shape = self.start.shape[1:]
-        return {i: noise.torch_step_noise(tables[i], generator, shape) for i, generator in self._generators.items()}
+        used = {i: generator for i, generator in self._generators.items() if tables[i].uses_noise.any()}
+        return {i: noise.torch_step_noise(tables[i], used[i], self.start.shape[1:]) for i in used}
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether a sampler row has noise; else `rows` gives zeros alone."""
+        return bool(self._rows)
 
     def then(self, tables: Sequence[Table]) -> "HostNoise":
         """The noise of tables that go on where those end, all of whose rows were asked for."""

@@ -17,6 +17,7 @@ import torch
 
 import sdjax
 from sdjax import Request, RequestError, StableDiffusion, generate, programs
+from sdjax.batch import HostNoise
 from sdjax.parallel import Devices
 from sdjax.sampling import noise
 from sdjax.spec import Spec
@@ -282,6 +283,15 @@ def test_what_fills_a_batch_up_is_not_drawn_again(tiny, monkeypatch):
     )
     assert len(drawn) == 2 * 5  # the start and a row's noise for four of five steps, each time
     assert difference(alone[0].pixels, among[0].pixels) <= 1
+
+
+def test_step_noise_that_no_row_uses_is_not_handed_to_the_devices(pipe, monkeypatch):
+    handed, own = [], HostNoise.rows
+    monkeypatch.setattr(HostNoise, "rows", lambda self, count: handed.append(count) or own(self, count))
+    for sampler, times in [("dpmpp_2m", 1), ("euler_ancestral", 3)]:
+        handed.clear()
+        pipe.generate([dataclasses.replace(RED, noise="torch", sampler=sampler, num_inference_steps=12)])
+        assert handed == [5] * times
 
 
 def test_a_host_without_the_devices_that_are_asked_for_says_so(monkeypatch):
