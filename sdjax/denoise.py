@@ -143,7 +143,7 @@ class Denoiser:
         fresh = fresh_rows(batch.requests, tables, weights) if batch.reuses else None
         stacked = sampling.stack(tables, padded), weights, scales, fresh
         unet, ratio = self._networks["unet"], batch.requests[0].token_merging_ratio
-        unet = programs.Flat(unet.merging(ratio) if ratio else unet)
+        unet = programs.Flat(*jax.tree.flatten(unet.merging(ratio) if ratio else unet))
         silence = None if drawn.is_drawn else split(drawn.rows(SCAN_ROWS))
         ticks = []
         for first in range(0, length, SCAN_ROWS):

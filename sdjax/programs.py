@@ -1,6 +1,7 @@
 """What is compiled: the functions of one device's part of a batch that `sdjax.generate` runs."""
 
 import functools
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -261,26 +262,18 @@ def _residuals(
     return total
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
 class Flat:
-    """A network taken apart once: JAX does so at each call that is given one, for milliseconds in Python."""
+    """A network taken apart by `jax.tree.flatten`, which JAX does at each call that is given one, in milliseconds."""
 
-    def __init__(self, network: Any) -> None:
-        self._leaves, self._structure = jax.tree.flatten(network)
+    leaves: list[Any]
+    structure: Any = field(metadata={"static": True})
 
     @property
     def network(self) -> Any:
         """It put together again, as programs take it."""
-        return jax.tree.unflatten(self._structure, self._leaves)
-
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        return self._leaves, self._structure
-
-    @classmethod
-    def tree_unflatten(cls, structure: Any, leaves: Any) -> "Flat":
-        made = cls.__new__(cls)
-        made._leaves, made._structure = list(leaves), structure
-        return made
+        return jax.tree.unflatten(self.structure, self.leaves)
 
 
 def advance(

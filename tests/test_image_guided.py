@@ -154,7 +154,7 @@ def test_an_idle_mask_costs_nothing(pipe):
     def flops(known):
         rows = programs.Rows(tables, np.ones((1, 5, 2), np.float32))
         lowered = jax.jit(programs.advance, static_argnames="last_is_told").lower(
-            programs.Flat(unet),
+            programs.Flat(*jax.tree.flatten(unet)),
             scan.begin(latents, ()),
             programs.Conditions(text),
             rows,
