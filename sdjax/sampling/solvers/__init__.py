@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sdjax.sampling import grid as grids
 from sdjax.sampling.errors import SamplingError
@@ -52,12 +53,12 @@ SAMPLERS = {
     "euler_ancestral": Sampler(kdiffusion.euler_ancestral, _K_PLAIN),
     "heun": Sampler(kdiffusion.heun, _K),
     "dpm_2": Sampler(kdiffusion.dpm_2, _K_WHOLE),
-    "dpm_2_ancestral": Sampler(kdiffusion.dpm_2_ancestral, _K_WHOLE),
+    "dpm_2_ancestral": Sampler(partial(kdiffusion.dpm_2, ancestral=True), _K_WHOLE),
     "dpmpp_2s": Sampler(dpmpp.singlestep, _DPM_OWN, order=2, orders=(1, 2, 3)),
-    "dpmpp_2s_sde": Sampler(dpmpp.singlestep_sde, _DPM_OWN, order=2, orders=(1, 2, 3)),
+    "dpmpp_2s_sde": Sampler(partial(dpmpp.singlestep, stochastic=True), _DPM_OWN, order=2, orders=(1, 2, 3)),
     "dpmpp_2s_ancestral": Sampler(kdiffusion.dpmpp_2s_ancestral, _K),
     "dpmpp_2m": Sampler(dpmpp.multistep, _DPM, order=2, orders=(1, 2, 3)),
-    "dpmpp_2m_sde": Sampler(dpmpp.multistep_sde, _DPM, order=2, orders=(1, 2, 3)),
+    "dpmpp_2m_sde": Sampler(partial(dpmpp.multistep, stochastic=True), _DPM, order=2, orders=(1, 2, 3)),
     "dpmpp_3m_sde": Sampler(dpmpp.multistep_3m_sde, _DPM),
     "dpmpp_sde": Sampler(kdiffusion.dpmpp_sde, _K, walks=True),
     "uni_pc": Sampler(correctors.uni_pc, _UNI_PC, order=2, orders=(1, 2, 3)),

@@ -6,26 +6,18 @@ from sdjax.sampling.solvers.plan import Plan
 from sdjax.sampling.trace import Form, Level, Trace
 
 
-def multistep(trace: Trace, plan: Plan) -> None:
-    """Algorithm 2, and its third-order form: the ODE."""
-    x, outputs = trace.start, []
-    for done, (here, there) in enumerate(plan.steps(trace)):
-        outputs = [(here, trace.x0(x, here)), *outputs[:2]]
-        order = min(plan.order, done + 1, _allowed_order(plan, plan.begin + done))
-        x = _advance(x, here, there, outputs[:order], plan.solver_type)
-    trace.finish(x)
+def multistep(trace: Trace, plan: Plan, stochastic: bool = False) -> None:
+    """Algorithm 2 and its third-order form, for the ODE.
 
-
-def multistep_sde(trace: Trace, plan: Plan) -> None:
-    """The SDE's multistep solver (appendix B).
-
-    At order 3 as in diffusers, whose last coefficient is 1 off the expansion's; `multistep_3m_sde` has the expansion's.
+    stochastic: for the SDE (appendix B); at order 3 as in diffusers, whose last coefficient is 1 off the expansion's.
+        `multistep_3m_sde` has the expansion's.
     """
     x, outputs = trace.start, []
     for done, (here, there) in enumerate(plan.steps(trace)):
         outputs = [(here, trace.x0(x, here)), *outputs[:2]]
         order = min(plan.order, done + 1, _allowed_order(plan, plan.begin + done))
-        x = _advance(x, here, there, outputs[:order], plan.solver_type, trace.noise(), surplus=1.0)
+        noise, surplus = (trace.noise(), 1.0) if stochastic else (None, 0.0)
+        x = _advance(x, here, there, outputs[:order], plan.solver_type, noise, surplus)
     trace.finish(x)
 
 
@@ -39,17 +31,11 @@ def multistep_3m_sde(trace: Trace, plan: Plan) -> None:
     trace.finish(x)
 
 
-def singlestep(trace: Trace, plan: Plan) -> None:
-    """Algorithm 1 and its third-order form, arranged as in diffusers: n calls in all, each stage at its own level."""
-    _singlestep(trace, plan, stochastic=False)
+def singlestep(trace: Trace, plan: Plan, stochastic: bool = False) -> None:
+    """Algorithm 1 and its third-order form, arranged as in diffusers: n calls in all, each stage at its own level.
 
-
-def singlestep_sde(trace: Trace, plan: Plan) -> None:
-    """The same for the SDE; every stage sets out from the same latent with noise of its own."""
-    _singlestep(trace, plan, stochastic=True)
-
-
-def _singlestep(trace: Trace, plan: Plan, stochastic: bool) -> None:
+    stochastic: for the SDE; every stage sets out from the same latent with noise of its own.
+    """
     x, saved, outputs, orders = trace.start, trace.start, [], _orders(plan)
     for done, (here, there) in enumerate(plan.steps(trace)):
         outputs = [(here, trace.x0(x, here)), *outputs[:2]]

@@ -40,17 +40,11 @@ def heun(trace: Trace, plan: Plan) -> None:
     trace.finish(x)
 
 
-def dpm_2(trace: Trace, plan: Plan) -> None:
-    """DPM-Solver-2 (Lu et al. 2022, arXiv 2206.00927) in sigma: the slope is the one halfway in log sigma."""
-    _dpm_2(trace, plan, ancestral=False)
+def dpm_2(trace: Trace, plan: Plan, ancestral: bool = False) -> None:
+    """DPM-Solver-2 (Lu et al. 2022, arXiv 2206.00927) in sigma: the slope is the one halfway in log sigma.
 
-
-def dpm_2_ancestral(trace: Trace, plan: Plan) -> None:
-    """DPM-Solver-2 to a lower level, then noise up to the next one."""
-    _dpm_2(trace, plan, ancestral=True)
-
-
-def _dpm_2(trace: Trace, plan: Plan, ancestral: bool) -> None:
+    ancestral: it is to a lower level, then noise leads up to the next one.
+    """
     x = trace.over_alpha(plan.first)
     for here, there in plan.steps(trace):
         down, up = _ancestral(here.ratio, there.ratio) if ancestral else (there.ratio, 0.0)
