@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float32
 
 from sdjax.canvas import Canvas
 from sdjax.request import Request
-from sdjax.sampling import Table, noise, scan
+from sdjax.sampling import Table, noise
 from sdjax.values import corner_of, numbers, size_of
 
 
@@ -63,12 +63,13 @@ def guidance_weights(
     guidance = np.stack([_guidance(request, table, rows) for request, table in zip(requests, tables, strict=True)])
     if embedded:
         guidance = np.ones_like(guidance)
-    weights = scan.joined_weights(guidance, joined)
+    conditional = guidance[..., None] * joined[:, None]
+    negative = 1 - conditional.sum(-1, keepdims=True)  # 0 for one prompt at scale 1
     if not edits:
-        return weights
+        return np.concatenate([conditional, negative], axis=-1)
     images = np.array([[request.image_guidance_scale] for request in requests], np.float32)
     surplus = np.where(guidance > 1, images, np.float32(1))[..., None] - 1
-    return np.concatenate([weights[..., :-1], weights[..., -1:] + surplus, -surplus], axis=-1)
+    return np.concatenate([conditional, negative + surplus, -surplus], axis=-1)
 
 
 def _guidance(request: Request, table: Table, rows: int) -> Float32[np.ndarray, " rows"]:

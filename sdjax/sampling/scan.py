@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from sdjax.sampling import noise
 from sdjax.sampling.table import Tables
@@ -31,17 +30,6 @@ class Known(NamedTuple):
     image: Float[Array, "B H W C"]
     noise: Float[Array, "B H W C"]
     mask: Float[Array, "B H W 1"]  # 1 where to paint, 0 where the image stays
-
-
-def joined_weights(
-    guidance: Float32[np.ndarray, "B R"], joined: Float32[np.ndarray, "B P"]
-) -> Float32[np.ndarray, "B R N"]:
-    """Weights of the P conditional halves, then of the unconditional one, at each guidance scale; N is P + 1.
-
-    Scale 1 leaves out the latter. joined: how much each conditional half counts; 1 where there is one.
-    """
-    conditional = guidance[..., None] * joined[:, None]
-    return np.concatenate([conditional, 1 - conditional.sum(-1, keepdims=True)], axis=-1)
 
 
 class Given(NamedTuple):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdjax.sampling import SAMPLERS, Schedule, make_table, noise, stack
-from sdjax.sampling.scan import Given, Known, advance, begin, joined_weights
+from sdjax.sampling.scan import Given, Known, advance, begin
 from tests.sampling.toy import SHAPE, Toy, config, relative, run_table
 
 SCHEDULE = Schedule.from_config(config("sample"))  # no division by sigma: float32 loses nothing in the toy itself
@@ -31,7 +31,7 @@ def network(scale, record=None):
 
 def weights_of(guidance):
     """Those of one prompt and the negative one."""
-    return joined_weights(guidance, np.ones((len(guidance), 1), np.float32))
+    return np.stack([guidance, 1 - guidance], axis=-1)
 
 
 def batch():
