@@ -37,6 +37,10 @@ class Batch(NamedTuple):
     is_given: jax.Array
     rescale: jax.Array
 
+    def draws(self, given: jax.Array) -> programs.Draws:
+        """A latent of noise for each request, `given` for those with torch's."""
+        return programs.Draws(self.keys, self.is_given, given)
+
     @property
     def reuses(self) -> bool:
         """Whether deep features are kept from call to call."""
@@ -110,7 +114,7 @@ class Denoiser:
         split = self._split
         levels = split(np.array([(table.start_signal, table.start_noise) for table in tables], np.float32))
         context = batch.conditions.context if batch.reuses else None
-        return self._start(batch.keys, batch.is_given, split(drawn.start), levels, image, mask, context)
+        return self._start(batch.draws(split(drawn.start)), levels, image, mask, context)
 
     def run(
         self,

@@ -261,14 +261,8 @@ class StableDiffusion:
         drawn = HostNoise(rows, tables, self._shape(program.height, program.width), encoded=encoded, masked=masked)
 
         def encode(pixels: np.ndarray, posterior: np.ndarray) -> jax.Array:
-            return self._encode_image(
-                self._networks["vae"],
-                split(pixels),
-                split(pictures.there),
-                shared.keys,
-                shared.is_given,
-                split(posterior),
-            )
+            draws = shared.draws(split(posterior))
+            return self._encode_image(self._networks["vae"], split(pixels), split(pictures.there), draws)
 
         mask, told = split(pictures.mask), None
         if spec.family.edits:
@@ -295,16 +289,9 @@ class StableDiffusion:
         directly = [request.hires_upscaler == "latent" for request in rows]
         encoded = [self.spec.family.draws_latents and not each for each in directly]
         drawn = HostNoise(rows, tables, shape, encoded=encoded, masked=[False] * len(rows))
-        split = self._split
-        image = self._enlarge(
-            self._networks["vae"],
-            latents,
-            split(np.array(directly)),
-            shared.keys,
-            shared.is_given,
-            split(drawn.posterior),
-        )
-        everywhere = split(np.ones((len(rows), *shape[:2], 1), np.float32))
+        draws = shared.draws(self._split(drawn.posterior))
+        image = self._enlarge(self._networks["vae"], latents, self._split(np.array(directly)), draws)
+        everywhere = self._split(np.ones((len(rows), *shape[:2], 1), np.float32))
         state, known = self._denoiser.start(shared, tables, drawn, image, everywhere)
         return self._denoiser.run(shared, tables, drawn, state, known=known)
 

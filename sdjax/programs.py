@@ -34,6 +34,19 @@ class Conditions(NamedTuple):
     guidance: Float[Array, "batch channels"] | None = None
 
 
+class Draws(NamedTuple):
+    """What a latent of noise for each request is drawn with: its key, or where `is_given` the host's own latent."""
+
+    keys: Array
+    is_given: Bool[Array, " batch"]
+    given: Float[Array, "batch h w c"]
+
+    def latents(self, stream: int) -> Float[Array, "batch h w c"]:
+        """The noise.  stream: see `noise.jax_latents`."""
+        drawn = noise.jax_latents(self.keys, stream, self.given.shape[1:])
+        return jnp.where(self.is_given[:, None, None, None], self.given, drawn)
+
+
 class Controls(NamedTuple):
     """ControlNets beside a UNet.
 
@@ -161,17 +174,15 @@ def encode_image(
     vae: Autoencoder,
     pixels: Float[Array, "batch height width 3"],
     there: Bool[Array, " batch"],
-    keys: Array,
-    is_given: Bool[Array, " batch"],
-    given: Float[Array, "batch h w c"],
+    draws: Draws,
     *,
     scale: float,
     tiled: bool | None,
 ) -> Float[Array, "batch h w c"]:
     """Latents of images in -1..1, sampled from the VAE's posterior; zeros for a request that has none."""
     mean, logvar = (moment.astype(jnp.float32) for moment in tiling.encode(vae, pixels, tiling=tiled))
-    drawn = jnp.where(is_given[:, None, None, None], given, noise.jax_latents(keys, noise.POSTERIOR, given.shape[1:]))
-    return jnp.where(there[:, None, None, None], scale * (mean + jnp.exp(0.5 * logvar) * drawn), 0)
+    sampled = mean + jnp.exp(0.5 * logvar) * draws.latents(noise.POSTERIOR)
+    return jnp.where(there[:, None, None, None], scale * sampled, 0)
 
 
 def encode_mean(
@@ -185,34 +196,30 @@ def enlarge(
     vae: Autoencoder,
     latents: Float[Array, "batch h w c"],
     directly: Bool[Array, " batch"],
-    keys: Array,
-    is_given: Bool[Array, " batch"],
-    given: Float[Array, "batch new_h new_w c"],
+    draws: Draws,
     *,
     scale: float,
     tiled: bool | None,
 ) -> Float[Array, "batch new_h new_w c"]:
     """Latents at a larger size: of the decoded images enlarged by Lanczos, or the latents themselves, bilinearly.
 
-    directly: which are the latter.  keys, is_given, given: of what `encode_image` draws.
+    directly: which are the latter.  draws: of the larger size, for `encode_image`.
     """
-    height, width = (side * vae.config.downscale for side in given.shape[1:3])
+    height, width = (side * vae.config.downscale for side in draws.given.shape[1:3])
 
     def by_image() -> Float[Array, "batch new_h new_w c"]:
         image = jnp.clip(tiling.decode(vae, latents / scale, tiling=tiled).astype(jnp.float32), -1, 1)
         image = jax.image.resize(image, (len(image), height, width, image.shape[-1]), "lanczos3")
-        image, there = jnp.clip(image, -1, 1), jnp.ones_like(is_given)
-        return encode_image(vae, image, there, keys, is_given, given, scale=scale, tiled=tiled)
+        image, there = jnp.clip(image, -1, 1), jnp.ones_like(directly)
+        return encode_image(vae, image, there, draws, scale=scale, tiled=tiled)
 
-    resized = jax.image.resize(latents, given.shape, "bilinear")
+    resized = jax.image.resize(latents, draws.given.shape, "bilinear")
     by_images = lax.cond(jnp.all(directly), lambda: resized, by_image)
     return jnp.where(directly[:, None, None, None], resized, by_images)
 
 
 def start(
-    keys: Array,
-    is_given: Bool[Array, " batch"],
-    given: Float[Array, "batch h w c"],
+    draws: Draws,
     levels: Float[Array, "batch 2"],
     image: Float[Array, "batch h w c"],
     mask: Float[Array, "batch h w 1"],
@@ -227,10 +234,9 @@ def start(
     context: text states, where `advance` keeps something of each prompt from call to call.
     arrays, channels, dtype: of what it keeps.
     """
-    drawn = noise.jax_latents(keys, noise.START, given.shape[1:])
-    fresh = jnp.where(is_given[:, None, None, None], given, drawn)
+    fresh = draws.latents(noise.START)
     signal, scale = levels[:, :1, None, None], levels[:, 1:, None, None]
-    nothing = () if context is None else (jnp.zeros((context.shape[1], *given.shape[:3], channels), dtype),) * arrays
+    nothing = () if context is None else (jnp.zeros((context.shape[1], *image.shape[:3], channels), dtype),) * arrays
     return scan.begin(signal * image + scale * fresh, nothing), scan.Known(image, fresh, mask)
 
 
