@@ -92,7 +92,8 @@ class Devices:
         """`function` of one device's part as a function of all parts.
 
         Called while JAX traces, it is not run but compiled, beside what is traced next, and returns tracers. A later
-        call with arrays of the same shapes finds the program, also by another `pmap` of the function here.
+        call with arrays of the same shapes, at the same precision, finds the program, also by another `pmap` of the
+        function here.
         """
         mapped: Any = jax.pmap(function, devices=self.devices, **options)
         is_partial = isinstance(function, functools.partial)
@@ -101,7 +102,8 @@ class Devices:
 
         def call(*arguments: Any) -> Any:
             leaves, structure = jax.tree.flatten(arguments)
-            key = own, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
+            precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+            key = own, precision, structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
             is_tracing = any(isinstance(leaf, Tracer) for leaf in leaves)
             if is_tracing:
                 if key not in self._ahead:

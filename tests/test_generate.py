@@ -294,6 +294,16 @@ def test_step_noise_that_no_row_uses_is_not_handed_to_the_devices(pipe, monkeypa
         assert handed == [5] * times
 
 
+def test_a_change_of_precision_is_heeded_by_programs_that_have_run():
+    devices, traced = Devices(jax.devices()[:1]), []
+    square = devices.pmap(lambda x: traced.append(jax.config.jax_default_matmul_precision) or x @ x)
+    ones = devices.split(np.ones((2, 2), np.float32))
+    for precision in (None, None, "highest", None):
+        with jax.default_matmul_precision(precision):
+            square(ones)
+    assert traced == [None, "highest"]
+
+
 def test_a_host_without_the_devices_that_are_asked_for_says_so(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", Mock(side_effect=AssertionError))  # JAX's, with JAX_PLATFORMS=cuda
     with pytest.raises(ValueError, match="JAX finds no device with JAX_PLATFORMS=cpu: there is none"):
