@@ -12,7 +12,7 @@ from sdjax.batch import HostNoise, fresh_rows, guidance_embedding, guidance_weig
 from sdjax.parallel import Devices
 from sdjax.request import Request
 from sdjax.sampling import noise, scan
-from sdjax.spec import Spec
+from sdjax.spec import Program, Spec
 from sdjax.text import Text
 
 SCAN_ROWS = 5
@@ -25,9 +25,11 @@ Ticks = list[tuple[int, jax.Array]]
 class Batch(NamedTuple):
     """Requests as a UNet takes them whatever the size; the arrays of JAX are on the devices.
 
+    program: of all of them.
     cut: which prompts were too long and lost their end.
     """
 
+    program: Program
     requests: list[Request]
     control_images: list[list[Image.Image]]
     cut: list[bool]
@@ -40,11 +42,6 @@ class Batch(NamedTuple):
     def draws(self, given: jax.Array) -> programs.Draws:
         """A latent of noise for each request, `given` for those with torch's."""
         return programs.Draws(self.keys, self.is_given, given)
-
-    @property
-    def reuses(self) -> bool:
-        """Whether deep features are kept from call to call."""
-        return self.requests[0].cache_interval > 1
 
 
 class Denoiser:
@@ -67,7 +64,9 @@ class Denoiser:
         advance = functools.partial(programs.advance, last_is_told=not spec.family.edits)
         self._advance = devices.pmap(advance, donate_argnums=1)
 
-    def batch(self, requests: list[Request], control_images: list[list[Image.Image]], stage: int = 0) -> Batch:
+    def batch(
+        self, program: Program, requests: list[Request], control_images: list[list[Image.Image]], stage: int = 0
+    ) -> Batch:
         """A batch's requests, of one program, given to the devices.
 
         Args:
@@ -76,6 +75,7 @@ class Denoiser:
         """
         split, texts = self._split, [self._spec.text(request) for request in requests]
         return Batch(
+            program=program,
             requests=requests,
             control_images=control_images,
             cut=[text.truncated for text in texts],
@@ -113,7 +113,7 @@ class Denoiser:
         """A run's start from images' latents and noise, at the tables' first levels; and what the masks keep."""
         split = self._split
         levels = split(np.array([(table.start_signal, table.start_noise) for table in tables], np.float32))
-        context = batch.conditions.context if batch.reuses else None
+        context = batch.conditions.context if batch.program.reuses else None
         return self._start(batch.draws(split(drawn.start)), levels, image, mask, context)
 
     def run(
@@ -144,9 +144,9 @@ class Denoiser:
             conditions = conditions._replace(time_ids=split(ids))
         control = self._controls(batch, size)
         scales = control and controls.scales(batch.requests, tables, padded, len(spec.controlnets))
-        fresh = fresh_rows(batch.requests, tables, weights) if batch.reuses else None
+        fresh = fresh_rows(batch.requests, tables, weights) if batch.program.reuses else None
         stacked = sampling.stack(tables, padded), weights, scales, fresh
-        unet, ratio = self._networks["unet"], batch.requests[0].token_merging_ratio
+        unet, ratio = self._networks["unet"], batch.program.token_merging_ratio
         unet = programs.Flat(*jax.tree.flatten(unet.merging(ratio) if ratio else unet))
         silence = None if drawn.is_drawn else split(drawn.rows(SCAN_ROWS))
         ticks = []

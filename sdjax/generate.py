@@ -32,7 +32,7 @@ from sdjax.networks import build, load
 from sdjax.parallel import Device, Devices
 from sdjax.parts import BUNDLED, REFINER
 from sdjax.request import Request
-from sdjax.spec import Program, Spec
+from sdjax.spec import Spec
 from sdjax.values import BATCH_SIZE, RequestError
 from sdjax.weights import checkpoint
 from sdjax.weights.single_file import is_single_file
@@ -238,17 +238,17 @@ class StableDiffusion:
         canvases = self._read(self.spec.prepare, batch, "image")
         controls = zip(canvases, self._read(self.spec.control_images, batch, "control_image"), strict=True)
         control_images = [found if canvas is None else list(map(canvas.cut, found)) for canvas, found in controls]
-        shared, program = self._denoiser.batch(batch, control_images), self.spec.program(batch[0])
-        latents, ticks = self._first_pass(canvases, shared, program)
-        if program.has_second_pass:
-            latents, more = self._second_pass(latents, shared, program)
+        shared = self._denoiser.batch(self.spec.program(batch[0]), batch, control_images)
+        latents, ticks = self._first_pass(canvases, shared)
+        if shared.program.has_second_pass:
+            latents, more = self._second_pass(latents, shared)
             ticks += more
         pixels, finite = self._decode(self._networks["vae"], latents)
         return _Flight(batch, canvases, shared.cut, ticks, pixels, finite)
 
-    def _first_pass(self, canvases: list[Canvas | None], shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
+    def _first_pass(self, canvases: list[Canvas | None], shared: Batch) -> tuple[jax.Array, Ticks]:
         """Latents at the requests' width and height."""
-        split, spec, rows = self._split, self.spec, shared.requests
+        split, spec, rows, program = self._split, self.spec, shared.requests, shared.program
         pictures = Pictures(canvases, (program.height, program.width), spec.scale)
         tables = [spec.table(request) for request in rows]
         # As in diffusers, an image that neither the start nor the blending needs is not encoded.
@@ -276,14 +276,14 @@ class StableDiffusion:
         if self._refiner is None or not program.refiner:
             return latents, ticks
         tables = [spec.refiner_table(request) for request in rows]
-        refined, drawn = self._refiner.batch(rows, [[]] * len(rows), stage=1), drawn.then(tables)
+        refined, drawn = self._refiner.batch(program, rows, [[]] * len(rows), stage=1), drawn.then(tables)
         state, _ = self._refiner.start(refined, tables, drawn, latents, mask)
         latents, more = self._refiner.run(refined, tables, drawn, state, known=known)
         return latents, ticks + more
 
-    def _second_pass(self, latents: jax.Array, shared: Batch, program: Program) -> tuple[jax.Array, Ticks]:
+    def _second_pass(self, latents: jax.Array, shared: Batch) -> tuple[jax.Array, Ticks]:
         """Latents at the size of `hires_scale`: the first pass's image or latent, enlarged, to start from."""
-        rows, shape = shared.requests, self._shape(program.final_height, program.final_width)
+        rows, shape = shared.requests, self._shape(shared.program.final_height, shared.program.final_width)
         shared = shared._replace(keys=self._denoiser.keys(rows, stage=2))
         tables = [self.spec.hires_table(request) for request in rows]
         directly = [request.hires_upscaler == "latent" for request in rows]
