@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from sdjax.config import AutoencoderTinyConfig, CLIPTextConfig, ConfigError, UNetConfig, VAEConfig
 from sdjax.request import Request
@@ -89,10 +89,6 @@ class Family:
             )
 
 
-Described: TypeAlias = tuple[str, Family, Mapping[str, Any]]
-"""A checkpoint's name, its family and its configurations."""
-
-
 def read(checkpoint: Checkpoint, vae: Checkpoint | None = None) -> tuple[Family, dict[str, Any]]:
     """A checkpoint's family, and the configuration of each of its networks.
 
@@ -111,7 +107,7 @@ def read(checkpoint: Checkpoint, vae: Checkpoint | None = None) -> tuple[Family,
     configs["vae"] = _vae_config(checkpoint, "vae")
     if vae is not None:
         own, configs["vae"] = configs["vae"], _vae_config(vae, "")
-        check_fit(f"the VAE {vae.source}", source, _sides(configs["vae"], own))
+        check_fit(f"the VAE {vae.source}", source, sides(configs["vae"], own))
     unet, autoencoder, latent = configs["unet"], configs["vae"], configs["vae"].latent_channels
     if not encoders:
         raise CheckpointError(f"{source} has no text_encoder; its model_index.json names none")
@@ -181,27 +177,17 @@ def _vae_config(checkpoint: Checkpoint, component: str) -> VAEConfig | Autoencod
     return read_config(AutoencoderTinyConfig if is_tiny else VAEConfig, checkpoint, component)
 
 
-def _sides(vae: Any, own: Any) -> dict[str, tuple[Any, Any]]:
-    """What two VAEs must agree on to have the same latents."""
-    sides = {name: (getattr(vae, key), getattr(own, key)) for key, name in _OF_LATENTS.items()}
+def sides(vae: Any, own: Any) -> dict[str, tuple[Any, Any]]:
+    """What two VAEs must agree on to have the same latents, for `check_fit`."""
+    pairs = {name: (getattr(vae, key), getattr(own, key)) for key, name in _OF_LATENTS.items()}
     if type(vae) is not type(own):
-        del sides["latents' scales"]  # a tiny autoencoder has them scaled already
-    return sides
+        del pairs["latents' scales"]  # a tiny autoencoder has them scaled already
+    return pairs
 
 
 def can_be_refined(family: Family) -> bool:
     """Whether it is Stable Diffusion XL's base, for images from text and from images."""
     return family.is_xl and not (family.refines or family.inpaints or family.edits)
-
-
-def check_refiner(refiner: Described, base: Described) -> None:
-    """Raise CheckpointError where a checkpoint is no refiner, or the other none that a refiner goes with."""
-    (name, family, configs), (base_name, base_family, base_configs) = refiner, base
-    if not family.refines:
-        raise CheckpointError(f"{name} is no refiner of Stable Diffusion XL, which says requires_aesthetics_score")
-    if not can_be_refined(base_family):
-        raise CheckpointError(f"the refiner {name} goes with Stable Diffusion XL's base, which {base_name} is not")
-    check_fit(f"the refiner {name}", base_name, _sides(configs["vae"], base_configs["vae"]))
 
 
 def _check_text(source: str, family: Family, configs: Mapping[str, Any]) -> None:

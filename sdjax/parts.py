@@ -18,7 +18,7 @@ from sdjax import controls, family, sampling
 from sdjax.family import TOKENIZERS
 from sdjax.text import Tokenizer
 from sdjax.values import DTYPES
-from sdjax.weights.checkpoint import Checkpoint, Edit, as_folder
+from sdjax.weights.checkpoint import Checkpoint, CheckpointError, Edit, as_folder
 from sdjax.weights.lora import Lora, fused
 from sdjax.weights.safetensors import Entry
 from sdjax.weights.single_file import is_single_file, open_checkpoint, open_vae
@@ -90,8 +90,8 @@ class Parts:
         self.checkpoint = open_checkpoint(source, variant=variant, allow_pickle=allow_pickle, **single_file)
         other_vae = None
         if vae is not None:
-            own = self.checkpoint.json("vae", "config.json")
-            other_vae = open_vae(vae, own, variant=variant, allow_pickle=allow_pickle)
+            replaced = self.checkpoint.json("vae", "config.json")
+            other_vae = open_vae(vae, replaced, variant=variant, allow_pickle=allow_pickle)
         self.family, self.configs = family.read(self.checkpoint, other_vae)
         # Where each network lies, and as which component.
         self._parts: dict[str, tuple[Checkpoint, str]] = {name: (self.checkpoint, name) for name in self.configs}
@@ -115,10 +115,9 @@ class Parts:
         self.controlnets = tuple(found)
         self.refiner: Self | None = None
         if refiner is not None:
-            own_file = single_file if is_single_file(refiner) else {}
-            self.refiner = type(self)(refiner, dtype=dtype, variant=variant, allow_pickle=allow_pickle, **own_file)
-            own, its = ((each.name, each.family, each.configs) for each in (self, self.refiner))
-            family.check_refiner(its, own)
+            options = single_file if is_single_file(refiner) else {}
+            self.refiner = type(self)(refiner, dtype=dtype, variant=variant, allow_pickle=allow_pickle, **options)
+            _check_refiner(self.refiner, self)
             for name in (*self.refiner.family.text_encoders, "unet"):
                 self._parts[REFINER + name] = self.refiner.checkpoint, name
                 self.configs[REFINER + name] = self.refiner.configs[name]
@@ -208,3 +207,13 @@ class Parts:
         added = [(each.token, each.count(encoder)) for each in self._inversions if each.count(encoder)]
         with as_folder(self.checkpoint.texts(TOKENIZERS[encoder])) as folder:
             return Tokenizer(folder, vocab_size=config.vocab_size, length=config.max_position_embeddings, added=added)
+
+
+def _check_refiner(refiner: Parts, base: Parts) -> None:
+    """Raise CheckpointError where a checkpoint is no refiner, or the other none that a refiner goes with."""
+    name = refiner.name
+    if not refiner.family.refines:
+        raise CheckpointError(f"{name} is no refiner of Stable Diffusion XL, which says requires_aesthetics_score")
+    if not family.can_be_refined(base.family):
+        raise CheckpointError(f"the refiner {name} goes with Stable Diffusion XL's base, which {base.name} is not")
+    family.check_fit(f"the refiner {name}", base.name, family.sides(refiner.configs["vae"], base.configs["vae"]))
