@@ -141,16 +141,14 @@ class UNet2DCondition(DownPath):
         rngs: nnx.Rngs | None,
         remat: bool = False,
     ):
-        kw = {"param_dtype": param_dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs, "dtype": dtype}
         super().__init__(
             config,
             conv_in_kernel=config.conv_in_kernel,
             time_cond_proj_dim=config.time_cond_proj_dim,
-            dtype=dtype,
             remat=remat,
             **kw,
         )
-        kw["dtype"] = dtype
         self.up_blocks = make_up_blocks(config, **kw)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, config.block_out_channels[0], config.norm_eps, **kw)
         self.conv_out = Conv(config.block_out_channels[0], config.out_channels, config.conv_out_kernel, **kw)
