@@ -69,7 +69,7 @@ class Spec(Parts):
     def resolve(self, request: Request, *, read: bool = True) -> Request:
         """The request with this checkpoint's defaults in place of None.
 
-        A resolved request comes back as it is.
+        A resolved request comes back equal.
 
         Args:
             request: its pictures are read, for their size and hashes.
