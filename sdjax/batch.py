@@ -1,4 +1,4 @@
-"""What the host hands the devices for a batch: pictures, masks, sizes, guidance, and the noise that torch draws."""
+"""What the host hands the devices for a batch: pictures, masks, sizes, guidance, controls, and torch's noise."""
 
 import copy
 import math
@@ -7,11 +7,12 @@ from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Float32
+from PIL import Image
 
 from sdjax.canvas import Canvas
 from sdjax.request import Request
 from sdjax.sampling import Table, noise
-from sdjax.values import corner_of, numbers, size_of
+from sdjax.values import OF_CONTROLS, corner_of, numbers, size_of
 
 
 class Pictures:
@@ -81,6 +82,42 @@ def _guidance(request: Request, table: Table, rows: int) -> Float32[np.ndarray, 
     inside = (request.guidance_start <= done) & (done < request.guidance_end)
     by_step = np.where(inside, np.maximum(scales, 1), 1).astype(np.float32)
     return np.pad(by_step[table.step], (0, rows - table.calls), constant_values=1)
+
+
+def control_pixels(
+    loaded: Sequence[Sequence[Image.Image]], size: tuple[int, int], count: int
+) -> list[Float32[np.ndarray, "batch height width 3"]]:
+    """For each of `count` ControlNets its image of each request, in 0..1 at height and width; zeros where none is.
+
+    Resized as diffusers resizes them: by Lanczos, stretched.
+    """
+    result = [np.zeros((len(loaded), *size, 3), np.float32) for _ in range(count)]
+    height, width = size
+    for row, found in enumerate(loaded):
+        for its_images, image in zip(result, found, strict=False):  # a request may have none
+            same = image.size == (width, height)
+            fitted = image if same else image.resize((width, height), Image.Resampling.LANCZOS)
+            its_images[row] = np.asarray(fitted, np.float32) / 255
+    return result
+
+
+def control_scales(
+    requests: Sequence[Request], tables: Sequence[Table], rows: int, count: int
+) -> Float32[np.ndarray, "batch rows nets"]:
+    """How much each ControlNet counts at each of `rows` sampler rows.
+
+    Nothing outside of its interval, which as in diffusers is of the network's calls (Heun's method makes two a step) in
+    the whole run, also where a refiner ends it, and nothing where a request has no control image.
+    """
+    result = np.zeros((len(requests), rows, count), np.float32)
+    for i, (request, table) in enumerate(zip(requests, tables, strict=True)):
+        if request.control_image is None:
+            continue
+        scale, start, end = (np.broadcast_to(numbers(getattr(request, name)) or [], count) for name in OF_CONTROLS)
+        call, calls = np.arange(table.calls)[:, None], table.run_calls
+        inside = (call / calls >= start) & ((call + 1) / calls <= end)
+        result[i, : table.calls] = np.where(inside, scale, 0)
+    return result
 
 
 def fresh_rows(

@@ -1,19 +1,16 @@
-"""ControlNets beside a checkpoint: that they fit it, and what a request's control images are to them."""
+"""ControlNets beside a checkpoint: that they fit it, and the control images that a request names."""
 
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float32
 from PIL import Image
 
 from sdjax import inputs
 from sdjax.config import ControlNetConfig
 from sdjax.family import check_fit, read_config
 from sdjax.request import Request
-from sdjax.sampling import Table
 from sdjax.values import OF_CONTROLS, RequestError, lines, numbers
 from sdjax.weights.checkpoint import Checkpoint, CheckpointError
 from sdjax.weights.single_file import open_controlnet
@@ -106,39 +103,3 @@ def measured(request: Request, multiple: int) -> Request:
     if 0 in found.values():
         raise RequestError(f"control_image has {loaded[0].width}x{loaded[0].height} pixels; a side needs {multiple}")
     return dataclasses.replace(request, control_image_sha256=sha256, **found)
-
-
-def images(
-    loaded: Sequence[Sequence[Image.Image]], size: tuple[int, int], count: int
-) -> list[Float32[np.ndarray, "batch height width 3"]]:
-    """For each of `count` ControlNets its image of each request, in 0..1 at height and width; zeros where none is.
-
-    Resized as diffusers resizes them: by Lanczos, stretched.
-    """
-    result = [np.zeros((len(loaded), *size, 3), np.float32) for _ in range(count)]
-    height, width = size
-    for row, found in enumerate(loaded):
-        for its_images, image in zip(result, found, strict=False):  # a request may have none
-            same = image.size == (width, height)
-            fitted = image if same else image.resize((width, height), Image.Resampling.LANCZOS)
-            its_images[row] = np.asarray(fitted, np.float32) / 255
-    return result
-
-
-def scales(
-    requests: Sequence[Request], tables: Sequence[Table], rows: int, count: int
-) -> Float32[np.ndarray, "batch rows nets"]:
-    """How much each ControlNet counts at each of `rows` sampler rows.
-
-    Nothing outside of its interval, which as in diffusers is of the network's calls (Heun's method makes two a step) in
-    the whole run, also where a refiner ends it, and nothing where a request has no control image.
-    """
-    result = np.zeros((len(requests), rows, count), np.float32)
-    for i, (request, table) in enumerate(zip(requests, tables, strict=True)):
-        if request.control_image is None:
-            continue
-        scale, start, end = (np.broadcast_to(numbers(getattr(request, name)) or [], count) for name in OF_CONTROLS)
-        call, calls = np.arange(table.calls)[:, None], table.run_calls
-        inside = (call / calls >= start) & ((call + 1) / calls <= end)
-        result[i, : table.calls] = np.where(inside, scale, 0)
-    return result

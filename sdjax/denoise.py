@@ -7,8 +7,16 @@ import jax
 import numpy as np
 from PIL import Image
 
-from sdjax import controls, programs, sampling
-from sdjax.batch import HostNoise, fresh_rows, guidance_embedding, guidance_weights, time_ids
+from sdjax import programs, sampling
+from sdjax.batch import (
+    HostNoise,
+    control_pixels,
+    control_scales,
+    fresh_rows,
+    guidance_embedding,
+    guidance_weights,
+    time_ids,
+)
 from sdjax.parallel import Devices
 from sdjax.request import Request
 from sdjax.sampling import noise, scan
@@ -143,7 +151,7 @@ class Denoiser:
             ids = time_ids(batch.requests, size, joined, weights.shape[2], refines=family.refines)
             conditions = conditions._replace(time_ids=split(ids))
         control = self._controls(batch, size)
-        scales = control and controls.scales(batch.requests, tables, padded, len(spec.controlnets))
+        scales = control and control_scales(batch.requests, tables, padded, len(spec.controlnets))
         fresh = fresh_rows(batch.requests, tables, weights) if batch.program.reuses else None
         stacked = sampling.stack(tables, padded), weights, scales, fresh
         unet, ratio = self._networks["unet"], batch.program.token_merging_ratio
@@ -172,7 +180,7 @@ class Denoiser:
         networks = tuple(self._networks[name] for name in self._spec.controlnets)
         if not networks:
             return None
-        images = self._split(controls.images(batch.control_images, size, len(networks)))
+        images = self._split(control_pixels(batch.control_images, size, len(networks)))
         seen = tuple(self._embed_control(*each) for each in zip(networks, images, strict=True))
         # As in diffusers, where the first of them pools, the negative prompt is not controlled.
         pools = self._spec.configs[self._spec.controlnets[0]].global_pool_conditions

@@ -34,8 +34,7 @@ MAY_IMPORT = {
     "sdjax/text.py": {"sdjax.compel", "sdjax.prompts", "sdjax.values", "sdjax.vocabulary", "sdjax.weights"},
     "sdjax/family.py": {"sdjax.config", "sdjax.request", "sdjax.values", "sdjax.weights"},
     "sdjax/controls.py": {
-        *("sdjax.config", "sdjax.family", "sdjax.inputs", "sdjax.request", "sdjax.sampling", "sdjax.values"),
-        "sdjax.weights",
+        *("sdjax.config", "sdjax.family", "sdjax.inputs", "sdjax.request", "sdjax.values", "sdjax.weights"),
     },
     "sdjax/tables.py": {"sdjax.request", "sdjax.sampling", "sdjax.values"},
     "sdjax/parts.py": {
@@ -50,8 +49,8 @@ MAY_IMPORT = {
     "sdjax/programs.py": {"sdjax.models", "sdjax.sampling"},
     "sdjax/networks.py": {"sdjax.config", "sdjax.models", "sdjax.parallel", "sdjax.spec", "sdjax.weights"},
     "sdjax/denoise.py": {
-        *("sdjax.batch", "sdjax.controls", "sdjax.parallel", "sdjax.programs", "sdjax.request", "sdjax.sampling"),
-        *("sdjax.spec", "sdjax.text"),
+        *("sdjax.batch", "sdjax.parallel", "sdjax.programs", "sdjax.request", "sdjax.sampling", "sdjax.spec"),
+        "sdjax.text",
     },
     "sdjax/generate.py": {
         *("sdjax.batch", "sdjax.canvas", "sdjax.denoise", "sdjax.family", "sdjax.files", "sdjax.networks"),

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from pipelines import generate_images
-from sdjax import Request, RequestError, StableDiffusion, controls
+from sdjax import Request, RequestError, StableDiffusion
+from sdjax.batch import control_scales
 from sdjax.parts import BUNDLED
 from sdjax.sampling import Schedule, make_table
 from sdjax.spec import Spec
@@ -146,7 +147,7 @@ def test_the_interval_is_of_the_whole_run_also_where_a_refiner_ends_it():
         make_table(schedule, sampler="heun", num_inference_steps=10, denoising_end=end) for end in (None, 0.6)
     )
     request = dataclasses.replace(ONE, control_guidance_start=0.2, control_guidance_end=0.5)
-    expected, found = (controls.scales([request], [table], 20, 1) for table in (whole, cut))
+    expected, found = (control_scales([request], [table], 20, 1) for table in (whole, cut))
     assert 8 < cut.calls < whole.calls
     assert np.array_equal(found[:, : cut.calls], expected[:, : cut.calls])
     assert not found[:, cut.calls :].any()
