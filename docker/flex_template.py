@@ -7,11 +7,12 @@ import sys
 
 from pipelines.generate_images import main
 from pipelines.options import GenerateOptions
+from sdjax.request import field_types
 
 
 def own_spelling(argv: list[str]) -> list[str]:
     """The arguments, with the underscores of the job's own options as dashes."""
-    own = GenerateOptions.defaults().keys()
+    own = GenerateOptions.defaults().keys() | field_types().keys()
     spelled = []
     for argument in argv:
         name, equals, value = argument.partition("=")

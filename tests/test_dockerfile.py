@@ -17,6 +17,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from pipelines.dataflow import Job, Preset, arguments, flex_request
+from pipelines.options import parse
+from sdjax.request import field_types
+from tests.pipelines.test_dataflow import DEPLOYMENT, PRESETS
+
 ROOT = Path(__file__).parents[1]
 TARGETS = ("tpu", "cuda", "cpu")
 
@@ -197,20 +202,42 @@ def test_entry_point_asks_a_busy_metadata_server_again(metadata_server, monkeypa
     assert "503" in capsys.readouterr().err
 
 
-def test_template_parameters_reach_the_job_in_its_spelling():
-    sys.path.insert(0, str(ROOT / "docker"))
-    try:
-        from flex_template import own_spelling
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def own_spelling(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docker")
+    from flex_template import own_spelling
+
+    return own_spelling
+
+
+def test_template_parameters_reach_the_job_in_its_spelling(own_spelling):
     given = ["--batch_size=4", "--prompts=gs://b/some_file", "--worker_zone=us-central1-a", "--unit_size", "8"]
-    assert own_spelling(given) == [
+    assert own_spelling([*given, "--num_inference_steps=20"]) == [
         "--batch-size=4",
         "--prompts=gs://b/some_file",
         "--worker_zone=us-central1-a",
         "--unit-size",
         "8",
+        "--num-inference-steps=20",
     ]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_launch_passes_to_the_template_is_read_there(own_spelling, path):
+    """As the job reads it that is launched directly."""
+    job = Job("job-1", Preset.load(path), DEPLOYMENT, "gs://b/p.csv", "gs://b/out")
+    passed = flex_request(job).launch_parameter.parameters
+    read, direct = parse(own_spelling([f"--{name}={value}" for name, value in passed.items()])), parse(arguments(job))
+    assert read.given() == direct.given()
+    assert read.request_defaults() == {name: passed[name] for name in passed if name in field_types()}
+
+
+def test_the_template_declares_nothing_that_the_job_does_not_take(own_spelling):
+    declared = json.loads((ROOT / "terraform/flex-template-metadata.json").read_text())["parameters"]
+    values = {"dtype": "bfloat16", "format": "files", "image_format": "webp"}
+    given = {parameter["name"]: values.get(parameter["name"], "1") for parameter in declared}
+    read = parse(own_spelling([f"--{name}={value}" for name, value in given.items()]))
+    assert read.request_defaults().keys() == field_types().keys() - {"prompt"}
 
 
 @pytest.mark.slow
