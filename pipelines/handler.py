@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from apache_beam.metrics.metric import Metrics
 from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 
 from pipelines.lazy_model import LazyModel
 from pipelines.progress import Heartbeat
-from pipelines.sinks import Encoded, Provenance, Sink, committed
+from pipelines.sinks import Encoded, Provenance, Sink, committed, places
 from pipelines.storage import Store
 from pipelines.units import (
     NAMESPACE,
@@ -21,7 +21,6 @@ from pipelines.units import (
     Planner,
     Row,
     Unit,
-    as_unit,
     padded_calls,
     read_rejected,
     rejection,
@@ -122,19 +121,15 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
         return NAMESPACE
 
 
-class _Asked(NamedTuple):
-    """A unit to make, the name that it came with, and which of its rows have been rejected."""
-
-    name: str
-    unit: Unit
-    rejected: list[dict[str, Any]]
-
-
 class UnitHandler(SdjaxModelHandler):
     """PackedUnits to committed units: makes, encodes and writes in one stage, so that no image leaves it.
 
     Yields one mapping a unit: its share of the account. The devices work on while earlier images are encoded by a
     thread a core and the unit before is written. A unit that is committed already is passed over.
+
+    Two workers may be at one unit, and a row may fail at one of them alone. The unit has one name at both, so one
+    manifest, and that decides: rows that it lacks are rejected, and the other worker's account follows it. (A unit of
+    which one rejects every row has no manifest yet; the other may commit it after that, and counts it otherwise.)
     """
 
     def __init__(self, output: str, sink: Sink, model: Any = None, **options: Any):
@@ -151,30 +146,28 @@ class UnitHandler(SdjaxModelHandler):
     def run_inference(
         self, batch: Sequence[PackedUnit], model: LazyModel, inference_args: Mapping[str, Any] | None = None
     ) -> Iterable[dict[str, Any]]:
-        asked = list(map(self._asked, batch))
-        earlier = [{"rejected": len(one.rejected)} for one in asked if one.rejected]
-        for account in chain(earlier, self._accounts([one for one in asked if one.unit.rows], model)):
+        whole = [unpack(packed.blob) for packed in batch]
+        # An earlier attempt at a unit that rejected some rows may have committed the others.
+        units = [_without(unit, read_rejected(self._store, unit.name)) for unit in whole]
+        gone = [len(unit.rows) - len(left.rows) for unit, left in zip(whole, units, strict=True)]
+        earlier = [{"rejected": count} for count in gone if count]
+        for account in chain(earlier, self._accounts(units, model)):
             for name, counter in self._counters.items():
                 counter.inc(account.get(name, 0))
             yield account
 
-    def _asked(self, packed: PackedUnit) -> _Asked:
-        """A unit without the rows that an earlier attempt at it rejected: it may have committed the others."""
-        unit, rejected = unpack(packed.blob), read_rejected(self._store, packed.name)
-        return _without(_Asked(packed.name, unit, rejected), rejected)
-
-    def _accounts(self, asked: list[_Asked], model: LazyModel, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
+    def _accounts(self, units: list[Unit], model: LazyModel, rounds: int = _ROUNDS) -> Iterator[dict[str, Any]]:
         """The units' shares of the account, once they are committed; `rounds` may yet fail for no row's fault."""
-        left = yield from self._uncommitted(asked)
+        left = yield from self._uncommitted(units)
         if not left:
             return
         failed, is_large = None, False
         try:
-            accounts = list(self._make([one.unit for one in left], model))
+            accounts = list(self._make(left, model))
         except RequestError as error:  # such as an image to start from that is gone since the plan was made
             failed = error
         except Exception as error:
-            is_large = is_out_of_memory(error) and isinstance(left[0].unit.rows[0].request, Request)
+            is_large = is_out_of_memory(error) and isinstance(left[0].rows[0].request, Request)
             if not (is_large or rounds) or isinstance(error, (OSError, CheckpointError)) or is_of_a_network(error):
                 raise
         else:
@@ -182,48 +175,54 @@ class UnitHandler(SdjaxModelHandler):
             return
         # From here on nothing holds what lay on the devices: the traceback of an exception that is handled would.
         if failed is None:
-            one = left[0]
+            unit = left[0]
             if len(left) > 1:
-                for one in left:
-                    yield from self._accounts([one], model)
-            elif is_large:
-                yield self._reject(one, _too_large(one.unit, model), model)
+                for unit in left:
+                    yield from self._accounts([unit], model)
             else:
-                lines = self._failing(one.unit, model)
+                lines = _too_large(unit, model) if is_large else self._failing(unit, model)
                 if lines:
-                    yield self._reject(one, lines, model)
-                yield from self._accounts([_without(one, lines)], model, rounds if lines else 0)
+                    yield self._reject(unit, lines, model)
+                yield from self._accounts([_without(unit, lines)], model, rounds if lines else 0)
             return
         left = yield from self._uncommitted(left)  # a unit may be made before another fails
         kept, found = [], False
-        for one in left:
-            unit, rejected = sift(one.unit, model.get().spec)
-            if rejected:
+        for unit in left:
+            lines = sift(unit, model.get().spec)
+            if lines:
                 found = True
-                yield self._reject(one, rejected, model)
-            if unit.rows:
-                kept.append(one._replace(unit=unit))
+                yield self._reject(unit, lines, model)
+            kept.append(_without(unit, lines))
         if left and not found and not rounds:
             raise failed
         yield from self._accounts(kept, model, rounds if found else rounds - 1)
 
-    def _uncommitted(self, asked: list[_Asked]) -> Generator[dict[str, Any], None, list[_Asked]]:
-        """Yields the shares of the units that are committed; returns the others."""
+    def _uncommitted(self, units: list[Unit]) -> Generator[dict[str, Any], None, list[Unit]]:
+        """Yields the shares of the units that are committed; returns the others that have rows left."""
         left = []
-        for one in asked:
-            made = committed(self._store, one.unit.name)
-            if made is None:
-                left.append(one)
-            else:
+        for unit in units:
+            made = committed(self._store, unit)
+            if made is not None:
+                self._settle(unit)
                 yield made
+            elif unit.rows:
+                left.append(unit)
         return left
 
-    def _reject(self, one: _Asked, lines: list[dict[str, Any]], model: LazyModel) -> dict[str, Any]:
-        """Reject rows of a unit; returns their share of the account."""
-        one.rejected.extend(lines)
-        write_rejected(self._store, one.name, one.rejected)
+    def _reject(self, unit: Unit, lines: list[dict[str, Any]], model: LazyModel) -> dict[str, Any]:
+        """Reject rows of a unit beside those that are; returns their share of the account."""
+        known = {_place(line): line for line in [*read_rejected(self._store, unit.name), *lines]}
+        write_rejected(self._store, unit.name, list(known.values()))
         _heartbeat(model).add(rejected=len(lines))
         return {"rejected": len(lines)}
+
+    def _settle(self, unit: Unit) -> None:
+        """Take back rejections of rows that the unit's manifest holds: another worker could make them."""
+        lines = read_rejected(self._store, unit.name)
+        made = places(self._store, unit) if lines else set()
+        left = [line for line in lines if _place(line) not in made]
+        if left != lines:
+            write_rejected(self._store, unit.name, left)
 
     def _failing(self, unit: Unit, model: LazyModel) -> list[dict[str, Any]]:
         """The rows that fail where others of the unit are made, as rejections; raises what is no row's fault."""
@@ -297,7 +296,8 @@ class UnitHandler(SdjaxModelHandler):
         images = [image for _, image in timed]
         begun = time.monotonic()
         written = self._sink.write(self._store, unit, images, made_by, seconds)
-        theirs = {} if written else committed(self._store, unit.name) or {}
+        theirs = {} if written else committed(self._store, unit) or {}
+        self._settle(unit)
         return {
             "images": len(images),
             "units": 1,
@@ -313,22 +313,25 @@ class UnitHandler(SdjaxModelHandler):
         }
 
 
-def sift(unit: Unit, planner: Planner) -> tuple[Unit, list[dict[str, Any]]]:
-    """The unit without the rows that can no longer be made, under its new name, and those rows as rejections."""
-    rows, rejected = [], []
+def sift(unit: Unit, planner: Planner) -> list[dict[str, Any]]:
+    """The rows of a unit that can no longer be made, as rejections."""
+    rejected = []
     for row in unit.rows:
         try:
             planner.resolve(row.request)
-            rows.append(row)
         except RequestError as error:
             rejected.append(rejection(row.place, vars(row.request), error))
-    return as_unit(rows), rejected
+    return rejected
 
 
-def _without(one: _Asked, lines: list[dict[str, Any]]) -> _Asked:
-    """Without the rows that these rejections are of."""
-    gone = {(line["file"], line["row"]) for line in lines}
-    return one._replace(unit=as_unit([row for row in one.unit.rows if row.place not in gone]))
+def _place(line: dict[str, Any]) -> tuple[str, int]:
+    return line["file"], line["row"]
+
+
+def _without(unit: Unit, lines: list[dict[str, Any]]) -> Unit:
+    """The unit, by its name as ever, without the rows that these rejections are of."""
+    gone = set(map(_place, lines))
+    return unit._replace(rows=[row for row in unit.rows if row.place not in gone])
 
 
 def _failure(error: Exception) -> Exception:

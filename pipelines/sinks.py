@@ -105,14 +105,28 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def committed(store: Store, unit: str) -> dict[str, int] | None:
-    """The unit's share of the account, by its manifest; None where there is none."""
+def committed(store: Store, unit: Unit) -> dict[str, int] | None:
+    """The unit's share of the account, by its manifest; None where there is none.
+
+    What that lacks of the unit's rows is rejected: fewer than none where it holds rows that were counted as such.
+    """
     try:
-        table = store.read_table(manifest_name(unit), ["bytes", "flags"])
+        table = store.read_table(manifest_name(unit.name), ["bytes", "flags"])
     except FileNotFoundError:
         return None
-    flagged = sum(map(bool, table["flags"].to_pylist()))
-    return {"images": table.num_rows, "units": 1, "bytes": sum(table["bytes"].to_pylist()), "flagged": flagged}
+    return {
+        "images": table.num_rows,
+        "units": 1,
+        "rejected": len(unit.rows) - table.num_rows,
+        "bytes": sum(table["bytes"].to_pylist()),
+        "flagged": sum(map(bool, table["flags"].to_pylist())),
+    }
+
+
+def places(store: Store, unit: Unit) -> set[tuple[str, int]]:
+    """Where in the input the rows lie that a unit's manifest commits."""
+    table = store.read_table(manifest_name(unit.name), ["input_file", "input_row"])
+    return set(zip(table["input_file"].to_pylist(), table["input_row"].to_pylist(), strict=True))
 
 
 def make_tar(unit: Unit, images: list[Encoded], image_format: str, fingerprint: str) -> tuple[bytes, list[int]]:

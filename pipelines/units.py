@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Images that one worker makes, writes and commits together; the name is a hash of their ids."""
+    """Images that one worker makes, writes and commits together; the name is a hash of their ids as planned."""
 
     name: str
     rows: list[Row]
@@ -120,11 +120,6 @@ def unit_name(ids: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(ids)).encode()).hexdigest()[:32]
 
 
-def as_unit(rows: list[Row]) -> Unit:
-    """The rows, of one program, under the name of their ids."""
-    return Unit(unit_name(row.id for row in rows), rows)
-
-
 def by_length(row: Row) -> Any:
     return row.calls, row.id
 
@@ -139,7 +134,8 @@ def make_units(rows: Iterable[Row], size: int, order: Callable[[Row], Any] = by_
     for _, group in itertools.groupby(ordered, key=lambda row: row.program):
         same_program = list(group)
         for start in range(0, len(same_program), size):
-            yield as_unit(same_program[start : start + size])
+            together = same_program[start : start + size]
+            yield Unit(unit_name(row.id for row in together), together)
 
 
 def padded_calls(rows: Iterable[Row], batch: int) -> int:

@@ -19,7 +19,6 @@ from safetensors.numpy import load
 from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import REMEDY, Store, spread
-from pipelines.units import unit_name
 from sdjax.console import interrupted, says_why, show
 from sdjax.training.encoded import SHARED, is_whole
 from sdjax.values import one_line
@@ -98,8 +97,8 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
     if any(table[column].null_count for column in used if column != "shard"):
         return [], ["a row lacks a value"]
     rows, faults = table.select(used).to_pylist(), []
-    if unit_name(row["id"] for row in rows) != name.rsplit("/", 1)[1].removesuffix(".parquet"):
-        faults.append("its ids are not those that named it")
+    if any(row["shard"] and layout.unit_of(row["shard"]) != layout.unit_of(name) for row in rows):
+        faults.append("its rows lie in the shard of another unit")
     places: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
         places.setdefault(row["shard"] or row.get("file"), []).append(row)
@@ -147,6 +146,8 @@ def _hash_in(facts: bytes) -> Any:
 
 
 def _image(row: dict[str, Any], data: bytes) -> list[str]:
+    if layout.unit_of(row["file"]) != row["id"]:
+        return [f"{row['file']} is not the file of image {row['id']}"]
     if len(data) != row["bytes"] or hashlib.sha256(data).hexdigest() != row["sha256"]:
         return [f"{row['file']} is not the image that the manifest describes"]
     return []

@@ -157,6 +157,56 @@ def test_what_an_attempt_rejected_stays_rejected_at_the_next(units_of_two, tmp_p
     assert (found.images, found.rejected, found.faults) == (*map(sum, zip(*first, strict=True)), [])
 
 
+@pytest.mark.parametrize("format", ["tar", "files"])
+@pytest.mark.parametrize(
+    ("first", "moment", "gone"),
+    [
+        ("rejects", "rejected", {2}),
+        ("rejects", "rejected", {2, 3}),
+        ("rejects", "writes", {2}),
+        ("rejects", "writes", {1, 2}),
+        ("makes all", "writes", {2}),
+        ("makes all", "writes", {1, 2}),
+    ],
+)
+def test_two_workers_at_one_unit_agree_on_what_was_rejected(
+    units_of_two, tmp_path, monkeypatch, format, first, moment, gone
+):
+    """One rejects rows that the other makes, on other hardware; the second does all of its work amid the first's."""
+    packed, _ = units_of_two
+
+    class Lacking(standin.Spec):
+        def resolve(self, request):
+            if int(request.prompt[-1]) in gone:
+                raise RequestError("image a.png is not there")
+            return request
+
+    def works(spec):
+        handler = UnitHandler(str(tmp_path), Images(format, "png"), spec, load=standin.load)
+        return handler.run_inference(packed, handler.load_model())
+
+    rejecting, whole = works(Lacking("other hardware")), works(SPEC)
+    mine, others = (rejecting, whole) if first == "rejects" else (whole, rejecting)
+    shares, theirs = [], []
+    write = Images.write
+
+    def after_the_other(*arguments):
+        monkeypatch.setattr(Images, "write", write)
+        theirs.extend(others)
+        return write(*arguments)
+
+    if moment == "writes":
+        monkeypatch.setattr(Images, "write", after_the_other)
+    for share in mine:
+        shares.append(share)
+        if moment == "rejected" and share.get("rejected"):
+            theirs.extend(others)
+    found = verify.verify(str(tmp_path))
+    accounts = [tuple(map(sum, zip(*account(told), strict=True))) for told in (shares, theirs)]
+    assert accounts == [(found.images, found.rejected)] * 2
+    assert (sum(accounts[0]), found.faults) == (4, [])
+
+
 def test_a_unit_that_another_worker_commits_meanwhile_counts_as_it_stands(units_of_two, monkeypatch):
     packed, handler = units_of_two
     write = Images.write

@@ -67,11 +67,11 @@ def test_a_tar_is_a_function_of_its_images(unit):
 @pytest.mark.parametrize("format", ["tar", "files"])
 def test_the_manifest_tells_all_of_each_image(tmp_path, unit, format):
     store = Store(str(tmp_path))
-    assert committed(store, unit.name) is None
+    assert committed(store, unit) is None
     size = sum(len(image.data) for image in images_of(unit))
     assert write(store, unit, format=format) == size
     flagged = sum(bool(image.flags) for image in images_of(unit))
-    assert committed(store, unit.name) == {"images": 3, "units": 1, "bytes": size, "flagged": flagged}
+    assert committed(store, unit) == {"images": 3, "units": 1, "rejected": 0, "bytes": size, "flagged": flagged}
     table = pq.read_table(tmp_path / manifest_name(unit.name))
     assert table.schema.equals(MANIFEST)
     for row, image, written in zip(unit.rows, images_of(unit), table.to_pylist(), strict=True):
@@ -127,7 +127,7 @@ def test_of_two_workers_at_one_unit_the_first_to_commit_is_kept_whole(unit, form
     rows = rows_of(unit, ours, format)
     monkeypatch.setattr(Store, moment, first_commits)
     assert write(store, unit, theirs, format) == 0
-    assert committed(store, unit.name)["images"] == len(unit.rows)
+    assert committed(store, unit)["images"] == len(unit.rows)
     assert verify.verify("memory://race").faults == []
 
 
@@ -155,7 +155,7 @@ def test_the_manifest_is_written_last(tmp_path, unit, monkeypatch):
     with pytest.raises(PermissionError):
         write(store, unit)
     assert written == [shard_name(unit.name)]
-    assert committed(store, unit.name) is None
+    assert committed(store, unit) is None
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])

@@ -120,6 +120,13 @@ def change_prompt_hash(dataset):
     pq.write_table(type(pq.read_table(path)).from_pylist(rows, MANIFEST), path)
 
 
+def change_id(dataset):
+    path = first_manifest(dataset)
+    rows = pq.read_table(path).to_pylist()
+    rows[0]["id"] = "0" * 32
+    pq.write_table(pa.Table.from_pylist(rows, MANIFEST), path)
+
+
 def double_manifest(dataset):
     path = first_manifest(dataset)
     shutil.copy(path, path.with_name("0" * 32 + ".parquet"))
@@ -154,6 +161,7 @@ def lose_rejects(dataset):
         cut_manifest,
         lose_row,
         change_prompt_hash,
+        change_id,
         double_manifest,
         drop_column,
         change_type,
