@@ -19,8 +19,6 @@ from pipelines.storage import Store
 from sdjax.console import says_why, show
 from sdjax.values import one_line
 
-_MANIFESTS_A_READER = 64
-
 
 def refuse(command: str, error: Exception) -> int:
     """Say in one line why a job does not start, or ended; returns the exit status of one that does not start."""
@@ -203,12 +201,14 @@ def listing(project: str | None, region: str | None) -> str:
 
 
 def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, job: JobOptions) -> Any:
-    """Rows by shard of the plan, beside the ids that the output's manifests commit; --overwrite has none left."""
-    manifests = [] if job.overwrite else layout.find(Store(job.output), "manifest")
-    batches = [manifests[i : i + _MANIFESTS_A_READER] for i in range(0, len(manifests), _MANIFESTS_A_READER)]
+    """Rows by shard of the plan, beside the ids that the output's manifests commit; --overwrite leaves none.
+
+    A worker lists them: the names of many would not fit into the description of a job.
+    """
     done = (
         pipeline
-        | "Manifests" >> beam.Create(batches)
+        | "Output" >> beam.Create([job.output])
+        | "Manifests" >> beam.FlatMap(units.manifest_batches)
         | "Spread manifests" >> beam.Reshuffle()
         | "Read ids" >> beam.ParDo(units.ReadDone(shards, job.output))
     )

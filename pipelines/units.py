@@ -26,7 +26,7 @@ import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import TaggedOutput
 
-from pipelines.layout import rejects_name
+from pipelines.layout import find, rejects_name
 from pipelines.progress import Heartbeat
 from pipelines.records import RowError
 from pipelines.sources import Place, select_prompt
@@ -43,6 +43,7 @@ UNUSABLE = (RowError, RequestError, UnicodeEncodeError, RecursionError)
 """What planning may raise for a row, which is then rejected alone; the last two of what no file can hold."""
 _REASONS = {UnicodeEncodeError: "half of a surrogate pair, which is no text", RecursionError: "nested too deeply"}
 
+_MANIFESTS_A_READER = 64
 _HELD = 2**26  # characters of rows that a piece's reader holds
 _SHOWN = 1_000  # characters of a cell that a rejected row's record keeps
 
@@ -249,6 +250,12 @@ def _text_size(row: Row) -> int:
     """About how many bytes the row's text takes, among which may be pictures."""
     texts = (row.extras, *vars(row.request).values())
     return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def manifest_batches(out: str) -> Iterator[list[str]]:
+    """An output -> the names of its manifests, as many together as one reader takes."""
+    names = find(Store(out), "manifest")
+    yield from (names[i : i + _MANIFESTS_A_READER] for i in range(0, len(names), _MANIFESTS_A_READER))
 
 
 class ReadDone(beam.DoFn):

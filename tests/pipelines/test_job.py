@@ -5,12 +5,13 @@ import shutil
 from datetime import UTC, datetime, timedelta
 
 import aiohttp
+import apache_beam as beam
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import encode_latents, job, latents, report, sources, units
+from pipelines import encode_latents, generate_images, job, latents, report, sources, units
 from pipelines.layout import manifest_name
 from pipelines.options import parse
 from pipelines.sources import SourceError
@@ -149,6 +150,14 @@ def test_a_job_whose_every_row_was_rejected_has_failed(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("2 rows = 0 images + 2 rejected")
     (tmp_path / "p.csv").write_text("prompt,seed\na cat,x\na dog,1\n")
     assert [standin.run(*arguments) for _ in range(2)] == [0, 0]  # and where the others are made already
+
+
+def test_the_description_of_a_job_that_goes_on_names_no_manifest(output, prompts, monkeypatch):
+    """Those of a hundred million images would be more than Dataflow takes."""
+    options = parse(["--prompts", str(prompts), "--output", str(output)])
+    files = sources.find(options.prompts)
+    monkeypatch.setattr(Store, "find", None)
+    generate_images.plan(beam.Pipeline(options=options.beam), options, files, standin.Spec())
 
 
 def test_a_fault_of_ours_amid_a_job_is_raised(prompts, tmp_path, monkeypatch):
