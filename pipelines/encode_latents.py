@@ -49,7 +49,8 @@ def main(
     except Exception as error:
         if not says_why(error):
             raise
-        return jobs.refuse(EncodeOptions.command, error)
+        jobs.say(EncodeOptions.command, error)
+        return 2
     except KeyboardInterrupt:
         return jobs.interrupted(EncodeOptions.command)
     return jobs.run(job, model, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))

@@ -64,7 +64,8 @@ def main(
     except Exception as error:
         if not says_why(error):
             raise
-        return jobs.refuse(GenerateOptions.command, error)
+        jobs.say(GenerateOptions.command, error)
+        return 2
     except KeyboardInterrupt:
         return jobs.interrupted(GenerateOptions.command)
     return jobs.run(job, model, partial(build, job=job, files=files, model=model, load=load))

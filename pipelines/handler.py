@@ -124,8 +124,9 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
 class UnitHandler(SdjaxModelHandler):
     """PackedUnits to committed units: makes, encodes and writes in one stage, so that no image leaves it.
 
-    Yields one mapping a unit: its share of the account. The devices work on while earlier images are encoded by a
-    thread a core and the unit before is written. A unit that is committed already is passed over.
+    Yields mappings, shares of the account: one for each commit, and one wherever rows are rejected. The devices work on
+    while earlier images are encoded by a thread a core and the unit before is written. A unit that is committed already
+    is passed over.
 
     Two workers may be at one unit, and a row may fail at one of them alone. The unit has one name at both, so one
     manifest, and that decides: rows that it lacks are rejected, and the other worker's account follows it. (A unit of

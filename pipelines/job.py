@@ -20,10 +20,9 @@ from sdjax.console import says_why, show
 from sdjax.values import one_line
 
 
-def refuse(command: str, error: Exception) -> int:
-    """Say in one line why a job does not start, or ended; returns the exit status of one that does not start."""
-    print(f"{command}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-    return 2
+def say(command: str, what: object) -> None:
+    """Print one line for whoever started a job; of an error without words, what it is."""
+    print(f"{command}: {' '.join(str(what).split()) or type(what).__name__}", file=sys.stderr)
 
 
 def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> int:
@@ -42,12 +41,13 @@ def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> i
         except Exception as error:
             if not says_why(error):
                 raise
-            return refuse(job.command, error)
+            say(job.command, error)
+            return 2
         except KeyboardInterrupt:
             return interrupted(job.command)
         for said in (swept, *there):
             if said:
-                print(f"{job.command}: {said}", file=sys.stderr)
+                say(job.command, said)
         return _run(job, pipeline, store)
 
 
@@ -58,17 +58,17 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
             result = pipeline.run()
             result.wait_until_finish()
     except KeyboardInterrupt:
-        print(f"{job.command}: {_interrupted(job, result)}", file=sys.stderr)
+        say(job.command, _interrupted(job, result))
         return 130
     except Exception as error:
         origin = error.__context__ if getattr(error, "_tagged_with_step", False) else None  # Beam's is of its own kind
         # Of a plain ValueError, which may be a fault of ours, one line would say too little.
         if isinstance(origin, Exception) and says_why(origin) and type(origin) is not ValueError:
-            refuse(job.command, origin)
+            say(job.command, origin)
             return 1
         if result is None or _has_ended(result):
             raise
-        print(f"{job.command}: {one_line(error)}; {_interrupted(job, result)}", file=sys.stderr)
+        say(job.command, f"{one_line(error)}; {_interrupted(job, result)}")
         return 1
     finally:
         if job.beam.view_as(StandardOptions).runner == IN_PROCESS:  # it has ended, and may begin again at once
@@ -130,7 +130,7 @@ def _there(job: JobOptions, model: Any, store: Store) -> list[str]:
 
 def interrupted(command: str) -> int:
     """The exit status of a job that Ctrl-C ended before its pipeline was there."""
-    print(f"{command}: interrupted before anything was made", file=sys.stderr)
+    say(command, "interrupted before anything was made")
     return 130
 
 

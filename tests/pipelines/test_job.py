@@ -167,7 +167,7 @@ def test_a_fault_of_ours_amid_a_job_is_raised(prompts, tmp_path, monkeypatch):
 
 
 def test_a_refusal_without_words_says_what_it_is(capsys):
-    assert job.refuse("generate_images", TimeoutError()) == 2
+    job.say("generate_images", TimeoutError())
     assert refusal(capsys) == "generate_images: TimeoutError"
 
 
