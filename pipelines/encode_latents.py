@@ -20,11 +20,9 @@ from apache_beam.ml.inference.base import RunInference
 
 from pipelines import image_sets, latents, leftovers, units
 from pipelines import job as jobs
-from pipelines.generate_images import load_spec
-from pipelines.handler import UnitHandler
-from pipelines.options import EncodeOptions, parse
+from pipelines.handler import UnitHandler, load_spec
+from pipelines.options import EncodeOptions
 from pipelines.storage import Store
-from sdjax.console import says_why
 from sdjax.model_options import model_options
 
 
@@ -34,26 +32,19 @@ def main(
     spec: Callable[..., Any] = load_spec,
     load: Callable[..., Any] = latents.load_encoder,
 ) -> int:
-    """Run the job; returns the process's exit status.
-
-    0 done, 1 failed or every row rejected, 2 refused before anything ran, 130 interrupted.
+    """Run the job; see `pipelines.job.main`.
 
     `spec` and `load` make the model's promises and the encoder itself; tests put lighter ones in.
     """
-    try:
-        job = parse(list(sys.argv[1:] if argv is None else argv), EncodeOptions)
+
+    def prepare(job: EncodeOptions) -> tuple[Any, Callable[[beam.Pipeline], None]]:
         model = latents.LatentSpec(spec(job.model, dtype=job.dtype, **model_options(job)), job.size)
         sets = image_sets.find(job.images)
         leftovers.refuse_inputs(Store(job.output), map(image_sets.folder_of, sets))
         shards = units.shard_count(sum(map(image_sets.count, sets)))
-    except Exception as error:
-        if not says_why(error):
-            raise
-        jobs.say(EncodeOptions.command, error)
-        return 2
-    except KeyboardInterrupt:
-        return jobs.interrupted(EncodeOptions.command)
-    return jobs.run(job, model, partial(build, job=job, sets=sets, shards=shards, model=model, load=load))
+        return model, partial(build, job=job, sets=sets, shards=shards, model=model, load=load)
+
+    return jobs.main(argv, EncodeOptions, prepare)
 
 
 def build(

@@ -20,23 +20,14 @@ from PIL import Image
 
 from pipelines import job as jobs
 from pipelines import layout, leftovers, sources, units
-from pipelines.handler import UnitHandler, load_stable_diffusion
-from pipelines.options import GenerateOptions, parse
+from pipelines.handler import UnitHandler, load_spec, load_stable_diffusion
+from pipelines.options import GenerateOptions
 from pipelines.sinks import Images
 from pipelines.sources import Source
 from pipelines.storage import Store
-from sdjax.console import says_why
 from sdjax.model_options import model_options
 from sdjax.request import Request
 from sdjax.values import RequestError
-
-
-def load_spec(model: str | None, **options: Any) -> Any:
-    """`sdjax.spec.Spec` of a checkpoint, the bundled one where none is named."""
-    from sdjax.parts import BUNDLED
-    from sdjax.spec import Spec
-
-    return Spec(model or BUNDLED, **options)
 
 
 def main(
@@ -45,14 +36,12 @@ def main(
     spec: Callable[..., Any] = load_spec,
     load: Callable[..., Any] = load_stable_diffusion,
 ) -> int:
-    """Run the job; returns the process's exit status.
-
-    0 done, 1 failed or every row rejected, 2 refused before anything ran, 130 interrupted.
+    """Run the job; see `pipelines.job.main`.
 
     `spec` and `load` make the model's promises and the model itself; tests put lighter ones in.
     """
-    try:
-        job = parse(list(sys.argv[1:] if argv is None else argv), GenerateOptions)
+
+    def prepare(job: GenerateOptions) -> tuple[Any, Callable[[beam.Pipeline], None]]:
         files = sources.find(job.prompts, job.prompt_column, job.request_defaults().get("seed", 0))
         store = Store(job.output)
         leftovers.refuse_inputs(store, [source.file for source in files])
@@ -61,14 +50,9 @@ def main(
             leftovers.refuse_inputs(store, chain.from_iterable(map(sources.pictures, files)))
         model = spec(job.model, dtype=job.dtype, **model_options(job))
         _check_defaults(model, job.request_defaults())
-    except Exception as error:
-        if not says_why(error):
-            raise
-        jobs.say(GenerateOptions.command, error)
-        return 2
-    except KeyboardInterrupt:
-        return jobs.interrupted(GenerateOptions.command)
-    return jobs.run(job, model, partial(build, job=job, files=files, model=model, load=load))
+        return model, partial(build, job=job, files=files, model=model, load=load)
+
+    return jobs.main(argv, GenerateOptions, prepare)
 
 
 def _check_defaults(model: Any, defaults: dict[str, str]) -> None:

@@ -41,6 +41,14 @@ _FAILURES = 8  # rows of a unit that fail one by one before any is made: the fau
 _ROUNDS = 3
 
 
+def load_spec(model: str | None, **options: Any) -> Any:
+    """`sdjax.spec.Spec` of a checkpoint, the bundled one where none is named."""
+    from sdjax.parts import BUNDLED
+    from sdjax.spec import Spec
+
+    return Spec(model or BUNDLED, **options)
+
+
 def load_stable_diffusion(model: Any, *, compilation_cache: str | None = None, **options: Any) -> Any:
     """`sdjax.StableDiffusion.from_pretrained`, imported where it is called: a launcher needs no devices.
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -14,22 +14,28 @@ from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOpt
 from apache_beam.runners.runner import PipelineState
 
 from pipelines import layout, leftovers, progress, report, units
-from pipelines.options import IN_PROCESS, JobOptions
+from pipelines.options import IN_PROCESS, JobOptions, Options, parse
 from pipelines.storage import Store
 from sdjax.console import says_why, show
 from sdjax.values import one_line
 
 
-def say(command: str, what: object) -> None:
-    """Print one line for whoever started a job; of an error without words, what it is."""
-    print(f"{command}: {' '.join(str(what).split()) or type(what).__name__}", file=sys.stderr)
+def main(
+    argv: Sequence[str] | None,
+    kind: type[Options],
+    prepare: Callable[[Options], tuple[Any, Callable[[beam.Pipeline], Any]]],
+) -> int:
+    """Run the job of a command line; returns the process's exit status.
 
+    0 done, 1 failed or every row rejected, 2 refused before anything ran, 130 interrupted.
 
-def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> int:
-    """Run a job whose options are checked and whose inputs are there; returns its exit status: 0, 1, 2 or 130."""
-    store = Store(job.output)
+    `prepare` checks a job's inputs, and gives its model's promises and what adds its stages to a pipeline.
+    """
     with ExitStack() as stack:
         try:
+            job = parse(list(sys.argv[1:] if argv is None else argv), kind)
+            store = Store(job.output)
+            model, build = prepare(job)
             pipeline = beam.Pipeline(options=job.beam)
             stack.enter_context(store.held())
             _refuse_second(store)
@@ -41,14 +47,20 @@ def run(job: JobOptions, model: Any, build: Callable[[beam.Pipeline], Any]) -> i
         except Exception as error:
             if not says_why(error):
                 raise
-            say(job.command, error)
+            _say(kind.command, error)
             return 2
         except KeyboardInterrupt:
-            return interrupted(job.command)
+            _say(kind.command, "interrupted before anything was made")
+            return 130
         for said in (swept, *there):
             if said:
-                say(job.command, said)
+                _say(job.command, said)
         return _run(job, pipeline, store)
+
+
+def _say(command: str, what: object) -> None:
+    """Print one line for whoever started a job; of an error without words, what it is."""
+    print(f"{command}: {' '.join(str(what).split()) or type(what).__name__}", file=sys.stderr)
 
 
 def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
@@ -58,17 +70,17 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
             result = pipeline.run()
             result.wait_until_finish()
     except KeyboardInterrupt:
-        say(job.command, _interrupted(job, result))
+        _say(job.command, _interrupted(job, result))
         return 130
     except Exception as error:
         origin = error.__context__ if getattr(error, "_tagged_with_step", False) else None  # Beam's is of its own kind
         # Of a plain ValueError, which may be a fault of ours, one line would say too little.
         if isinstance(origin, Exception) and says_why(origin) and type(origin) is not ValueError:
-            say(job.command, origin)
+            _say(job.command, origin)
             return 1
         if result is None or _has_ended(result):
             raise
-        say(job.command, f"{one_line(error)}; {_interrupted(job, result)}")
+        _say(job.command, f"{one_line(error)}; {_interrupted(job, result)}")
         return 1
     finally:
         if job.beam.view_as(StandardOptions).runner == IN_PROCESS:  # it has ended, and may begin again at once
@@ -126,12 +138,6 @@ def _there(job: JobOptions, model: Any, store: Store) -> list[str]:
         other = [f"--{name.replace('_', '-')} {form}" for name, form in was.items() if form != getattr(job, name)]
         said += [f"what is there stays as it is, {' '.join(other)}; --overwrite makes it anew"] if other else []
     return said
-
-
-def interrupted(command: str) -> int:
-    """The exit status of a job that Ctrl-C ended before its pipeline was there."""
-    say(command, "interrupted before anything was made")
-    return 130
 
 
 class _Interrupt(KeyboardInterrupt):

@@ -166,8 +166,11 @@ def test_a_fault_of_ours_amid_a_job_is_raised(prompts, tmp_path, monkeypatch):
         standin.run("--prompts", prompts, "--output", tmp_path / "out", load=no_load)
 
 
-def test_a_refusal_without_words_says_what_it_is(capsys):
-    job.say("generate_images", TimeoutError())
+def test_a_refusal_without_words_says_what_it_is(prompts, tmp_path, capsys):
+    def spec(model, **options):
+        raise TimeoutError
+
+    assert generate_images.main(["--prompts", str(prompts), "--output", str(tmp_path)], spec=spec) == 2
     assert refusal(capsys) == "generate_images: TimeoutError"
 
 
