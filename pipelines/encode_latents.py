@@ -63,9 +63,11 @@ def build(
         )
     )
     left = jobs.join_done(pipeline, read["rows"], shards, job) | "Send back" >> beam.ParDo(
-        units.SendToFiles(out)
+        units.Join(out, units.by_file)
     ).with_outputs(units.COUNTS, main="rows")
-    planned = left["rows"] | "Gather files" >> beam.GroupByKey() | "Plan" >> beam.ParDo(units.CutUnits(job.unit_size))
+    planned = (
+        left["rows"] | "Gather files" >> beam.GroupByKey() | "Plan" >> beam.FlatMap(units.units_of_file, job.unit_size)
+    )
     handler = UnitHandler(
         out,
         latents.Latents(model.size, model.dtype),

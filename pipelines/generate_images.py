@@ -105,7 +105,7 @@ def plan(pipeline: beam.Pipeline, job: GenerateOptions, files: list[Source], mod
         )
     )
     planned = jobs.join_done(pipeline, read["rows"], shards, job) | "Plan" >> beam.ParDo(
-        units.MakeUnits(job.unit_size, job.output)
+        units.Join(job.output, partial(units.packed_units, size=job.unit_size))
     ).with_outputs(units.COUNTS, main="units")
     return planned["units"], [read[units.COUNTS], planned[units.COUNTS]]
 

@@ -216,7 +216,7 @@ def join_done(pipeline: beam.Pipeline, rows: Any, shards: int, job: JobOptions) 
         | "Output" >> beam.Create([job.output])
         | "Manifests" >> beam.FlatMap(units.manifest_batches)
         | "Spread manifests" >> beam.Reshuffle()
-        | "Read ids" >> beam.ParDo(units.ReadDone(shards, job.output))
+        | "Read ids" >> beam.FlatMap(units.read_done, shards, job.output)
     )
     return (rows, done) | "Join" >> beam.Flatten() | "Gather shards" >> beam.GroupByKey()
 

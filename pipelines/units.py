@@ -201,29 +201,26 @@ class PlanRows(beam.DoFn):
         self._heartbeat = Heartbeat(self._store)
 
     def process(self, element: Any) -> Iterator[Any]:
-        with inputs.keeping():  # rows may all have a picture of the job's own
-            yield from self._process(element)
-
-    def _process(self, element: Any) -> Iterator[Any]:
         started, counts, rejected = time.monotonic(), Counter(), []
         seen: set[str] = set()
         shards: dict[int, list[Row]] = {}
         held = size = 0
-        for place, values, row in spread(self._planned, self._read(element), waits=self._fetches):
-            counts["rows"] += 1
-            self._heartbeat.add(rows=1)
-            if isinstance(row, Exception):
-                rejected.append(rejection(place, values, row))
-                continue
-            if row.id in seen:
-                counts["duplicates"] += 1
-                continue
-            seen.add(row.id)
-            shards.setdefault(shard_of(row.id, self._shards), []).append(row)
-            held, size = held + 1, size + _text_size(row)
-            if held == SHARD_ROWS or size > _HELD:
-                yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
-                shards, held, size = {}, 0, 0
+        with inputs.keeping():  # rows may all have a picture of the job's own
+            for place, values, row in spread(self._planned, self._read(element), waits=self._fetches):
+                counts["rows"] += 1
+                self._heartbeat.add(rows=1)
+                if isinstance(row, Exception):
+                    rejected.append(rejection(place, values, row))
+                    continue
+                if row.id in seen:
+                    counts["duplicates"] += 1
+                    continue
+                seen.add(row.id)
+                shards.setdefault(shard_of(row.id, self._shards), []).append(row)
+                held, size = held + 1, size + _text_size(row)
+                if held == SHARD_ROWS or size > _HELD:
+                    yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
+                    shards, held, size = {}, 0, 0
         yield from ((shard, ("rows", pack(rows))) for shard, rows in shards.items())
         write_rejected(self._store, repr(element), rejected)
         counts["rejected"] = len(rejected)
@@ -258,96 +255,73 @@ def manifest_batches(out: str) -> Iterator[list[str]]:
     yield from (names[i : i + _MANIFESTS_A_READER] for i in range(0, len(names), _MANIFESTS_A_READER))
 
 
-class ReadDone(beam.DoFn):
+def read_done(manifests: list[str], shards: int, out: str) -> Iterator[tuple[int, tuple[str, bytes]]]:
     """Names of manifests -> (shard, packed ids of the images that they commit)."""
-
-    def __init__(self, shards: int, out: str):
-        self._shards, self._store = shards, Store(out)
-
-    def process(self, element: list[str]) -> Iterator[tuple[int, tuple[str, bytes]]]:
-        shards: dict[int, list[str]] = {}
-        for name in element:
-            for id in self._store.read_table(name, ["id"])["id"].to_pylist():
-                shards.setdefault(shard_of(id, self._shards), []).append(id)
-        yield from ((shard, ("done", pack(ids))) for shard, ids in shards.items())
+    done: dict[int, list[str]] = {}
+    for name in manifests:
+        for id in Store(out).read_table(name, ["id"])["id"].to_pylist():
+            done.setdefault(shard_of(id, shards), []).append(id)
+    yield from ((shard, ("done", pack(ids))) for shard, ids in done.items())
 
 
-class _Joined(beam.DoFn):
-    """(shard, its packed rows and ids): rows of one id become one, and those that are made already go."""
+class Join(beam.DoFn):
+    """(shard, its packed rows and ids) -> what `arrange` makes of the rows yet to make.
 
-    def __init__(self, out: str):
-        self._store = Store(out)
+    Rows of one id become one, and those that are made already go.
+    """
+
+    def __init__(self, out: str, arrange: Callable[[list[Row]], Iterable[Any]]):
+        self._store, self._arrange = Store(out), arrange
         self._counters = {name: Metrics.counter(NAMESPACE, name) for name in ("duplicates", "already_done", "planned")}
 
     def setup(self) -> None:
         self._heartbeat = Heartbeat(self._store)
 
-    def finish_bundle(self) -> None:
-        self._heartbeat.flush()
-
-    def _left(self, packed: Iterable[tuple[str, bytes]]) -> tuple[list[Row], Any]:
-        """The rows yet to make, and this shard's share of the account."""
+    def process(self, element: tuple[int, Iterable[tuple[str, bytes]]]) -> Iterator[Any]:
         started, counts = time.monotonic(), Counter()
         rows: dict[str, Row] = {}
-        for row in _unpacked(packed, "rows"):
+        for row in _unpacked(element[1], "rows"):
             other = rows.get(row.id)
             counts["duplicates"] += other is not None
             if other is None or row.place < other.place:
                 rows[row.id] = row
-        for id in _unpacked(packed, "done"):  # after the rows: an output may hold far more ids than this job has rows
+        # After the rows: an output may hold far more ids than this job has rows.
+        for id in _unpacked(element[1], "done"):
             counts["already_done"] += rows.pop(id, None) is not None
         left = list(rows.values())
         counts["planned"] = len(left)
         for name, counter in self._counters.items():
             counter.inc(counts[name])
         self._heartbeat.add(planned=counts["planned"])
-        return left, TaggedOutput(COUNTS, {**counts, "seconds": {"plan": time.monotonic() - started}})
+        yield TaggedOutput(COUNTS, {**counts, "seconds": {"plan": time.monotonic() - started}})
+        yield from self._arrange(left)
+
+    def finish_bundle(self) -> None:
+        self._heartbeat.flush()
 
 
-class MakeUnits(_Joined):
-    """(shard, its packed rows and ids) -> PackedUnits of the images yet to make."""
-
-    def __init__(self, size: int, out: str):
-        super().__init__(out)
-        self._size = size
-
-    def process(self, element: tuple[int, Iterable[tuple[str, bytes]]]) -> Iterator[Any]:
-        left, counts = self._left(element[1])
-        yield from _packed(make_units(left, self._size))
-        yield counts
+def packed_units(rows: Iterable[Row], size: int, order: Callable[[Row], Any] = by_length) -> Iterator[PackedUnit]:
+    """Rows -> PackedUnits of them."""
+    for unit in make_units(rows, size, order):
+        yield PackedUnit(unit.name, pack(unit))
 
 
-class SendToFiles(_Joined):
-    """(shard, its packed rows and ids) -> (file or part of one, packed rows) of the pictures yet to encode."""
-
-    def process(self, element: tuple[int, Iterable[tuple[str, bytes]]]) -> Iterator[Any]:
-        left, counts = self._left(element[1])
-        files: dict[str, list[Row]] = {}
-        for row in left:
-            files.setdefault(row.request.part, []).append(row)
-        yield from ((part, pack(rows)) for part, rows in files.items())
-        yield counts
+def by_file(rows: Iterable[Row]) -> Iterator[tuple[str, bytes]]:
+    """Rows of pictures -> (file or part of one, packed rows)."""
+    files: dict[str, list[Row]] = {}
+    for row in rows:
+        files.setdefault(row.request.part, []).append(row)
+    yield from ((part, pack(rows)) for part, rows in files.items())
 
 
-class CutUnits(beam.DoFn):
+def units_of_file(file: tuple[str, Iterable[bytes]], size: int) -> Iterator[PackedUnit]:
     """(file or part of one, its packed rows) -> PackedUnits of neighbours."""
-
-    def __init__(self, size: int):
-        self._size = size
-
-    def process(self, element: tuple[str, Iterable[bytes]]) -> Iterator[PackedUnit]:
-        rows = itertools.chain.from_iterable(map(unpack, element[1]))
-        yield from _packed(make_units(rows, self._size, by_place))
+    yield from packed_units(itertools.chain.from_iterable(map(unpack, file[1])), size, by_place)
 
 
 def _unpacked(packed: Iterable[tuple[str, bytes]], wanted: str) -> Iterator[Any]:
     """The values of one kind, a blob at a time."""
     return itertools.chain.from_iterable(unpack(blob) for kind, blob in packed if kind == wanted)
-
-
-def _packed(units: Iterable[Unit]) -> Iterator[PackedUnit]:
-    for unit in units:
-        yield PackedUnit(unit.name, pack(unit))
 
 
 def rejection(place: Place, values: Any, error: Exception) -> dict[str, Any]:

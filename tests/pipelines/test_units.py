@@ -18,15 +18,15 @@ from pipelines.records import RowError
 from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import (
+    Join,
     PlanRequest,
     PlanRows,
-    ReadDone,
     Row,
-    SendToFiles,
     extras_json,
     make_units,
     pack,
     padded_calls,
+    read_done,
     rejection,
     shard_count,
     shard_of,
@@ -109,11 +109,11 @@ def test_ids_that_are_done_are_held_only_where_they_meet_rows(tmp_path):
     values = [("done", pack(done[i : i + 1000])) for i in range(0, len(done), 1000)]
     values.insert(7, ("rows", pack(rows[:60])))
     values += [("rows", pack(rows[40:])), ("done", pack([row.id for row in rows[50:]]))]
-    stage = SendToFiles(str(tmp_path))
+    stage = Join(str(tmp_path), list)
     stage.setup()
     tracemalloc.start()
     try:
-        left, counts = stage._left(values)
+        counts, *left = stage.process((0, values))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -133,7 +133,7 @@ def test_a_damaged_manifest_stops_the_plan_by_its_name(tmp_path, damage):
     ids = [f"{i:032x}" for i in range(9)]
     pq.write_table(pa.table({"id": ids}), path, compression="none", use_dictionary=False, write_statistics=False)
     name = f"manifest/{path.name}"
-    ((shard, (kind, packed)),) = ReadDone(1, str(tmp_path)).process([name])
+    ((shard, (kind, packed)),) = read_done([name], 1, str(tmp_path))
     assert (shard, kind, unpack(packed)) == (0, "done", ids)
     data = bytearray(path.read_bytes())
     if damage == "its text":
@@ -143,7 +143,7 @@ def test_a_damaged_manifest_stops_the_plan_by_its_name(tmp_path, damage):
     path.write_bytes(data[:-9] if damage == "cut short" else data)
     says = f"^{name} cannot be read: [^\n]+; delete this manifest and run the command again$"
     with pytest.raises(ValueError, match=says):
-        list(ReadDone(1, str(tmp_path)).process([name]))
+        list(read_done([name], 1, str(tmp_path)))
 
 
 def read_rows(stage, element="piece"):
