@@ -236,6 +236,6 @@ def write_report(job: JobOptions, model: Any, counts: Iterable[Any], *, contact_
     _ = (
         tuple(counts)
         | "All counts" >> beam.Flatten()
-        | "Sum" >> beam.CombineGlobally(report.SumAccounts())
-        | "Report" >> beam.ParDo(report.WriteReport(facts, job.output))
+        | "Sum" >> beam.CombineGlobally(report.add_up)
+        | "Report" >> beam.Map(report.write, facts, job.output)
     )

@@ -1,10 +1,8 @@
 """What a job leaves to read: the account of its rows in summary.json, and index.html to look at its images."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
-
-import apache_beam as beam
 
 from pipelines import contact_sheet, layout, progress
 from pipelines.storage import Store
@@ -18,32 +16,20 @@ class AccountError(AssertionError):
     """Rows were lost or counted twice: a fault in this program, never in its input."""
 
 
-class SumAccounts(beam.CombineFn):
+def add_up(shares: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Shares of the account to their sum: numbers added, mappings joined, `first` the earliest, `last` the latest."""
-
-    def create_accumulator(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {}
-
-    def add_input(self, mutable_accumulator: dict[str, Any], element: dict[str, Any], *args: Any, **kwargs: Any):
-        for name, value in element.items():
-            old = mutable_accumulator.get(name)
+    total: dict[str, Any] = {}
+    for share in shares:
+        for name, value in share.items():
+            old = total.get(name)
             if isinstance(value, dict):
-                mutable_accumulator[name] = self.add_input(old or {}, value)
+                total[name] = add_up([old or {}, value])
             elif old is None:
-                mutable_accumulator[name] = value
+                total[name] = value
             else:
                 join = {_EARLIEST: min, _LATEST: max}.get(name, lambda a, b: a + b)
-                mutable_accumulator[name] = join(old, value)
-        return mutable_accumulator
-
-    def merge_accumulators(self, accumulators: Iterable[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for accumulator in accumulators:
-            merged = self.add_input(merged, accumulator)
-        return merged
-
-    def extract_output(self, accumulator: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return accumulator
+                total[name] = join(old, value)
+    return total
 
 
 class Job(NamedTuple):
@@ -103,21 +89,16 @@ def _stamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-class WriteReport(beam.DoFn):
+def write(account: dict[str, Any], job: Job, out: str) -> dict[str, Any]:
     """The account of the whole job -> the summary, which is also in summary.json, beside index.html."""
-
-    def __init__(self, job: Job, out: str):
-        self._job, self._store = job, Store(out)
-
-    def process(self, element: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        summary = summarize(self._job, element, time.time())
-        limit = self._job.contact_sheet
-        if limit and (summary["images"] or self._job.stale or not self._store.exists(contact_sheet.NAME)):
-            contact_sheet.write(self._store, limit)
-        progress.clear(self._store)
-        summary["manifests"] = len(layout.find(self._store, "manifest"))  # fewer than these say that some are gone
-        self._store.write_json(SUMMARY, summary)
-        yield summary
+    store, limit = Store(out), job.contact_sheet
+    summary = summarize(job, account, time.time())
+    if limit and (summary["images"] or job.stale or not store.exists(contact_sheet.NAME)):
+        contact_sheet.write(store, limit)
+    progress.clear(store)
+    summary["manifests"] = len(layout.find(store, "manifest"))  # fewer than these say that some are gone
+    store.write_json(SUMMARY, summary)
+    return summary
 
 
 def text(summary: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines import contact_sheet, latents, progress, report
 from pipelines.layout import manifest_name
 from pipelines.progress import Heartbeat, ProgressLine, totals
-from pipelines.report import AccountError, Job, SumAccounts, summarize
+from pipelines.report import AccountError, Job, add_up, summarize
 from pipelines.sinks import MANIFEST
 from pipelines.storage import Store
 from tests.pipelines import standin
@@ -35,13 +35,8 @@ def test_shares_add_up_in_any_order():
     ]
     expected = {"rows": 5, "rejected": 1, "duplicates": 1, "already_done": 1, "images": 2}
     expected |= {"first": 5.0, "last": 9.0, "seconds": {"read": 1.0, "write": 0.75}}
-    add = SumAccounts()
     for order in (shares, shares[::-1]):
-        whole = add.create_accumulator()
-        for share in order:
-            whole = add.add_input(whole, json.loads(json.dumps(share)))
-        halves = [add.add_input({}, json.loads(json.dumps(share))) for share in order]
-        assert add.extract_output(whole) == add.merge_accumulators(halves) == expected
+        assert add_up(order) == add_up([add_up(order[:1]), add_up([]), add_up(order[1:])]) == expected
     told = summarize(JOB, expected, now=1360.0)
     assert told["images_per_second"] == 0.5
     assert told["cost_per_1000_images"] == 2.0 * 0.1 / 2 * 1000
@@ -323,6 +318,6 @@ def test_manifests_are_read_together(made, monkeypatch):
 def test_no_page_reads_nothing(made, tmp_path, monkeypatch):
     shutil.copytree(made[0] / "manifest", tmp_path / "manifest")
     monkeypatch.setattr(Store, "read", None)
-    (told,) = report.WriteReport(JOB._replace(contact_sheet=0), str(tmp_path)).process({"rows": 1, "images": 1})
+    told = report.write({"rows": 1, "images": 1}, JOB._replace(contact_sheet=0), str(tmp_path))
     assert told["images"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest", "summary.json"]
