@@ -17,7 +17,6 @@ from pipelines.sinks import Encoded, Provenance, Sink, committed, places
 from pipelines.storage import Store
 from pipelines.units import (
     NAMESPACE,
-    PackedUnit,
     Planner,
     Row,
     Unit,
@@ -130,7 +129,7 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
 
 
 class UnitHandler(SdjaxModelHandler):
-    """PackedUnits to committed units: makes, encodes and writes in one stage, so that no image leaves it.
+    """Packed units to committed ones: makes, encodes and writes in one stage, so that no image leaves it.
 
     Yields mappings, shares of the account: one for each commit, and one wherever rows are rejected. The devices work on
     while earlier images are encoded by a thread a core and the unit before is written. A unit that is committed already
@@ -149,13 +148,13 @@ class UnitHandler(SdjaxModelHandler):
     def load_model(self) -> LazyModel:
         return LazyModel(self._load_pipe, Heartbeat(self._store))
 
-    def get_num_bytes(self, batch: Sequence[PackedUnit]) -> int:
-        return sum(len(unit.blob) for unit in batch)
+    def get_num_bytes(self, batch: Sequence[bytes]) -> int:
+        return sum(map(len, batch))
 
     def run_inference(
-        self, batch: Sequence[PackedUnit], model: LazyModel, inference_args: Mapping[str, Any] | None = None
+        self, batch: Sequence[bytes], model: LazyModel, inference_args: Mapping[str, Any] | None = None
     ) -> Iterable[dict[str, Any]]:
-        whole = [unpack(packed.blob) for packed in batch]
+        whole = list(map(unpack, batch))
         # An earlier attempt at a unit that rejected some rows may have committed the others.
         units = [_without(unit, read_rejected(self._store, unit.name)) for unit in whole]
         gone = [len(unit.rows) - len(left.rows) for unit, left in zip(whole, units, strict=True)]

@@ -75,13 +75,6 @@ class Unit(NamedTuple):
     rows: list[Row]
 
 
-class PackedUnit(NamedTuple):
-    """A unit as it travels."""
-
-    name: str
-    blob: bytes
-
-
 def extras_json(extras: dict[str, Any]) -> str:
     """A row's other columns as the manifest keeps them; a number that is not finite, which JSON has none of, is null.
 
@@ -300,10 +293,9 @@ class Join(beam.DoFn):
         self._heartbeat.flush()
 
 
-def packed_units(rows: Iterable[Row], size: int, order: Callable[[Row], Any] = by_length) -> Iterator[PackedUnit]:
-    """Rows -> PackedUnits of them."""
-    for unit in make_units(rows, size, order):
-        yield PackedUnit(unit.name, pack(unit))
+def packed_units(rows: Iterable[Row], size: int, order: Callable[[Row], Any] = by_length) -> Iterator[bytes]:
+    """Rows -> packed units of them."""
+    return map(pack, make_units(rows, size, order))
 
 
 def by_file(rows: Iterable[Row]) -> Iterator[tuple[str, bytes]]:
@@ -314,9 +306,9 @@ def by_file(rows: Iterable[Row]) -> Iterator[tuple[str, bytes]]:
     yield from ((part, pack(rows)) for part, rows in files.items())
 
 
-def units_of_file(file: tuple[str, Iterable[bytes]], size: int) -> Iterator[PackedUnit]:
-    """(file or part of one, its packed rows) -> PackedUnits of neighbours."""
-    yield from packed_units(itertools.chain.from_iterable(map(unpack, file[1])), size, by_place)
+def units_of_file(file: tuple[str, Iterable[bytes]], size: int) -> Iterator[bytes]:
+    """(file or part of one, its packed rows) -> packed units of neighbours."""
+    return packed_units(itertools.chain.from_iterable(map(unpack, file[1])), size, by_place)
 
 
 def _unpacked(packed: Iterable[tuple[str, bytes]], wanted: str) -> Iterator[Any]:

@@ -18,7 +18,7 @@ from pipelines.lazy_model import LazyModel
 from pipelines.options import IN_PROCESS
 from pipelines.sinks import Images
 from pipelines.sources import Place
-from pipelines.units import PackedUnit, Row, make_units, pack, unpack
+from pipelines.units import Row, packed_units, unpack
 from sdjax.request import Request
 from sdjax.values import RequestError
 from tests.pipelines import standin
@@ -93,7 +93,7 @@ def units_of_two(tmp_path):
     """Four rows in two units, and a handler that makes them."""
     requests = [SPEC.resolve(Request(prompt=f"cat {i}", num_inference_steps=1 + i)) for i in range(4)]
     rows = [Row(SPEC.id(r), "", SPEC.calls(r), r, "{}", Place("f", i)) for i, r in enumerate(requests)]
-    packed = [PackedUnit(unit.name, pack(unit)) for unit in make_units(rows, 2)]
+    packed = list(packed_units(rows, 2))
     return packed, UnitHandler(str(tmp_path), Images("tar", "png"), SPEC, load=standin.load)
 
 
@@ -109,7 +109,7 @@ def rejected(folder):
 @pytest.mark.parametrize("gone", [{2}, {0, 1, 2, 3}, {0, 2}])
 def test_a_unit_that_is_committed_before_another_fails_counts(units_of_two, tmp_path, monkeypatch, gone):
     packed, handler = units_of_two
-    first, lost = tmp_path / manifest_name(packed[0].name), []
+    first, lost = tmp_path / manifest_name(unpack(packed[0]).name), []
 
     def stream(pipe, requests):
         for i, request in enumerate(map(pipe.spec.resolve, requests)):
@@ -262,7 +262,7 @@ def test_a_row_that_fails_where_others_are_made_is_alone(units_of_two, tmp_path,
             yield standin.picture(pipe.spec, request)
 
     monkeypatch.setattr(standin.Pipe, "stream", stream)
-    rows = [[row.place.row for row in unpack(unit.blob).rows] for unit in packed]
+    rows = [[row.place.row for row in unpack(unit).rows] for unit in packed]
     failing = [sum(f"cat {row}" in poison for row in unit) for unit in rows]
     shares = account(handler.run_inference(packed, handler.load_model()))
     assert sum(images for images, _ in shares) == 4 - len(poison)
@@ -296,8 +296,8 @@ def test_a_fault_of_no_row_rejects_none(units_of_two, tmp_path, monkeypatch, tim
 @pytest.mark.parametrize("after", range(12))
 def test_a_device_that_is_lost_rejects_no_row_that_can_be_made(units_of_two, tmp_path, monkeypatch, after):
     packed, handler = units_of_two
-    rows = [row for unit in packed for row in unpack(unit.blob).rows]
-    packed = [PackedUnit(unit.name, pack(unit)) for unit in make_units(rows, 4)]
+    rows = [row for unit in packed for row in unpack(unit).rows]
+    packed = list(packed_units(rows, 4))
     made = []
 
     def stream(pipe, requests):

@@ -44,7 +44,7 @@ def plan(prompts: str, output: str) -> None:
     job = parse(["--prompts", prompts, "--output", output])
     with beam.Pipeline(options=job.beam) as pipeline:
         units, _ = generate_images.plan(pipeline, job, sources.find(job.prompts), standin.Spec())
-        images = units | beam.Map(lambda unit: len(unpack(unit.blob).rows)) | beam.CombineGlobally(sum)
+        images = units | beam.Map(lambda unit: len(unpack(unit).rows)) | beam.CombineGlobally(sum)
         _ = images | beam.io.WriteToText(f"{output}/images", num_shards=1, shard_name_template="")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps([int(Path(output, "images").read_text()), time.monotonic() - started, peak]))
