@@ -158,12 +158,10 @@ def is_told(store: Store) -> bool:
 
 def clear(store: Store) -> None:
     """Delete the files of all processes, and their folder where it holds nothing else."""
-    found = store.find(FOLDER)
-    ours = [name for name in found if _OURS.fullmatch(name)]
-    if ours == found:
-        store.remove_folder(FOLDER)
-    else:
-        store.delete(ours)
+    store.delete(list(filter(_OURS.fullmatch, store.find(FOLDER))))
+    if store.is_local:
+        with suppress(OSError):  # it is not there, or not empty
+            os.rmdir(store.path(FOLDER))
 
 
 def _clock(seconds: float) -> str:

@@ -168,11 +168,6 @@ class Store:
         for _ in spread(remove, names):
             pass
 
-    def remove_folder(self, name: str) -> None:
-        """Remove a folder and what is in it; an absent one is no error."""
-        with contextlib.suppress(FileNotFoundError):
-            retry(lambda: self.fs.rm(self.path(name), recursive=True))
-
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file's object, or None where it is absent, cut short or anything else."""
         try:

@@ -39,8 +39,7 @@ def test_files_are_written_listed_read_and_deleted(store):
     assert store.read("a/x.txt") == b"new"
     store.delete(["a/x.txt", "a/absent.txt"])
     assert not store.exists("a/x.txt")
-    store.remove_folder("a")
-    store.remove_folder("a")
+    store.delete(["a/b/y.txt"])
     assert store.find("a") == []
     with pytest.raises(FileNotFoundError):
         store.read("a/x.txt")
