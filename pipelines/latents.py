@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from pipelines import image_sets
 from pipelines.image_sets import Found, Picture
 from pipelines.layout import shard_name
-from pipelines.sinks import Encoded, Provenance, commit
+from pipelines.sinks import Encoded, Provenance, columns, commit
 from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
@@ -196,8 +196,7 @@ class Latents:
         files = {shard: save(tensors | arrays[0].shared)}
         rows = [
             {
-                **made_by.columns,
-                "id": row.id,
+                **columns(row, item, made_by, seconds / len(encoded)),
                 "key": row.request.key,
                 "caption": row.request.caption,
                 "image_sha256": row.request.sha256,
@@ -207,12 +206,6 @@ class Latents:
                 "shard": shard,
                 "index": index,
                 "bytes": item.data.bytes,
-                "sha256": item.sha256,
-                "flags": list(item.flags),
-                "seconds": seconds / len(encoded),
-                "extras": row.extras,
-                "input_file": row.place.file,
-                "input_row": row.place.row,
             }
             for index, (row, item) in enumerate(zip(unit.rows, encoded, strict=True))
         ]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines.layout import image_name, manifest_name, shard_name
 from pipelines.storage import Store, spread
-from pipelines.units import Unit
+from pipelines.units import Row, Unit
 from sdjax.images import encode, parameters
 from sdjax.request import Request, field_types
 
@@ -71,12 +71,6 @@ class Provenance(NamedTuple):
     fingerprint: str
     device: str
 
-    @property
-    def columns(self) -> dict[str, str]:
-        """What every row of a manifest says of it."""
-        facts = {"model": self.model, "model_fingerprint": self.fingerprint}
-        return {**facts, "versions": versions(), "device": self.device}
-
 
 class Sink(Protocol):
     """How a job stores its results."""
@@ -103,6 +97,23 @@ def versions() -> str:
         except PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def columns(row: Row, stored: Encoded, made_by: Provenance, seconds: float) -> dict[str, Any]:
+    """What every manifest says of a result."""
+    return {
+        "id": row.id,
+        "model": made_by.model,
+        "model_fingerprint": made_by.fingerprint,
+        "versions": versions(),
+        "device": made_by.device,
+        "sha256": stored.sha256,
+        "flags": list(stored.flags),
+        "seconds": seconds,
+        "extras": row.extras,
+        "input_file": row.place.file,
+        "input_row": row.place.row,
+    }
 
 
 def committed(store: Store, unit: Unit) -> dict[str, int] | None:
@@ -184,19 +195,12 @@ class Images:
             files = {name: image.data for name, image in zip(names, encoded, strict=True)}
         rows = [
             {
-                "id": row.id,
+                **columns(row, image, made_by, seconds / len(encoded)),
                 **vars(row.request),
-                **made_by.columns,
                 "file": file,
                 "shard": shard,
                 "offset": offset,
                 "bytes": len(image.data),
-                "sha256": image.sha256,
-                "flags": list(image.flags),
-                "seconds": seconds / len(encoded),
-                "extras": row.extras,
-                "input_file": row.place.file,
-                "input_row": row.place.row,
             }
             for row, image, file, offset in zip(unit.rows, encoded, names, offsets, strict=True)
         ]
