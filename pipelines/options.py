@@ -145,6 +145,12 @@ class EncodeOptions(JobOptions):
     command, description = "encode_latents", "An image dataset to VAE latents and text embeddings, to train on."
     needed = ("images", "output")
     least: ClassVar = {**JobOptions.least, "size": 8}
+    refused: ClassVar = {
+        ("lora", "textual_inversion"): "would change the text encoder that training then starts from; leave it out",
+        ("vae",): "would give latents of another VAE than the one that training keeps; leave it out",
+        ("variant",): "may read other weights than training does; name a folder of that variant alone",
+        ("controlnet", "refiner"): "has no part in encoding; leave it out",
+    }
 
     @classmethod
     def add_to(cls, parser: argparse.ArgumentParser) -> None:
@@ -160,15 +166,10 @@ class EncodeOptions(JobOptions):
 
     def check(self) -> None:
         super().check()
-        if self.lora or self.textual_inversion:
-            name = "lora" if self.lora else "textual-inversion"
-            raise OptionError(f"--{name} would change the text encoder that training then starts from; leave it out")
-        if self.vae:
-            raise OptionError("--vae would give latents of another VAE than the one that training keeps; leave it out")
-        if self.variant:
-            raise OptionError(
-                "--variant may read other weights than training does; name a folder of that variant alone"
-            )
+        for names, why in self.refused.items():
+            for name in names:
+                if getattr(self, name):
+                    raise OptionError(f"--{name.replace('_', '-')} {why}")
         if self.model:
             from sdjax.weights.single_file import is_single_file
 
@@ -177,9 +178,6 @@ class EncodeOptions(JobOptions):
                     f"--model={self.model} is a single file, and training starts from a folder: "
                     "StableDiffusion.from_single_file(FILE).save_pretrained(FOLDER) writes it as one"
                 )
-        for name in ("controlnet", "refiner"):
-            if getattr(self, name):
-                raise OptionError(f"--{name} has no part in encoding; leave it out")
 
 
 class _Parser(argparse.ArgumentParser):
