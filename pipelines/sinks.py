@@ -215,8 +215,22 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
     match, which `pipelines.verify` finds: it takes two workers at one unit whose bytes differ.
     """
     replaced: dict[str, bytes] = {}
-    placed = list(spread(lambda name: place(store, unit, name, files[name], replaced), files))
-    if all(placed) and _write_manifest(store, unit, rows, schema):
+
+    def place(name: str) -> bool:
+        """Put a file that no manifest speaks of yet, and keep what it replaced; False where the unit is committed."""
+        try:
+            store.write(name, files[name], create=True)
+            return True
+        except FileExistsError:
+            if store.exists(manifest_name(unit)):
+                return False
+            old = store.read(name)
+            if old != files[name]:  # a killed run's, or another worker's that has this unit too
+                replaced[name] = old
+                store.write(name, files[name])
+            return True
+
+    if all(list(spread(place, files))) and _write_manifest(store, unit, rows, schema):
         return True
     for name, data in replaced.items():
         store.write(name, data)
@@ -233,18 +247,3 @@ def _write_manifest(store: Store, unit: str, rows: list[dict[str, Any]], schema:
     except FileExistsError:
         return store.read(manifest_name(unit)) == data  # the first answer to this very write was lost
     return True
-
-
-def place(store: Store, unit: str, name: str, data: bytes, replaced: dict[str, bytes]) -> bool:
-    """Put a file that no manifest speaks of yet, and keep what it replaced; False where the unit is committed."""
-    try:
-        store.write(name, data, create=True)
-        return True
-    except FileExistsError:
-        if store.exists(manifest_name(unit)):
-            return False
-        old = store.read(name)
-        if old != data:  # a killed run's, or another worker's that has this unit too, on other hardware or versions
-            replaced[name] = old
-            store.write(name, data)
-        return True

@@ -16,7 +16,7 @@ from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
 from pipelines import verify
-from pipelines.sinks import place
+from pipelines.sinks import MANIFEST, commit
 from pipelines.storage import Store
 from sdjax import compile_cache, retrying
 from tests.pipelines import standin
@@ -91,6 +91,6 @@ def test_a_large_object_is_whole_or_absent(network):
     store = Store("gs://dataset/out")
     for fault in (503, "cut", "lost"):
         network.faults = [fault]
-        assert place(store, "unit", f"shards/{fault}.tar", data, {})
+        assert commit(store, f"unit-{fault}", {f"shards/{fault}.tar": data}, [], MANIFEST)
         assert network.faults == []
         assert store.read(f"shards/{fault}.tar") == data
