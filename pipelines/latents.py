@@ -123,9 +123,6 @@ class LatentSpec:
         asked = f"{self.fingerprint} {self.dtype} {self.size} {picture.sha256} {picture.caption}"
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
-    def program(self, picture: Picture) -> str:
-        return ""
-
 
 @dataclass(frozen=True)
 class PlanPicture:
@@ -136,7 +133,8 @@ class PlanPicture:
     def __call__(self, place: Place, found: Found) -> Row:
         """Raises any of `units.UNUSABLE` for one that cannot be used."""
         picture, extras = found
-        return Row(self.planner.id(picture), self.planner.program(picture), 1, picture, extras_json(extras), place)
+        # Of one program all: pictures come in one size.
+        return Row(self.planner.id(picture), "", 1, picture, extras_json(extras), place)
 
 
 class LatentPipe:
