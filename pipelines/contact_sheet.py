@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import layout
-from pipelines.storage import Store, spread
+from pipelines.storage import Store, parallel_map
 
 NAME = "index.html"
 SIDE = 160  # pixels of a thumbnail's longer side
@@ -31,13 +31,13 @@ def write(store: Store, limit: int) -> None:
     old = _cards_of(store)
     rows: list[dict[str, Any]] = []
     total = 0
-    for manifest in spread(partial(_manifest, store), layout.find(store, "manifest")):
+    for manifest in parallel_map(partial(_manifest, store), layout.find(store, "manifest")):
         if not set(_COLUMNS) <= set(manifest.schema_arrow.names):  # of latents, say
             continue
         total += manifest.metadata.num_rows
         if len(rows) < limit:
             rows += _rows(manifest, limit - len(rows))
-    cards = [card for card in spread(partial(_card, store, old), rows) if card]
+    cards = [card for card in parallel_map(partial(_card, store, old), rows) if card]
     page = files("pipelines").joinpath("index.html").read_text(encoding="utf-8")
     # No "<" at all: what may end or open a script element is more than "</script>".
     data = json.dumps(cards, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

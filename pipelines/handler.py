@@ -114,7 +114,7 @@ class SdjaxModelHandler(ModelHandler[Request | str, PredictionResult, LazyModel]
                 inferences.append(None)
             except RequestError as error:
                 inferences.append(error)
-        with model.devices:
+        with model.devices_lock:
             results = iter(_made(pipe, good))
         for example, error in zip(batch, inferences, strict=True):
             inference = next(results) if error is None else error
@@ -238,7 +238,7 @@ class UnitHandler(SdjaxModelHandler):
         made_by = _provenance(pipe)
 
         def make(rows: list[Row]) -> None:
-            with model.devices:
+            with model.devices_lock:
                 for result in pipe.stream([row.request for row in rows]):
                     self._sink.encode(result, made_by)
 
@@ -268,7 +268,7 @@ class UnitHandler(SdjaxModelHandler):
         padded = padded_calls(rows, pipe.batch_size * len(pipe.devices))
         with inputs.keeping(), ThreadPoolExecutor(threads) as encoders, ThreadPoolExecutor(1) as writer:
             written: list[Future[dict[str, Any]]] = []
-            with model.devices:
+            with model.devices_lock:
                 results = pipe.stream([row.request for row in rows])
                 for unit in units:
                     begun, encoding = time.monotonic(), []

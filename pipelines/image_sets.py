@@ -21,7 +21,7 @@ from pipelines import image_samples, layout, sources
 from pipelines.image_samples import Sample
 from pipelines.records import MAX_RECORD, RowError
 from pipelines.sources import Place, Source, SourceError
-from pipelines.storage import spread
+from pipelines.storage import parallel_map
 from sdjax import inputs
 from sdjax.files import below
 from sdjax.retrying import retry
@@ -98,7 +98,7 @@ def find(patterns: list[str]) -> list[str]:
             raise SourceError(f"{path}: no image set; allowed are folders, .tar and .parquet")
         else:
             found[path] = None
-    for _ in spread(_check, found, READERS):
+    for _ in parallel_map(_check, found, READERS):
         pass
     return list(found)
 
@@ -194,7 +194,7 @@ def cut(path: str) -> Iterator[Piece]:
 def read(piece: Piece) -> Iterator[tuple[Place, Found | RowError]]:
     """The piece's pictures in order, each with its place; one that cannot be used is its error."""
     part = f"{piece.file} {piece.first_row}"
-    for row, found in enumerate(spread(partial(_checked, part), _samples(piece), READERS), piece.first_row):
+    for row, found in enumerate(parallel_map(partial(_checked, part), _samples(piece), READERS), piece.first_row):
         yield Place(piece.file, row), found
 
 
@@ -246,7 +246,7 @@ def load(pictures: Iterable[Picture], use: Callable[[Picture, bytes], T]) -> Ite
             else:
                 yield from (partial(_fetched, use, picture) for picture in together)
 
-    yield from spread(lambda call: call(), calls(), READERS)
+    yield from parallel_map(lambda call: call(), calls(), READERS)
 
 
 def _from_row_group(pictures: list[Picture]) -> Iterator[tuple[Picture, bytes]]:

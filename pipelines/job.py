@@ -104,7 +104,7 @@ def _has_ended(result: Any) -> bool:
 def _refuse_second(store: Store) -> None:
     """Raise ValueError where another job seems to write to a bucket, which nobody can hold as a folder on a disk is."""
     last = {} if store.is_local else store.read_json(report.SUMMARY) or {}
-    if last.get("finished") is False and progress.is_told(store):
+    if last.get("finished") is False and progress.is_alive(store):
         raise ValueError(f"another job wrote to {store.url} within the last minute; wait for its end, or a minute")
 
 

@@ -46,7 +46,7 @@ class LazyModel:
         self._load, self._lock, self._pipe = load, threading.Lock(), None
         self._checking, self._checked = threading.Lock(), False
         self.heartbeat = heartbeat
-        self.devices = threading.Lock()  # held by the thread that feeds the devices
+        self.devices_lock = threading.Lock()  # held by the thread that feeds the devices
         self._clock = _Clock()
 
     def get(self, **options: Any) -> Any:

@@ -9,7 +9,7 @@ import fsspec
 from fsspec.utils import get_protocol
 
 from pipelines import contact_sheet, layout, progress, report
-from pipelines.storage import Store, spread
+from pipelines.storage import Store, parallel_map
 
 
 def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
@@ -27,7 +27,7 @@ def orphans(store: Store, *, tolerant: bool = False) -> list[str]:
     shards = [name for name in ours["shards"] if layout.unit_of(name) not in units]
     images = set(ours["images"])
     if images:
-        for committed in spread(partial(_files, store, tolerant), ours["manifest"]):
+        for committed in parallel_map(partial(_files, store, tolerant), ours["manifest"]):
             images.difference_update(committed)
     return sorted([*shards, *images, *_temporary(store, [name for found in names.values() for name in found])])
 

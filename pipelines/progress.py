@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import UTC
 from typing import IO
 
-from pipelines.storage import Store, spread
+from pipelines.storage import Store, parallel_map
 
 FOLDER = ".progress"
 _OURS = re.compile(rf"{re.escape(FOLDER)}/[^/]+-[0-9]+-[0-9a-f]{{8}}\.json")
@@ -139,14 +139,14 @@ def totals(store: Store) -> Counter[str]:
     """The counts of all processes so far; a file that is being written is left out."""
     counts: Counter[str] = Counter()
     try:
-        for found in spread(store.read_json, store.find(FOLDER)):
+        for found in parallel_map(store.read_json, store.find(FOLDER)):
             counts.update(found or {})
     except Exception:  # as in Heartbeat
         pass
     return counts
 
 
-def is_told(store: Store) -> bool:
+def is_alive(store: Store) -> bool:
     """Whether a process has told how far it is within the last `_LIVELY` seconds; False where no file says when."""
     for name in filter(_OURS.fullmatch, store.find(FOLDER)):
         with suppress(FileNotFoundError, NotImplementedError):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.layout import image_name, manifest_name, shard_name
-from pipelines.storage import Store, spread
+from pipelines.storage import Store, parallel_map
 from pipelines.units import Row, Unit
 from sdjax.images import encode, parameters
 from sdjax.request import Request, field_types
@@ -230,7 +230,8 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
                 store.write(name, files[name])
             return True
 
-    if all(list(spread(place, files))) and _write_manifest(store, unit, rows, schema):
+    placed = list(parallel_map(place, files))
+    if all(placed) and _write_manifest(store, unit, rows, schema):
         return True
     for name, data in replaced.items():
         store.write(name, data)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from pipelines import tables
 from pipelines.records import MAX_RECORD, RowError, records
-from pipelines.storage import spread
+from pipelines.storage import parallel_map
 from pipelines.templates import Template, TemplateError
 from sdjax.console import says_why
 from sdjax.retrying import is_absent, retry
@@ -85,7 +85,9 @@ def find(patterns: list[str], prompt_column: str | None = None, seed: Any = 0) -
     matches = {pattern: expand(pattern) for pattern in patterns}
     files = dict.fromkeys(file for matched in matches.values() for file in matched)
     first = coerce("seed", seed, (int, False))
-    looked_into = spread(partial(_look_into, prompt_column), (Source(file, seed=first) for file in files), _READERS)
+    looked_into = parallel_map(
+        partial(_look_into, prompt_column), (Source(file, seed=first) for file in files), _READERS
+    )
     found = dict(zip(files, looked_into, strict=True))
     for pattern, matched in matches.items():
         if not any(found[file].rows for file in matched):

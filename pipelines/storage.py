@@ -53,7 +53,7 @@ def limit_silence(config: dict[str, Any]) -> None:
 limit_silence(conf)
 
 
-def spread(
+def parallel_map(
     call: Callable[[S], T], items: Iterable[S], threads: int = READERS, waits: Callable[[S], bool] = lambda _: True
 ) -> Iterator[T]:
     """The call's value for each item, in order, by many threads; never more than twice as many values wait.
@@ -165,7 +165,7 @@ class Store:
             with contextlib.suppress(FileNotFoundError):
                 retry(lambda: self.fs.rm_file(self.path(name)))
 
-        for _ in spread(remove, names):
+        for _ in parallel_map(remove, names):
             pass
 
     def read_json(self, name: str) -> dict[str, Any] | None:

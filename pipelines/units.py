@@ -30,7 +30,7 @@ from pipelines.layout import find, rejects_name
 from pipelines.progress import Heartbeat
 from pipelines.records import RowError
 from pipelines.sources import Place, select_prompt
-from pipelines.storage import Store, spread
+from pipelines.storage import Store, parallel_map
 from sdjax import inputs
 from sdjax.request import Request
 from sdjax.values import PICTURES, RequestError
@@ -199,7 +199,7 @@ class PlanRows(beam.DoFn):
         shards: dict[int, list[Row]] = {}
         held = size = 0
         with inputs.keeping():  # rows may all have a picture of the job's own
-            for place, values, row in spread(self._planned, self._read(element), waits=self._fetches):
+            for place, values, row in parallel_map(self._planned, self._read(element), waits=self._fetches):
                 counts["rows"] += 1
                 self._heartbeat.add(rows=1)
                 if isinstance(row, Exception):

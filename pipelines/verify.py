@@ -18,7 +18,7 @@ from safetensors.numpy import load
 
 from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
-from pipelines.storage import REMEDY, Store, spread
+from pipelines.storage import REMEDY, Store, parallel_map
 from sdjax.console import interrupted, says_why, show
 from sdjax.training.encoded import SHARED, is_whole
 from sdjax.values import one_line
@@ -50,7 +50,7 @@ def verify(output: str) -> Findings:
     found = Findings(orphans=leftovers.orphans(store, tolerant=True))
     manifests = layout.find(store, "manifest")
     ids = bytearray()
-    for name, (rows, faults) in zip(manifests, spread(partial(_unit, store), manifests, 4), strict=True):
+    for name, (rows, faults) in zip(manifests, parallel_map(partial(_unit, store), manifests, 4), strict=True):
         found.faults += [f"{name}: {fault}" for fault in faults]
         found.units += 1
         found.images += len(rows)

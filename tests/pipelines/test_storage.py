@@ -15,7 +15,7 @@ import fsspec
 import pytest
 
 from pipelines import storage
-from pipelines.storage import Store, limit_silence, spread
+from pipelines.storage import Store, limit_silence, parallel_map
 from sdjax import retrying
 from sdjax.retrying import is_of_a_network, is_transient, retry
 from tests.pipelines.faulty import HttpError
@@ -53,7 +53,7 @@ def test_values_come_in_order_and_few_of_them_wait():
             assert item - taken <= 9  # twice the threads, and the one that is about to wait
             yield item
 
-    for value in spread(lambda item: item * item, items(), threads=4):
+    for value in parallel_map(lambda item: item * item, items(), threads=4):
         assert value == taken * taken
         taken += 1
     assert taken == 100
@@ -64,9 +64,9 @@ def test_values_come_in_order_where_only_some_calls_wait():
         time.sleep(random.random() / 500 if item % 3 else 0)
         return item
 
-    assert list(spread(call, range(100), threads=4, waits=lambda item: item % 3 > 0)) == list(range(100))
+    assert list(parallel_map(call, range(100), threads=4, waits=lambda item: item % 3 > 0)) == list(range(100))
     here = threading.get_ident()
-    assert set(spread(lambda _: threading.get_ident(), range(100), waits=lambda _: False)) == {here}
+    assert set(parallel_map(lambda _: threading.get_ident(), range(100), waits=lambda _: False)) == {here}
 
 
 def test_of_a_million_files_few_wait_to_be_deleted(monkeypatch):
