@@ -20,9 +20,10 @@ from apache_beam.ml.inference.base import RunInference
 
 from pipelines import image_sets, latents, leftovers, units
 from pipelines import job as jobs
-from pipelines.handler import UnitHandler, load_spec
+from pipelines.handler import load_spec
 from pipelines.options import EncodeOptions
 from pipelines.storage import Store
+from pipelines.unit_handler import UnitHandler
 from sdjax.model_options import model_options
 
 

@@ -20,11 +20,12 @@ from PIL import Image
 
 from pipelines import job as jobs
 from pipelines import layout, leftovers, sources, units
-from pipelines.handler import UnitHandler, load_spec, load_stable_diffusion
+from pipelines.handler import load_spec, load_stable_diffusion
 from pipelines.options import GenerateOptions
 from pipelines.sinks import Images
 from pipelines.sources import Source
 from pipelines.storage import Store
+from pipelines.unit_handler import UnitHandler
 from sdjax.model_options import model_options
 from sdjax.request import Request
 from sdjax.values import RequestError

@@ -131,7 +131,7 @@ class PlanPicture:
     planner: LatentSpec
 
     def __call__(self, place: Place, found: Found) -> Row:
-        """Raises any of `units.UNUSABLE` for one that cannot be used."""
+        """Raises any of `rejected.UNUSABLE` for one that cannot be used."""
         picture, extras = found
         # Of one program all: pictures come in one size.
         return Row(self.planner.id(picture), "", 1, picture, extras_json(extras), place)

@@ -26,26 +26,22 @@ import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
 from apache_beam.pvalue import TaggedOutput
 
-from pipelines.layout import find, rejects_name
+from pipelines.layout import find
 from pipelines.progress import Heartbeat
 from pipelines.records import RowError
+from pipelines.rejected import UNUSABLE, rejection, write_rejected
 from pipelines.sources import Place, select_prompt
 from pipelines.storage import Store, parallel_map
 from sdjax import inputs
 from sdjax.request import Request
-from sdjax.values import PICTURES, RequestError
+from sdjax.values import PICTURES
 
 SHARD_ROWS = 16_384
 COUNTS = "counts"  # the tagged output of each stage's share of the account
 NAMESPACE = "sdjax"
 
-UNUSABLE = (RowError, RequestError, UnicodeEncodeError, RecursionError)
-"""What planning may raise for a row, which is then rejected alone; the last two of what no file can hold."""
-_REASONS = {UnicodeEncodeError: "half of a surrogate pair, which is no text", RecursionError: "nested too deeply"}
-
 _MANIFESTS_A_READER = 64
 _HELD = 2**26  # characters of rows that a piece's reader holds
-_SHOWN = 1_000  # characters of a cell that a rejected row's record keeps
 
 
 class Planner(Protocol):
@@ -314,42 +310,3 @@ def units_of_file(file: tuple[str, Iterable[bytes]], size: int) -> Iterator[byte
 def _unpacked(packed: Iterable[tuple[str, bytes]], wanted: str) -> Iterator[Any]:
     """The values of one kind, a blob at a time."""
     return itertools.chain.from_iterable(unpack(blob) for kind, blob in packed if kind == wanted)
-
-
-def rejection(place: Place, values: Any, error: Exception) -> dict[str, Any]:
-    """A line of rejected/*.jsonl."""
-    shown = {_shown(k): _shown(v) for k, v in values.items()} if isinstance(values, dict) else None
-    reason = _REASONS.get(type(error)) or " ".join(_shown(str(error)).split())
-    return {"file": place.file, "row": place.row, "reason": reason, "values": shown}
-
-
-def _shown(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    try:
-        text = value if isinstance(value, str) else repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__}, {_REASONS[RecursionError]}"
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
-
-
-def write_rejected(store: Store, name: str, lines: list[dict[str, Any]]) -> None:
-    """Keep which rows of `name`, a piece or a unit, were rejected; what an earlier attempt at it rejected goes."""
-    file = _rejects_of(name)
-    if lines:
-        store.write(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-    else:
-        store.delete([file])
-
-
-def read_rejected(store: Store, name: str) -> list[dict[str, Any]]:
-    """What an earlier attempt at `name` rejected; what an earlier job did was deleted when this one began."""
-    try:
-        return list(map(json.loads, store.read(_rejects_of(name)).splitlines()))
-    except FileNotFoundError:
-        return []
-
-
-def _rejects_of(name: str) -> str:
-    return rejects_name(hashlib.sha256(name.encode()).hexdigest()[:32])

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import verify
+from pipelines.rejected import rejection
 from pipelines.sources import Place
-from pipelines.units import PlanRequest, extras_json, pack, rejection, unpack
+from pipelines.units import PlanRequest, extras_json, pack, unpack
 from tests.pipelines import standin
 from tests.pipelines.outputs import account
 

@@ -12,12 +12,13 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.testing.util import assert_that, equal_to
 
 from pipelines import verify
-from pipelines.handler import SdjaxModelHandler, UnitHandler
+from pipelines.handler import SdjaxModelHandler
 from pipelines.layout import manifest_name
 from pipelines.lazy_model import LazyModel
 from pipelines.options import IN_PROCESS
 from pipelines.sinks import Images
 from pipelines.sources import Place
+from pipelines.unit_handler import UnitHandler
 from pipelines.units import Row, packed_units, unpack
 from sdjax.request import Request
 from sdjax.values import RequestError

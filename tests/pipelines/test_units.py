@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines import layout, units
 from pipelines.records import RowError
+from pipelines.rejected import rejection
 from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import (
@@ -27,7 +28,6 @@ from pipelines.units import (
     pack,
     padded_calls,
     read_done,
-    rejection,
     shard_count,
     shard_of,
     unit_name,
