@@ -32,10 +32,7 @@ COPY docker/requirements.txt ./
 RUN pip install --no-cache-dir --no-deps --requirement requirements.txt
 COPY docker/health.py docker/flex_template.py docker/entrypoint.py ./
 COPY --from=weights / weights/
-# On the processor, whatever the target: an accelerator serves one process, and that is the worker's. By hand,
-# docker run --privileged --entrypoint python IMAGE health.py lists the accelerators.
-HEALTHCHECK --interval=10m --timeout=2m \
-    CMD ["env", "JAX_PLATFORMS=cpu", "python", "/opt/sdjax/health.py"]
+# By hand, docker run --privileged --entrypoint python IMAGE health.py says whether an image can run the jobs, and where.
 ENTRYPOINT ["/opt/apache/beam/boot"]
 
 # tpu and cuda run as root: Dataflow mounts the worker's scratch folders as root's, and /dev/vfio opens for root alone.
