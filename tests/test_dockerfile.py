@@ -202,6 +202,10 @@ def test_entry_point_asks_a_busy_metadata_server_again(metadata_server, monkeypa
     assert "503" in capsys.readouterr().err
 
 
+def template_parameters() -> list[dict]:
+    return json.loads((ROOT / "terraform/flex-template-metadata.json").read_text())["parameters"]
+
+
 @pytest.fixture
 def own_spelling(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docker")
@@ -230,12 +234,14 @@ def test_what_a_launch_passes_to_the_template_is_read_there(own_spelling, path):
     read, direct = parse(own_spelling([f"--{name}={value}" for name, value in passed.items()])), parse(arguments(job))
     assert read.given() == direct.given()
     assert read.request_defaults() == {name: passed[name] for name in passed if name in field_types()}
+    declared = {parameter["name"]: parameter for parameter in template_parameters()}
+    for name, value in passed.items():
+        assert all(re.search(regex, value) for regex in declared[name].get("regexes", [])), name
 
 
 def test_the_template_declares_nothing_that_the_job_does_not_take(own_spelling):
-    declared = json.loads((ROOT / "terraform/flex-template-metadata.json").read_text())["parameters"]
     values = {"dtype": "bfloat16", "format": "files", "image_format": "webp"}
-    given = {parameter["name"]: values.get(parameter["name"], "1") for parameter in declared}
+    given = {parameter["name"]: values.get(parameter["name"], "1") for parameter in template_parameters()}
     read = parse(own_spelling([f"--{name}={value}" for name, value in given.items()]))
     assert read.request_defaults().keys() == field_types().keys() - {"prompt"}
 

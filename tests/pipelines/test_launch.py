@@ -18,6 +18,7 @@ from google.api_core.exceptions import GatewayTimeout, ServiceUnavailable
 from google.auth.exceptions import TransportError
 
 from pipelines import launch
+from pipelines.dataflow import Job, Preset, flex_request
 from pipelines.storage import Store
 from tests.pipelines import standin
 from tests.pipelines.cloud import JOB_ID, Cloud
@@ -254,6 +255,50 @@ def test_a_direct_job_that_is_interrupted_runs_on_and_says_so(cloud, terraform, 
     cancel = f"gcloud dataflow jobs cancel {JOB_ID} --project=test-project --region=us-central1"
     assert f"no longer followed; {JOB_ID} runs on; to stop it: {cancel}" in capsys.readouterr().err
     assert [path for method, path, _ in cloud.requests if method == "PUT"] == []
+
+
+def test_the_templates_launcher_describes_the_job_from_what_it_is_passed(cloud, buckets, tmp_path, monkeypatch):
+    """What launch sends, as Dataflow's launcher spells it, to what Dataflow then runs."""
+    monkeypatch.syspath_prepend("docker")
+    from flex_template import own_spelling
+
+    rows = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a red circle"]}), rows)
+    Store("gs://dataset").write("prompts.parquet", rows.getvalue())
+    job = Job("job-1", Preset.load(PRESET), DEPLOYMENT, "gs://dataset/prompts.parquet", "gs://dataset/out")
+    launched = flex_request(job).launch_parameter
+    environment = launched.environment
+    passed = {
+        **launched.parameters,
+        "runner": "DataflowRunner",
+        "project": DEPLOYMENT.project,
+        "region": DEPLOYMENT.region,
+        "job_name": launched.job_name,
+        "template_location": "gs://staging/template_launches/job_object",
+        "staging_location": environment.staging_location,
+        "temp_location": environment.temp_location,
+        "machine_type": environment.machine_type,
+        "worker_zone": environment.worker_zone,
+        "num_workers": environment.num_workers,
+        "max_num_workers": environment.max_workers,
+        "disk_size_gb": environment.disk_size_gb,
+        "service_account_email": environment.service_account_email,
+        "sdk_container_image": environment.sdk_container_image,
+        "subnetwork": environment.subnetwork,
+        "labels": json.dumps({"goog-dataflow-provided-template-type": "flex"}),
+    }
+    argv = [f"--{name}={value}" for name, value in passed.items()]
+    argv += [f"--experiments={experiment}" for experiment in environment.additional_experiments]
+    endpoint = [f"--dataflow_endpoint={cloud.url}", "--no_auth"]
+    assert standin.run(*own_spelling([*argv, "--no_use_public_ips", *endpoint])) == 0
+    described = json.loads(Store("gs://staging").read("template_launches/job_object"))
+    (pool,) = described["environment"]["workerPools"]
+    assert (described["name"], pool["machineType"], pool["numThreadsPerWorker"]) == ("job-1", "ct5lp-hightpu-4t", 4)
+    assert set(environment.additional_experiments) <= set(described["environment"]["experiments"])
+    assert cloud.requests == []
+    summary = Store(job.output).read_json("summary.json")
+    assert summary is not None
+    assert not summary["finished"]
 
 
 def test_direct_job_stages_and_asks_for_what_the_docs_demand(cloud, buckets, terraform, capfd, caplog):
