@@ -87,12 +87,10 @@ def test_a_worker_without_its_accelerator_fails(target):
 def test_a_launcher_needs_no_accelerator(tmp_path):
     """It plans the job and asks JAX for no device: the runner draws the pipeline and runs nothing."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    code = (
-        "import sys; import apache_beam.runners.render; from pipelines.generate_images import main; "
-        "sys.exit(main(sys.argv[1:]))"
-    )
+    code = "import runpy, sys, apache_beam.runners.render; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     places = [f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out", f"--render_output={tmp_path}/job.dot"]
-    command = [sys.executable, "-c", code, *places, "--runner=apache_beam.runners.render.RenderRunner"]
+    command = [sys.executable, "-c", code, ROOT / "docker/flex_template.py", *places, "--num_inference_steps=20"]
+    command.append("--runner=apache_beam.runners.render.RenderRunner")
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none"}, check=True)
     assert "Generate" in (tmp_path / "job.dot").read_text()
 
