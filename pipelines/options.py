@@ -202,8 +202,9 @@ def parse(argv: list[str], kind: type[Options] = GenerateOptions) -> Options:
     beam = _Parser(add_help=False, allow_abbrev=False, conflict_handler="resolve")
     for options in PipelineOptions.__subclasses__():
         options._add_argparse_args(beam)  # type: ignore[attr-defined]
-    _, unknown = beam.parse_known_args(others)
-    if unknown:
+    known, unknown = beam.parse_known_args(others)
+    # Of Dataflow's launcher of templates nobody says what it passes; Beam passes over what it does not know.
+    if unknown and not known.template_location:
         raise OptionError(f"{unknown[0]} is no option of this job or of Beam; --help lists them")
     job.beam = PipelineOptions(others)
     standard = job.beam.view_as(StandardOptions)

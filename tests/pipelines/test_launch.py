@@ -290,7 +290,7 @@ def test_the_templates_launcher_describes_the_job_from_what_it_is_passed(cloud, 
     argv = [f"--{name}={value}" for name, value in passed.items()]
     argv += [f"--experiments={experiment}" for experiment in environment.additional_experiments]
     endpoint = [f"--dataflow_endpoint={cloud.url}", "--no_auth"]
-    assert standin.run(*own_spelling([*argv, "--no_use_public_ips", *endpoint])) == 0
+    assert standin.run(*own_spelling([*argv, "--no_use_public_ips", "--of_a_later_beam=1", *endpoint])) == 0
     described = json.loads(Store("gs://staging").read("template_launches/job_object"))
     (pool,) = described["environment"]["workerPools"]
     assert (described["name"], pool["machineType"], pool["numThreadsPerWorker"]) == ("job-1", "ct5lp-hightpu-4t", 4)
