@@ -16,7 +16,7 @@ from apache_beam.runners.runner import PipelineState
 from pipelines import layout, leftovers, progress, report, units
 from pipelines.options import IN_PROCESS, JobOptions, Options, parse
 from pipelines.storage import Store
-from sdjax.console import says_why, show
+from sdjax.console import say, says_why, show
 from sdjax.values import one_line
 
 
@@ -47,20 +47,15 @@ def main(
         except Exception as error:
             if not says_why(error):
                 raise
-            _say(kind.command, error)
+            say(kind.command, error)
             return 2
         except KeyboardInterrupt:
-            _say(kind.command, "interrupted before anything was made")
+            say(kind.command, "interrupted before anything was made")
             return 130
         for said in (swept, *there):
             if said:
-                _say(job.command, said)
+                say(job.command, said)
         return _run(job, pipeline, store)
-
-
-def _say(command: str, what: object) -> None:
-    """Print one line for whoever started a job; of an error without words, what it is."""
-    print(f"{command}: {' '.join(str(what).split()) or type(what).__name__}", file=sys.stderr)
 
 
 def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
@@ -70,17 +65,17 @@ def _run(job: JobOptions, pipeline: beam.Pipeline, store: Store) -> int:
             result = pipeline.run()
             result.wait_until_finish()
     except KeyboardInterrupt:
-        _say(job.command, _interrupted(job, result))
+        say(job.command, _interrupted(job, result))
         return 130
     except Exception as error:
         origin = error.__context__ if getattr(error, "_tagged_with_step", False) else None  # Beam's is of its own kind
         # Of a plain ValueError, which may be a fault of ours, one line would say too little.
         if isinstance(origin, Exception) and says_why(origin) and type(origin) is not ValueError:
-            _say(job.command, origin)
+            say(job.command, origin)
             return 1
         if result is None or _has_ended(result):
             raise
-        _say(job.command, f"{one_line(error)}; {_interrupted(job, result)}")
+        say(job.command, f"{one_line(error)}; {_interrupted(job, result)}")
         return 1
     finally:
         if job.beam.view_as(StandardOptions).runner == IN_PROCESS:  # it has ended, and may begin again at once

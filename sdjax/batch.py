@@ -219,7 +219,7 @@ class HostNoise:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a sampler row has noise; else `rows` gives zeros alone."""
+        """Whether `rows` gives anything but zeros."""
         return bool(self._rows)
 
     def then(self, tables: Sequence[Table]) -> "HostNoise":

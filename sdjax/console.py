@@ -17,9 +17,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in str(error)
 
 
+def say(command: str, what: object) -> None:
+    """Print one line for whoever started a command; of an error without words, what it is."""
+    print(f"{command}: {' '.join(str(what).split()) or type(what).__name__}", file=sys.stderr)
+
+
 def interrupted(command: str) -> int:
     """The exit status of a command that Ctrl-C ended, as shells have it."""
-    print(f"{command}: interrupted", file=sys.stderr)
+    say(command, "interrupted")
     return 130
 
 
@@ -32,7 +37,7 @@ def ended(command: str, run: Callable[[], int]) -> int:
     except Exception as error:
         if not says_why(error):
             raise
-        print(f"{command}: {error}", file=sys.stderr)
+        say(command, error)
         return 2
 
 

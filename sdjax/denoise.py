@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     rescale: jax.Array
 
     def draws(self, given: jax.Array) -> programs.Draws:
-        """A latent of noise for each request, `given` for those with torch's."""
+        """What a latent of noise is drawn with for each request; `given` are torch's."""
         return programs.Draws(self.keys, self.is_given, given)
 
 

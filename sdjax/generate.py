@@ -171,17 +171,18 @@ class StableDiffusion:
         source = self.spec.checkpoint
         own = {name: self._networks[name] for name in (*self.spec.family.text_encoders, "unet", "vae")}
         first = jax.tree.map(lambda array: np.asarray(array.addressable_data(0))[0], own)
-        checkpoint.save(
-            folder_here(folder),
-            index=self.spec.index,
-            configs={name: self.spec.config_json(name) for name in first},
-            weights={name: checkpoint.tensors_of(network) for name, network in first.items()},
-            texts={
-                path: text
-                for part in ("scheduler", *(TOKENIZERS[name] for name in self.spec.family.text_encoders))
-                for path, text in source.texts(part).items()
-            },
-        )
+        with checkpoint.new_folder(folder_here(folder)) as new:
+            checkpoint.write(
+                new,
+                index=self.spec.index,
+                configs={name: self.spec.config_json(name) for name in first},
+                weights={name: checkpoint.tensors_of(network) for name, network in first.items()},
+                texts={
+                    path: text
+                    for part in ("scheduler", *(TOKENIZERS[name] for name in self.spec.family.text_encoders))
+                    for path, text in source.texts(part).items()
+                },
+            )
 
     def generate(self, requests: Iterable[Request]) -> list[Result]:
         """The images of the requests, in their order; see `stream`."""

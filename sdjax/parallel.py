@@ -97,7 +97,7 @@ class Devices:
         """
         mapped: Any = jax.pmap(function, devices=self.devices, **options)
         is_partial = isinstance(function, functools.partial)
-        own = (function.func, *sorted(function.keywords.items())) if is_partial else (function,)
+        own = (function.func, *function.args, *sorted(function.keywords.items())) if is_partial else (function,)
         compiled: dict[Any, Any] = {}
 
         def call(*arguments: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdjax import images
-from sdjax.console import is_out_of_memory, says_why, show
+from sdjax.console import is_out_of_memory, say, says_why, show
 from sdjax.files import folder_here, write_whole
 from sdjax.model_options import add_model_options, model_options
 from sdjax.request import Request, field_types
@@ -93,11 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if is_out_of_memory(error):
             less = "a smaller --batch-size, --width or --height, or --vae-tiling, take less"
-            print(f"{parser().prog}: the devices have too little memory; {less}", file=sys.stderr)
+            say(parser().prog, f"the devices have too little memory; {less}")
             return 1
         if not says_why(error):
             raise
-        print(f"{parser().prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(parser().prog, error)
         return 2
 
 

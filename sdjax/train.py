@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdjax.console import is_out_of_memory, says_why
+from sdjax.console import is_out_of_memory, say, says_why
 from sdjax.files import folder_here, held
 from sdjax.request_options import refuse_empty
 from sdjax.training import config as training_config
@@ -67,12 +67,12 @@ def main(argv: list[str] | None = None) -> int:
                     "--export writes the model that it has come to"
                 )
         except KeyboardInterrupt:
-            print(f"{parser.prog}: interrupted before the first step", file=sys.stderr)
+            say(parser.prog, "interrupted before the first step")
             return 130
         except Exception as error:
             if not says_why(error):
                 raise
-            print(f"{parser.prog}: {error}", file=sys.stderr)
+            say(parser.prog, error)
             return 2
         return _trained(run, model, arguments.export_dtype, parser.prog)
 
@@ -102,7 +102,7 @@ def _trained(run: "Run", model: Path, dtype: str, command: str) -> int:
             return 130
         run.export(model, dtype)
     except Exception as error:
-        said = str(error)
+        said: object = error
         if is_out_of_memory(error):
             less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
             said = f"the devices have too little memory; {less}"
@@ -110,7 +110,7 @@ def _trained(run: "Run", model: Path, dtype: str, command: str) -> int:
             said = f"{said}; once that is mended, the same command goes on"
         elif not (isinstance(error, FloatingPointError) or says_why(error)):
             raise
-        print(f"{command}: {said}", file=sys.stderr)
+        say(command, said)
         return 1
     finally:
         for name, handler in before.items():

@@ -31,7 +31,6 @@ import tests.typecheck  # noqa: F401, named below
 ROOMS = [
     "sdjax.batch",
     "sdjax.canvas",
-    "sdjax.controls",
     "sdjax.denoise",
     "sdjax.encode",
     "sdjax.generate",

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines import verify
 from sdjax import bench, plan
-from sdjax.console import show
+from sdjax.console import ended, show
 
 
 def test_what_nobody_reads_is_dropped_unsaid(monkeypatch):
@@ -35,6 +35,15 @@ def test_what_is_read_comes_at_once(monkeypatch):
         show("one")
         assert os.read(read, 100) == b"one\n"
     os.close(read)
+
+
+@pytest.mark.parametrize(("error", "line"), [(ValueError("one\n  two"), "one two"), (TimeoutError(), "TimeoutError")])
+def test_an_error_is_one_line_and_never_an_empty_one(error, line, capsys):
+    def fail():
+        raise error
+
+    assert ended("plan", fail) == 2
+    assert capsys.readouterr().err == f"plan: {line}\n"
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def test_a_model_is_not_saved_to_a_url(pipe, tmp_path, monkeypatch):
 
 def test_a_model_that_is_saved_takes_no_second_copy_on_the_device(pipe, tmp_path, monkeypatch):
     held = []
-    monkeypatch.setattr(generate.checkpoint, "save", lambda *_, **__: held.append(len(jax.live_arrays())))
+    monkeypatch.setattr(generate.checkpoint, "write", lambda *_, **__: held.append(len(jax.live_arrays())))
     before = len(jax.live_arrays())
     pipe.save_pretrained(tmp_path / "model")
     assert held == [before]

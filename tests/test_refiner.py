@@ -144,7 +144,7 @@ def theirs_inside(base, refiner, request, scheduler):
 @pytest.mark.slow
 def test_images_inside_a_mask_are_those_of_diffusers(both):
     base, refiner, folders = both
-    pipe = StableDiffusion.from_pretrained(folders[0], refiner=folders[1], devices=jax.devices()[:1])
+    pipe = StableDiffusion.from_pretrained(folders[0], refiner=folders[1], devices=jax.devices()[:2])
     inside = dataclasses.replace(TEXT, image=PHOTO, mask_image=MASK, overlay=False)
     cases = [
         (dataclasses.replace(inside, strength=1.0), "EulerDiscreteScheduler"),

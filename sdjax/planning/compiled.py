@@ -5,9 +5,10 @@ from functools import cached_property
 from typing import Any, Self
 
 import jax
-from jax.sharding import Sharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sdjax.parallel import COMPILER_OPTIONS
+from sdjax.parallel import COMPILER_OPTIONS, Device
 from sdjax.planning.hlo import Program
 from sdjax.planning.record import Recorded
 
@@ -67,21 +68,22 @@ class Target:
 
     name: for messages.
     memory: bytes of main memory that a program may use.
-    sharding: of that device alone.
+    device: what it is to JAX.
     options: of XLA, beside those that programs here are compiled with.
     """
 
     name: str
     memory: int
-    sharding: Sharding
+    device: Device
     options: dict[str, Any] = field(default_factory=dict)
 
     def compile(self, recorded: Recorded, draft: bool = False) -> Compiled | None:
         """A program compiled, or its draft; None where it needs more memory than the device has."""
+        sharding = NamedSharding(Mesh(np.array([self.device]), ("device",)), PartitionSpec())
         placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self.sharding), recorded.arguments
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), recorded.arguments
         )
-        options = self.options | COMPILER_OPTIONS.get(next(iter(self.sharding.device_set)).platform, {})
+        options = self.options | COMPILER_OPTIONS.get(self.device.platform, {})
         lowered = jax.jit(recorded.function, donate_argnums=recorded.donated).lower(*placed)
         try:
             compiled = lowered.compile(options | _DRAFT if draft else options)

@@ -32,7 +32,7 @@ def local(device: Device) -> Target:
     memory = (device.memory_stats() or {}).get("bytes_limit")
     if memory is None:
         raise ValueError(f"{device.device_kind} does not say how much memory it has; give the batch size as a number")
-    return Target(device.device_kind, memory, jax.sharding.SingleDeviceSharding(device))
+    return Target(device.device_kind, memory, device)
 
 
 class Placed(NamedTuple):

@@ -3,9 +3,7 @@
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdjax.planning.compiled import PlanError, Target
 
@@ -90,6 +88,5 @@ def target(gpu: Gpu) -> Target:
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         message = f"planning for a GPU needs its compiler: pip install 'sdjax[cuda]' ({error})"
         raise PlanError(message) from None
-    sharding = NamedSharding(Mesh(np.array(found.devices), ("device",)), PartitionSpec())
     # Which of Triton's tiles suit a product is found by trying on a device; without one some suit none.
-    return Target(gpu.name, gpu.memory, sharding, {"xla_gpu_enable_triton_gemm": False})
+    return Target(gpu.name, gpu.memory, found.devices[0], {"xla_gpu_enable_triton_gemm": False})

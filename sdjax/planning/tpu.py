@@ -4,9 +4,7 @@ import importlib.util
 import os
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdjax.planning.chips import Chip
 from sdjax.planning.compiled import PlanError, Target
@@ -34,5 +32,4 @@ def target(chip: Chip) -> Target:
         found = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **chip.options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise PlanError(f"libtpu compiles nothing for {chip.topology} here: {error}") from None
-    sharding = NamedSharding(Mesh(np.array(found.devices[:1]), ("device",)), PartitionSpec())
-    return Target(chip.name, chip.memory, sharding)
+    return Target(chip.name, chip.memory, found.devices[0])

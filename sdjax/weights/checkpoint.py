@@ -366,20 +366,20 @@ def write_weights(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) ->
     write_tensors(folder / name / f"{stem}.safetensors", tensors)
 
 
-def save(folder: str | os.PathLike[str], **content: Any) -> None:
-    """Write a checkpoint folder, which does not exist yet, whole or not at all; `content` is as `write` takes it.
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of one that does not exist yet once the context ends well.
 
     Raises:
         FileExistsError: `folder` is there already.
     """
-    folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} is there already; name a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)
     try:
-        write(temporary, **content)
+        yield temporary
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -28,11 +28,10 @@ _SCHEDULE = {
 
 
 class Encoder(NamedTuple):
-    """A text encoder of a family: where it lies, and whether it is OpenCLIP's and gives a projected vector."""
+    """A text encoder of a family: where it lies, and whether it is OpenCLIP's."""
 
     prefix: str
     open_clip: bool
-    projection: bool
 
 
 class Original(NamedTuple):
@@ -52,16 +51,14 @@ FAMILIES = (
     Original(
         "Stable Diffusion XL",
         {
-            "text_encoder": Encoder("conditioner.embedders.0.transformer.", False, False),
-            "text_encoder_2": Encoder("conditioner.embedders.1.model.", True, True),
+            "text_encoder": Encoder("conditioner.embedders.0.transformer.", False),
+            "text_encoder_2": Encoder("conditioner.embedders.1.model.", True),
         },
         6,
     ),
-    Original(
-        "Stable Diffusion XL refiner", {"text_encoder_2": Encoder("conditioner.embedders.0.model.", True, True)}, 5
-    ),
-    Original("Stable Diffusion 2", {"text_encoder": Encoder("cond_stage_model.model.", True, False)}),
-    Original("Stable Diffusion 1", {"text_encoder": Encoder("cond_stage_model.transformer.", False, False)}),
+    Original("Stable Diffusion XL refiner", {"text_encoder_2": Encoder("conditioner.embedders.0.model.", True)}, 5),
+    Original("Stable Diffusion 2", {"text_encoder": Encoder("cond_stage_model.model.", True)}),
+    Original("Stable Diffusion 1", {"text_encoder": Encoder("cond_stage_model.transformer.", False)}),
 )
 UNET, VAE, CONTROLNET = "model.diffusion_model.", "first_stage_model.", "control_model."
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
@@ -121,11 +118,11 @@ def _recognised(family: Original, shapes: Shapes, metadata: Mapping[str, str], p
     parts: dict[str, Part] = {}
     pooled = 0
     for name, encoder in family.encoders.items():
-        own = below(shapes, encoder.prefix)
-        config = from_shapes.open_clip(own, encoder.projection) if encoder.open_clip else from_shapes.clip(own)
-        table = ldm.open_clip(CLIPTextConfig.from_dict(config), projection=encoder.projection)
+        own, projects = below(shapes, encoder.prefix), name == "text_encoder_2"
+        config = from_shapes.open_clip(own, projects) if encoder.open_clip else from_shapes.clip(own)
+        table = ldm.open_clip(CLIPTextConfig.from_dict(config), projection=projects)
         past = ("text_projection", f"transformer.resblocks.{config['num_hidden_layers']}.")
-        unused = frozenset(key for key in own if not encoder.projection and key.startswith(past))
+        unused = frozenset(key for key in own if not projects and key.startswith(past))
         parts[name] = Part(encoder.prefix, table if encoder.open_clip else None, unused)
         configs[name], pooled = config, config["projection_dim"]
 

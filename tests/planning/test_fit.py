@@ -87,7 +87,7 @@ def test_a_device_that_is_here_is_asked_for_its_memory(tiny):
         def memory_stats(self):
             return {"bytes_limit": 2**26}
 
-    target = replace(fit.local(Small()), sharding=jax.sharding.SingleDeviceSharding(device))
+    target = replace(fit.local(Small()), device=device)
     found = Fit(Spec(tiny), REQUEST, target, lambda _: None)
     for draft in (True, False):
         placed = found.place("decode", 2, draft)
