@@ -104,7 +104,7 @@ def _trained(run: "Run", model: Path, dtype: str, command: str) -> int:
     except Exception as error:
         said: object = error
         if is_out_of_memory(error):
-            less = "a larger optimizer.accumulate, remat for a UNet, or a smaller batch_size or data.size take less"
+            less = "a larger optimizer.accumulate, remat for a UNet, a smaller batch_size or smaller pictures take less"
             said = f"the devices have too little memory; {less}"
         elif isinstance(error, DataError):
             said = f"{said}; once that is mended, the same command goes on"

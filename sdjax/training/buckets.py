@@ -16,6 +16,8 @@ from tqdm import tqdm
 from sdjax.files import write_whole
 
 Shape = tuple[int, ...]  # height and width
+_READERS = 32  # threads, which mostly wait for a header
+_AHEAD = 4096  # pictures that they are given at once
 
 
 @runtime_checkable
@@ -36,6 +38,7 @@ class Buckets:
 
     def __init__(self, shapes: Sequence[Shape], of: Int[np.ndarray, " examples"]) -> None:
         self.shapes, self.of = tuple(shapes), of
+        self._counts = np.bincount(of, minlength=len(self.shapes))
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def shape(self, index: int) -> Shape:
@@ -49,8 +52,7 @@ class Buckets:
 
     def indices(self, step: int, batch_size: int, seed: int) -> Int[np.ndarray, " batch"]:
         """Return which examples step `step` sees, all of one bucket: as many steps are an epoch each time."""
-        counts = np.bincount(self.of, minlength=len(self.shapes))
-        epoch, place = divmod(step, int((-(-counts // batch_size)).sum()))
+        epoch, place = divmod(step, int((-(-self._counts // batch_size)).sum()))
         return self._epoch(batch_size, seed, epoch)[place]
 
     def _shuffled(self, batch_size: int, seed: int, epoch: int) -> Int[np.ndarray, "batches batch"]:
@@ -69,7 +71,7 @@ def nearest(sides: Shape, shapes: Sequence[Shape]) -> int:
 
 
 def kept(
-    path: Path, source: Measured, shapes: Sequence[Shape], *, data: str, workers: int, stop: threading.Event | None
+    path: Path, source: Measured, shapes: Sequence[Shape], *, data: str, stop: threading.Event | None
 ) -> Buckets | None:
     """Return the buckets of a run's data set, or None if `stop` was set before each picture's sides were known.
 
@@ -79,14 +81,15 @@ def kept(
     made = {"shapes": [list(shape) for shape in shapes], "data": data}
     there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if {key: there.get(key) for key in made} != made:
-        of = []
-        with ThreadPoolExecutor(workers) as pool:
-            found = pool.map(source.sides, range(len(source)))
-            for each in tqdm(found, total=len(source), desc="buckets", unit="image", dynamic_ncols=True):
-                if stop is not None and stop.is_set():
-                    pool.shutdown(cancel_futures=True)
-                    return None
-                of.append(nearest(each, shapes))
+        of, progress = [], tqdm(total=len(source), desc="buckets", unit="image", dynamic_ncols=True)
+        with ThreadPoolExecutor(_READERS) as pool, progress:
+            for start in range(0, len(source), _AHEAD):
+                for sides in pool.map(source.sides, range(start, min(start + _AHEAD, len(source)))):
+                    if stop is not None and stop.is_set():
+                        pool.shutdown(cancel_futures=True)
+                        return None
+                    of.append(nearest(sides, shapes))
+                    progress.update()
         there = made | {"of": of}
         write_whole(path, (json.dumps(there) + "\n").encode())
     buckets = Buckets(shapes, np.array(there["of"]))

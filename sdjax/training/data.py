@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sdjax.training import scenes
+from sdjax.training.buckets import Buckets
 from sdjax.training.config import Data
 from sdjax.training.encoded import EncodedSet
 from sdjax.training.framing import Frame
@@ -67,6 +68,11 @@ class Scenes:
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return scenes.caption(scenes.scene(index, self._seed), rng)
+
+
+def buckets_of(source: Any) -> Buckets | None:
+    """What a source's pictures are cut to, if that is several shapes."""
+    return getattr(source, "buckets", None)
 
 
 def framed(source: Source, index: int) -> tuple[UInt8[np.ndarray, "height width 3"], Frame]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sdjax.files import write_whole
 from sdjax.models import tiling
 from sdjax.training import identity
-from sdjax.training.data import framed
+from sdjax.training.data import buckets_of, framed
 from sdjax.training.networks import Params, bind
 from sdjax.training.objective import to_unit
 
@@ -89,7 +89,7 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
 
     It is kept in the run's folder, and made anew where the pictures, their shapes or the VAE are others.
     """
-    buckets, count = getattr(run.pictures, "buckets", None), len(run.pictures)
+    buckets, count = buckets_of(run.pictures), len(run.pictures)
     groups = {run.folder / "latents.npy": np.arange(count)}
     if buckets is not None:
         groups = {run.folder / f"latents-{'x'.join(map(str, shape))}.npy": own for shape, own in buckets.groups()}
@@ -97,6 +97,8 @@ def cached(run: Run, stop: threading.Event | None = None) -> Cache | None:
     there = note.exists() and beside.exists() and all(path.exists() for path in groups)
     if not (there and note.read_text(encoding="utf-8") == digest):
         note.unlink(missing_ok=True)
+        for other in set(run.folder.glob("latents*.npy")) - groups.keys():  # of other shapes
+            other.unlink()
         encode, frames = _encoder(run), np.zeros((count, 4), np.int32)
         for path, places in groups.items():
             if not _written(run, encode, path, places, frames, stop):
@@ -137,7 +139,7 @@ def _digest(run: Run) -> str:
     """Of all that the latents follow from."""
     data, networks = run.config.data, run.networks
     pictures = [identity.of_source(run.pictures, times=True), data.generator, data.options, data.size]
-    if (buckets := getattr(run.pictures, "buckets", None)) is not None:
+    if (buckets := buckets_of(run.pictures)) is not None:
         pictures += [buckets.shapes, buckets.of.tolist()]
     digest = hashlib.sha256(json.dumps([*pictures, networks.configs["vae"]], default=str, sort_keys=True).encode())
     for name, leaf in sorted(networks.params["vae"].items()):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float16, Int, UInt8
 
-from sdjax.training.data import Conditioned, Source, framed
+from sdjax.training.data import Conditioned, Source, buckets_of, framed
 from sdjax.training.encoded import EncodedSet
 from sdjax.training.framing import scaled
 
@@ -84,7 +84,7 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Make the batch of a step."""
         source = self._source
-        if (buckets := getattr(source, "buckets", None)) is None:
+        if (buckets := buckets_of(source)) is None:
             chosen = indices(step, self._batch_size, len(source), self._seed)
         else:
             chosen = buckets.indices(step, self._batch_size, self._seed)

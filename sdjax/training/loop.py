@@ -19,7 +19,7 @@ from sdjax.sampling.schedule import Schedule
 from sdjax.training import buckets, controlnet, identity, latents, lora, objective
 from sdjax.training.checkpoints import Checkpoints
 from sdjax.training.config import Train, TrainConfigError
-from sdjax.training.data import Source, open_source
+from sdjax.training.data import Source, buckets_of, open_source
 from sdjax.training.encoded import EncodedSet
 from sdjax.training.loader import Loader
 from sdjax.training.networks import Networks, Params
@@ -103,8 +103,8 @@ class Run:
         identity.write(self.folder, self._made)
         if shapes := config.data.aspect_ratio_buckets:
             assert isinstance(self.source, Stored)  # others are refused
-            told = {"data": self._made["data"], "workers": config.data.workers, "stop": stop}
-            self.source.buckets = buckets.kept(self.folder / "buckets.json", self.source, shapes, **told)
+            path, data = self.folder / "buckets.json", self._made["data"]
+            self.source.buckets = buckets.kept(path, self.source, shapes, data=data, stop=stop)
             if self.source.buckets is None:
                 return False
         cache = None
@@ -210,7 +210,7 @@ class Run:
         words = config.denoises and not isinstance(self.source, EncodedSet)
         tokenizers, xl = self.networks.tokenizers() if words else [], self.networks.xl
         side = self.source.size if isinstance(self.source, EncodedSet) else config.data.size
-        cut = getattr(self.source, "buckets", None)
+        cut = buckets_of(self.source)
         loader = Loader(
             self.source,
             config.batch_size,
