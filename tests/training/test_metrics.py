@@ -1,10 +1,20 @@
 """A run's numbers, after kills and resumptions."""
 
 import csv
+import itertools
+from types import SimpleNamespace
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from sdjax.training.metrics import Metrics
+
+
+@pytest.fixture(autouse=True)
+def _own_numbers(monkeypatch):
+    """A process's files of one second are read by their number as text, in which the tenth comes before the ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", SimpleNamespace(get=itertools.count().__next__))
 
 
 def _write(metrics, *steps):
