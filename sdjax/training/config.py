@@ -243,7 +243,8 @@ def build(kind: Any, value: Any, name: str = "") -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not (origin or kind):
-        raise TrainConfigError(f"{name} is {value!r}; it must be of type {(origin or kind).__name__}")
+        wanted = {tuple: "list", dict: "table"}.get(origin or kind, kind.__name__)
+        raise TrainConfigError(f"{name} is {value!r}; it must be of type {wanted}")
     return value
 
 

@@ -64,6 +64,7 @@ def test_the_output_and_the_start_may_lie_in_the_home_folder_as_the_data_may(tmp
     [
         ({"stepz": 1}, "stepz is no option; there are allow_ckpt, batch_size"),
         ({"steps": "ten"}, "steps is 'ten'; it must be of type int"),
+        ({"sheet_prompts": 8}, "sheet_prompts is 8; it must be of type list"),
         ({"steps": True}, "steps is True"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"task": "lora"}, "task is 'lora'; it can be 'vae' or 'unet'"),
