@@ -211,8 +211,9 @@ class Images:
 def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str, Any]], schema: pa.Schema) -> bool:
     """Put a unit's files, then the manifest of these rows; False where another worker has committed the unit meanwhile.
 
-    What was replaced of that worker's is put back then. A kill before that leaves a manifest that its shard does not
-    match, which `pipelines.verify` finds: it takes two workers at one unit whose bytes differ.
+    What was replaced of that worker's is put back then. A kill before that, or a write of both at one moment, leaves a
+    manifest that its shard does not match, which `pipelines.verify` finds: it takes two workers at one unit whose bytes
+    differ.
     """
     replaced: dict[str, bytes] = {}
 
@@ -233,9 +234,20 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
     placed = list(parallel_map(place, files))
     if all(placed) and _write_manifest(store, unit, rows, schema):
         return True
-    for name, data in replaced.items():
-        store.write(name, data)
+    if replaced:
+        ours, theirs = map(_held, (rows, store.read_table(manifest_name(unit)).to_pylist()))
+        for name, data in replaced.items():  # not what is theirs too, nor what they have replaced since
+            if ours[name] != theirs.get(name) and store.read(name) == files[name]:
+                store.write(name, data)
     return False
+
+
+def _held(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
+    """What each file holds by these rows of a manifest: ids and hashes."""
+    held: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        held.setdefault(row["shard"] or row["file"], []).append((row["id"], row["sha256"]))
+    return held
 
 
 def _write_manifest(store: Store, unit: str, rows: list[dict[str, Any]], schema: pa.Schema) -> bool:

@@ -113,7 +113,7 @@ def test_of_two_workers_at_one_unit_the_first_to_commit_is_kept_whole(unit, form
     store = Store("memory://race")
     ours, theirs = images_of(unit), images_of(unit, "webp")
     real, commit = getattr(Store, moment), sinks._write_manifest
-    monkeypatch.setattr(sinks, "_write_manifest", lambda *_: False)
+    monkeypatch.setattr(sinks, "_write_manifest", lambda *_: True)
     write(store, unit, ours, format)  # its files are there, its manifest not yet
     monkeypatch.setattr(sinks, "_write_manifest", commit)
 
@@ -131,10 +131,30 @@ def test_of_two_workers_at_one_unit_the_first_to_commit_is_kept_whole(unit, form
     assert verify.verify("memory://race").faults == []
 
 
+@pytest.mark.parametrize("format", ["tar", "files"])
+@pytest.mark.parametrize("theirs", ["png", "webp"])
+def test_what_a_killed_attempt_left_is_not_put_back_over_what_is_committed(unit, format, theirs, monkeypatch):
+    """The first to commit does all of it after the other has replaced what was left; its bytes are equal, or others."""
+    fsspec.filesystem("memory").store.clear()
+    store = Store("memory://left")
+    for name in [shard_name(unit.name)] if format == "tar" else [image_name(row.id, "png") for row in unit.rows]:
+        store.write(name, b"of an attempt that was killed")
+    commit = sinks._write_manifest
+
+    def first_commits(*arguments):
+        monkeypatch.setattr(sinks, "_write_manifest", commit)
+        assert Images(format, "png").write(store, unit, images_of(unit, theirs), MADE_BY, 4.0)
+        return commit(*arguments)
+
+    monkeypatch.setattr(sinks, "_write_manifest", first_commits)
+    assert write(store, unit, format=format) == 0
+    assert verify.verify("memory://left").faults == []
+
+
 def rows_of(unit, images, format):
     """The manifest that a worker writes for these images."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sinks, "_write_manifest", lambda store, unit, rows, schema: written.extend(rows))
+        patch.setattr(sinks, "_write_manifest", lambda store, unit, rows, schema: written.extend(rows) or True)
         written: list = []
         write(Store("memory://elsewhere"), unit, images, format)
     return written
