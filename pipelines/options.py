@@ -189,7 +189,8 @@ def parse(argv: list[str], kind: type[Options] = GenerateOptions) -> Options:
     """The command line as a job's options and Beam's, on the in-process runner where none is named.
 
     Raises:
-        OptionError: a value that cannot be read, or an option that neither the job nor Beam knows.
+        OptionError: a value that cannot be read, or an option that neither the job nor Beam knows, unless a template's
+            launcher has the job described (`--template_location`).
     """
     parser = _Parser(
         prog=f"python -m pipelines.{kind.command}",
