@@ -82,7 +82,8 @@ class Sink(Protocol):
     def write(self, store: Store, unit: Unit, encoded: list[Encoded], made_by: Provenance, seconds: float) -> int:
         """Write a unit's results whole, then the manifest that commits them; the bytes of results written.
 
-        Where another worker has committed the unit meanwhile, its results stand, these are dropped, and it returns 0.
+        Where another worker has committed the unit meanwhile, its results stand, these are dropped, with those of their
+        files that its manifest does not name, and it returns 0.
         """
         ...
 
@@ -213,14 +214,17 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
 
     What was replaced of that worker's is put back then. A kill before that, or a write of both at one moment, leaves a
     manifest that its shard does not match, which `pipelines.verify` finds: it takes two workers at one unit whose bytes
-    differ.
+    differ. What was put new and that worker's manifest does not name is deleted: images of rows that it rejected, which
+    no later job makes before this one has ended.
     """
     replaced: dict[str, bytes] = {}
+    new: list[str] = []
 
     def place(name: str) -> bool:
         """Put a file that no manifest speaks of yet, and keep what it replaced; False where the unit is committed."""
         try:
             store.write(name, files[name], create=True)
+            new.append(name)
             return True
         except FileExistsError:
             if store.exists(manifest_name(unit)):
@@ -234,11 +238,11 @@ def commit(store: Store, unit: str, files: dict[str, bytes], rows: list[dict[str
     placed = list(parallel_map(place, files))
     if all(placed) and _write_manifest(store, unit, rows, schema):
         return True
-    if replaced:
-        ours, theirs = map(_held, (rows, store.read_table(manifest_name(unit)).to_pylist()))
-        for name, data in replaced.items():  # not what is theirs too, nor what they have replaced since
-            if ours[name] != theirs.get(name) and store.read(name) == files[name]:
-                store.write(name, data)
+    ours, theirs = map(_held, (rows, store.read_table(manifest_name(unit)).to_pylist()))
+    for name, data in replaced.items():  # not what is theirs too, nor what they have replaced since
+        if ours[name] != theirs.get(name) and store.read(name) == files[name]:
+            store.write(name, data)
+    store.delete([name for name in new if name not in theirs])
     return False
 
 

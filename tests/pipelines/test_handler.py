@@ -205,7 +205,7 @@ def test_two_workers_at_one_unit_agree_on_what_was_rejected(
     found = verify.verify(str(tmp_path))
     accounts = [tuple(map(sum, zip(*account(told), strict=True))) for told in (shares, theirs)]
     assert accounts == [(found.images, found.rejected)] * 2
-    assert (sum(accounts[0]), found.faults) == (4, [])
+    assert (sum(accounts[0]), found.faults, found.orphans) == (4, [], [])
 
 
 def test_a_unit_that_another_worker_commits_meanwhile_counts_as_it_stands(units_of_two, monkeypatch):
