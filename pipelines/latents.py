@@ -120,8 +120,13 @@ class LatentSpec:
         return picture
 
     def id(self, picture: Picture) -> str:
-        asked = f"{self.fingerprint} {self.dtype} {self.size} {picture.sha256} {picture.caption}"
-        return hashlib.sha256(asked.encode()).hexdigest()[:32]
+        return id_of(self.fingerprint, self.dtype, self.size, picture.sha256, picture.caption)
+
+
+def id_of(model_fingerprint: str, dtype: str, size: int, image_sha256: str, caption: str) -> str:
+    """The name of an example: 32 hex digits of a hash of what it is made of and by."""
+    asked = f"{model_fingerprint} {dtype} {size} {image_sha256} {caption}"
+    return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pipelines import latents, layout, leftovers, report
 from pipelines.sinks import MANIFEST
 from pipelines.storage import REMEDY, Store, parallel_map
 from sdjax.console import interrupted, says_why, show
+from sdjax.request import field_types, id_of
 from sdjax.training.encoded import SHARED, is_whole
 from sdjax.values import one_line
 
@@ -41,7 +42,7 @@ class Findings:
 
 
 def verify(output: str) -> Findings:
-    """Check every manifest against its files, hashes and sizes, ids against each other, and counts against the summary.
+    """Check every manifest against its files, hashes, sizes and ids, ids with each other, and counts with the summary.
 
     Reads the whole dataset once, a few units at a time, and holds the ids, of 32 bytes each. An output that a job has
     not finished is no fault in itself.
@@ -90,15 +91,20 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
         table = store.read_table(name)
     except ValueError as error:
         return [], [str(error).removeprefix(f"{name} ")]
-    kind = next((kind for kind in _KINDS if _fits(table.schema, *kind[1:])), None)
+    kind = next((kind for kind in _KINDS if _fits(table.schema, *kind[1:3])), None)
     if kind is None:
         return [], ["its columns are not those of a manifest"]
-    check, _, used = kind
+    check, schema, used, hashed, own_id = kind
     if any(table[column].null_count for column in used if column != "shard"):
         return [], ["a row lacks a value"]
     rows, faults = table.select(used).to_pylist(), []
     if any(row["shard"] and layout.unit_of(row["shard"]) != layout.unit_of(name) for row in rows):
         faults.append("its rows lie in the shard of another unit")
+    if {*table.column_names} <= {*schema.names}:  # of a later version's columns the id may tell too
+        told = table.select([name for name in table.column_names if name in hashed]).to_pylist()
+        for row, values in zip(rows, told, strict=True):
+            if own_id(values) != row["id"]:
+                faults.append(f"{row['id']} is not the id of what its row says")
     places: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
         places.setdefault(row["shard"] or row.get("file"), []).append(row)
@@ -172,14 +178,24 @@ def _latents(place: str, data: bytes, rows: list[dict[str, Any]]) -> list[str]:
     return faults
 
 
-_CHECKED = ("id", "shard", "bytes", "sha256", "flags")
-_KINDS = (
-    (_images, MANIFEST, (*_CHECKED, "prompt", "file", "offset")),
-    (_latents, latents.MANIFEST, (*_CHECKED, "caption", "index")),
-)
-"""How what rows name is checked, the manifests' schema today, and which of its columns a manifest of any version has.
+def _image_id(values: dict[str, Any]) -> str | None:
+    try:
+        return id_of(values.pop("model_fingerprint"), values)
+    except ValueError:  # a number that no request has
+        return None
 
-None of these lacks a value but the shard of an image in a file of its own.
+
+_CHECKED = ("id", "shard", "bytes", "sha256", "flags")
+_OF_IMAGES = {"model_fingerprint", *field_types()}
+_OF_LATENTS = ("model_fingerprint", "dtype", "size", "image_sha256", "caption")
+_KINDS = (
+    (_images, MANIFEST, (*_CHECKED, "model_fingerprint", "prompt", "file", "offset"), _OF_IMAGES, _image_id),
+    (_latents, latents.MANIFEST, (*_CHECKED, *_OF_LATENTS, "index"), _OF_LATENTS, lambda told: latents.id_of(**told)),
+)
+"""How what rows name is checked, the manifests' schema today, which of its columns a manifest of any version has, which
+of them an id is a hash of, and that id.
+
+No column that any version has lacks a value, but the shard of an image in a file of its own.
 """
 
 

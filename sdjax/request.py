@@ -1,5 +1,6 @@
 """What a user may ask for: one `Request` an image, checked when made, read from a row of a prompt file."""
 
+import hashlib
 import json
 import math
 import os
@@ -293,11 +294,23 @@ class Request:
         Fields at their default are left out, so that the text stays when a later version adds a field; so is a picture
         whose content is known by its hash: where it lies is no part of what is asked.
         """
-        values = {name: value for name, value in vars(self).items() if value != _DEFAULTS[name]}
-        for name in PICTURES:
-            if f"{name}_sha256" in values:
-                del values[name]
-        return json.dumps(values, sort_keys=True, ensure_ascii=True, allow_nan=False)
+        return _canonical(vars(self))
+
+
+def id_of(fingerprint: str, values: Mapping[str, Any]) -> str:
+    """The name of the image that the model of a fingerprint makes of a complete request, given as its fields' values.
+
+    It is 32 hex digits of a hash of both.
+    """
+    return hashlib.sha256(f"{fingerprint} {_canonical(values)}".encode()).hexdigest()[:32]
+
+
+def _canonical(values: Mapping[str, Any]) -> str:
+    asked = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+    for name in PICTURES:
+        if f"{name}_sha256" in asked:
+            del asked[name]
+    return json.dumps(asked, sort_keys=True, ensure_ascii=True, allow_nan=False)
 
 
 _EMPTY = "prompt is empty; give the text of the picture"

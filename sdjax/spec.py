@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import logging
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from sdjax import canvas, controls, sampling, tables, text
 from sdjax.canvas import Canvas
 from sdjax.parts import Parts
 from sdjax.prompts import MAX_CLAUSES
-from sdjax.request import MAX_SIDE, Request
+from sdjax.request import MAX_SIDE, Request, id_of
 from sdjax.text import Text, Tokenizer
 from sdjax.values import RequestError
 
@@ -157,7 +156,7 @@ class Spec(Parts):
 
     def id(self, resolved: Request) -> str:
         """The name of the image that a resolved request makes: 32 hex digits of a hash of it and the fingerprint."""
-        return hashlib.sha256(f"{self.fingerprint} {resolved.canonical()}".encode()).hexdigest()[:32]
+        return id_of(self.fingerprint, vars(resolved))
 
     def program(self, resolved: Request) -> Program:
         """What must be compiled for a resolved request."""

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from pipelines import generate_images
-from sdjax.request import Request
+from sdjax.request import Request, id_of
 from sdjax.values import RequestError
 
 SIDE = 16
@@ -37,7 +37,7 @@ class Spec:
         return self.fingerprint
 
     def id(self, resolved: Request) -> str:
-        return hashlib.sha256((self.fingerprint + resolved.canonical()).encode()).hexdigest()[:32]
+        return id_of(self.fingerprint, vars(resolved))
 
     def program(self, resolved: Request) -> tuple:
         return resolved.width, resolved.height
@@ -78,7 +78,7 @@ def picture(spec: Spec, resolved: Request) -> Result:
     id = spec.id(resolved)
     if resolved.prompt == NAN_PROMPT:
         return Result(resolved, id, np.zeros((resolved.height, resolved.width, 3), np.uint8), ("nan",))
-    tile = np.frombuffer(hashlib.sha256(id.encode()).digest() * 6, np.uint8).reshape(8, 8, 3)
+    tile = np.frombuffer(hashlib.sha256(f"{spec.name} {id}".encode()).digest() * 6, np.uint8).reshape(8, 8, 3)
     return Result(resolved, id, np.tile(tile, (resolved.height // 8, resolved.width // 8, 1)))
 
 

@@ -187,8 +187,9 @@ def set_first(name, value):
     """Another value in the first manifest's first row."""
 
     def damage(dataset):
-        rows = pq.read_table(first_manifest(dataset)).to_pylist()
-        pq.write_table(pa.Table.from_pylist([{**rows[0], name: value}, *rows[1:]], MANIFEST), first_manifest(dataset))
+        table = pq.read_table(first_manifest(dataset))
+        first, *others = table.to_pylist()
+        pq.write_table(pa.Table.from_pylist([{**first, name: value}, *others], table.schema), first_manifest(dataset))
 
     return damage
 
@@ -221,21 +222,24 @@ def encoded(tmp_path_factory):
     shapes = {"moments": (2, 2, 4), "text": (3, 2)}
     own = [{name: draw(shape).astype(np.float16) for name, shape in shapes.items()} for _ in range(2)]
     arrays = [latents.Arrays(example, shared) for example in own]
-    ids = [f"{i:032x}" for i in range(2)]
+    made_of = {"model_fingerprint": "f" * 64, "dtype": "float32", "size": 16, "caption": "a cat"}
+    hashes = [f"{i:064x}" for i in range(2)]
+    ids = [latents.id_of(**made_of, image_sha256=image) for image in hashes]
     shard = shard_name(unit_name(ids), latents.SUFFIX)
     tensors = {name: np.stack([example[name] for example in own]) for name in shapes}
     store.write(shard, save(tensors | shared))
     rows = [
         {
+            **made_of,
             "id": id,
+            "image_sha256": image,
             "shard": shard,
             "index": i,
             "bytes": one.bytes,
             "sha256": one.sha256,
             "flags": [],
-            "caption": "a cat",
         }
-        for i, (id, one) in enumerate(zip(ids, arrays, strict=True))
+        for i, (id, image, one) in enumerate(zip(ids, hashes, arrays, strict=True))
     ]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, latents.MANIFEST), buffer, compression="zstd")
@@ -257,6 +261,25 @@ def test_a_shard_of_latents_without_one_of_its_tensors_is_found(encoded, lost):
     assert f"{shard} is no whole shard of latents" in fault
 
 
+@pytest.mark.parametrize(
+    ("of", "name", "value"),
+    [
+        ("images", "seed", 1),
+        ("images", "guidance_scale", float("nan")),
+        ("images", "model_fingerprint", "e" * 64),
+        ("latents", "id", "0" * 32),
+        ("latents", "caption", "a dog"),
+        ("latents", "image_sha256", "e" * 64),
+    ],
+)
+def test_a_row_whose_id_is_of_another_is_found(dataset, encoded, tmp_path, of, name, value):
+    if of == "latents":
+        dataset = shutil.copytree(encoded.path(), tmp_path / "latents")
+    set_first(name, value)(dataset)
+    (fault,) = verify.verify(str(dataset)).faults
+    assert fault.endswith(" is not the id of what its row says")
+
+
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_no_flipped_bit_stops_it(made, encoded, data):
@@ -273,10 +296,14 @@ def test_no_flipped_bit_stops_it(made, encoded, data):
         store.write(name, whole)
 
 
-def test_a_dataset_of_another_version_is_proven_too(dataset):
+@pytest.mark.parametrize("is_later", [True, False])
+def test_a_dataset_of_another_version_is_proven_too(dataset, is_later):
     for path in (dataset / "manifest").iterdir():
         table = pq.read_table(path).drop_columns(["token_merging_ratio", "seed"])
-        pq.write_table(table.append_column("a_later_field", [["x"] * len(table)]), path)
+        if is_later:  # its ids are hashes of that field too
+            table = table.append_column("a_later_field", [["x"] * len(table)])
+            table = table.set_column(table.column_names.index("eta"), "eta", [[0.5] * len(table)])
+        pq.write_table(table, path)
     found = verify.verify(str(dataset))
     assert (found.images, found.faults) == (20, [])
     break_bytes(dataset)
