@@ -40,7 +40,8 @@ class UnitHandler(SdjaxModelHandler):
 
     Two workers may be at one unit, and a row may fail at one of them alone. The unit has one name at both, so one
     manifest, and that decides: rows that it lacks are rejected, and the other worker's account follows it. (A unit of
-    which one rejects every row has no manifest yet; the other may commit it after that, and counts it otherwise.)
+    which one rejects every row has no manifest yet; the other may commit it after that, and counts it otherwise. Where
+    both write their rejections at one moment, `rejected/` may lack a row that the manifest lacks; verify finds that.)
     """
 
     def __init__(self, output: str, sink: Sink, model: Any = None, **options: Any):
