@@ -51,7 +51,7 @@ def _manifest(store: Store, name: str) -> pq.ParquetFile:
 
 def _rows(manifest: pq.ParquetFile, limit: int) -> list[dict[str, Any]]:
     try:
-        return manifest.read(columns=_COLUMNS).slice(0, limit).to_pylist()
+        return manifest.read(columns=_COLUMNS, use_threads=False).slice(0, limit).to_pylist()
     except Exception:  # damage makes pyarrow raise all sorts
         return []
 

@@ -191,7 +191,7 @@ def _rows(file: str, group: int, *, only_images: bool = False) -> Iterator[dict[
     with open_file(file) as stream:
         parquet = tables.open_parquet(stream)
         names = [name for name in parquet.schema_arrow.names if _is_image(name) or not only_images]
-        for batch in parquet.iter_batches(batch_size=_ROWS, row_groups=[group], columns=names):
+        for batch in parquet.iter_batches(_ROWS, [group], names, use_threads=False):
             yield from tables.rows(batch)
 
 

@@ -184,7 +184,8 @@ class Store:
         """
         data = self.read(name)
         try:
-            table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
+            # Arrow's threads may outlive a call, and abort a process that ends meanwhile (apache/arrow#34314).
+            table = pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
             table.validate(full=True)  # text that is not UTF-8, which reading alone lets through
         except Exception as error:  # damage makes pyarrow raise all sorts
             raise DamagedError(f"{name} cannot be read: {one_line(error)}; {REMEDY}") from None

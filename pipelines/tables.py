@@ -14,7 +14,10 @@ _BUFFER = 2**23  # bytes of a column that are read at once
 
 
 def open_parquet(stream: IO[bytes]) -> pq.ParquetFile:
-    """The file, to be read by parts of a column; pyarrow's own way holds all of a row group, whatever its size."""
+    """The file, to be read by parts of a column; pyarrow's own way holds all of a row group, whatever its size.
+
+    It is read by the caller's thread: Arrow's may outlive a call, and abort a process that ends meanwhile.
+    """
     return pq.ParquetFile(stream, buffer_size=_BUFFER, pre_buffer=False)
 
 
@@ -25,7 +28,7 @@ def read(stream: IO[bytes], start: int, stop: int) -> Iterator[dict[str, Any] | 
     firsts = [0, *accumulate(sizes)]
     groups = [i for i, size in enumerate(sizes) if firsts[i] < stop and start < firsts[i] + size]
     here = firsts[groups[0]] if groups else 0
-    for batch in parquet.iter_batches(_BATCH, groups):
+    for batch in parquet.iter_batches(_BATCH, groups, use_threads=False):
         low, high = max(start - here, 0), min(stop - here, batch.num_rows)
         if low < high:
             yield from _bounded(batch.slice(low, high - low))

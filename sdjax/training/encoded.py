@@ -72,7 +72,7 @@ class EncodedSet:
         for path in (path for path in paths if _MANIFEST.fullmatch(posixpath.basename(path))):
             data = self._fs.cat_file(path)
             try:
-                for row in pq.read_table(pa.BufferReader(data), columns=_COLUMNS).to_pylist():
+                for row in pq.ParquetFile(pa.BufferReader(data)).read(_COLUMNS, use_threads=False).to_pylist():
                     for column, found in kinds.items():
                         found.add(row[column])
                     if not row["flags"]:

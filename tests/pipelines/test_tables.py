@@ -1,6 +1,9 @@
 """Parquet to rows: what Python cannot hold costs its own row."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -99,3 +102,26 @@ def test_nanoseconds_come_as_text_and_none_is_lost(nanoseconds):
     batch = pa.record_batch({"prompt": ["a"] * len(nanoseconds), "t": pa.array(nanoseconds, pa.timestamp("ns"))})
     found = [row["t"] for row in tables.rows(batch)]
     assert pa.array(found).cast(pa.timestamp("ns")).cast(pa.int64()).to_pylist() == nanoseconds
+
+
+READ = """
+import os, sys
+from pipelines import contact_sheet, image_samples, tables
+from pipelines.storage import Store
+
+threads, file = os.listdir("/proc/self/task"), sys.argv[1]
+store = Store(os.path.dirname(file))
+assert store.read_table("a.parquet").num_rows == 256
+with open(file, "rb") as stream:
+    assert len(list(tables.read(stream, 0, 256))) == 256
+assert len(list(image_samples._rows(file, 0))) == 256
+assert len(contact_sheet._rows(contact_sheet._manifest(store, "a.parquet"), 256)) == 256
+assert os.listdir("/proc/self/task") == threads
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc lists a process's threads on Linux")
+def test_arrow_reads_in_no_thread_that_could_outlive_the_call(tmp_path):
+    columns = {name: ["x"] * 256 for name in ("prompt", "image", "id", "file", "shard", "sampler")}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    subprocess.run([sys.executable, "-c", READ, str(tmp_path / "a.parquet")], check=True, cwd=Path(__file__).parents[2])
