@@ -30,7 +30,7 @@ from pipelines.sources import Place
 from pipelines.storage import Store
 from pipelines.units import Row, Unit, extras_json
 from sdjax.training.encoded import SHARED, TENSORS, encoding_parts
-from sdjax.training.framing import frame, square
+from sdjax.training.framing import cut, frame
 
 SUFFIX = "safetensors"
 MANIFEST = pa.schema(
@@ -154,19 +154,19 @@ class LatentPipe:
         here, there = tee(pictures)
         framed, examples = tee(image_sets.load(there, self._example))
         encoded = self._encoder.stream(example for example, _ in examples)
-        for picture, (_, cut), found in zip(here, framed, encoded, strict=True):
+        for picture, (_, before), found in zip(here, framed, encoded, strict=True):
             text, pooled = self._encoder.unconditional
             own, shared = {"moments": found.moments, "text": found.text}, {"unconditional": text}
             if found.pooled is not None:
                 own |= {"pooled": found.pooled}
                 shared |= {"unconditional_pooled": pooled}
-            yield Result(picture, Arrays(own, shared, cut), () if found.finite else ("nan",))
+            yield Result(picture, Arrays(own, shared, before), () if found.finite else ("nan",))
 
     def _example(self, picture: Picture, data: bytes) -> Any:
         from sdjax.encode import Example
 
         image, size = picture.decode(data), self.spec.size
-        return Example(square(image, size), picture.caption), frame(image, size)
+        return Example(cut(image, size, size), picture.caption), frame(image, size, size)
 
 
 def load_encoder(

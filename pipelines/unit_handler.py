@@ -86,16 +86,16 @@ class UnitHandler(SdjaxModelHandler):
             yield from accounts
             return
         # From here on nothing holds what lay on the devices: the traceback of an exception that is handled would.
+        if failed is None and len(left) > 1:
+            for unit in left:
+                yield from self._accounts([unit], model)
+            return
         if failed is None:
-            unit = left[0]
-            if len(left) > 1:
-                for unit in left:
-                    yield from self._accounts([unit], model)
-            else:
-                lines = _too_large(unit, model) if is_large else self._failing(unit, model)
-                if lines:
-                    yield self._reject(unit, lines, model)
-                yield from self._accounts([_without(unit, lines)], model, rounds if lines else 0)
+            [unit] = left
+            lines = _too_large(unit, model) if is_large else self._failing(unit, model)
+            if lines:
+                yield self._reject(unit, lines, model)
+            yield from self._accounts([_without(unit, lines)], model, rounds if lines else 0)
             return
         left = yield from self._uncommitted(left)  # a unit may be made before another fails
         kept, found = [], False

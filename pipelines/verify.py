@@ -7,10 +7,10 @@ import json
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -91,19 +91,18 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
         table = store.read_table(name)
     except ValueError as error:
         return [], [str(error).removeprefix(f"{name} ")]
-    kind = next((kind for kind in _KINDS if _fits(table.schema, *kind[1:3])), None)
+    kind = next((kind for kind in _KINDS if _fits(table.schema, kind)), None)
     if kind is None:
         return [], ["its columns are not those of a manifest"]
-    check, schema, used, hashed, own_id = kind
-    if any(table[column].null_count for column in used if column != "shard"):
+    if any(table[column].null_count for column in kind.used if column != "shard"):
         return [], ["a row lacks a value"]
-    rows, faults = table.select(used).to_pylist(), []
+    rows, faults = table.select(kind.used).to_pylist(), []
     if any(row["shard"] and layout.unit_of(row["shard"]) != layout.unit_of(name) for row in rows):
         faults.append("its rows lie in the shard of another unit")
-    if {*table.column_names} <= {*schema.names}:  # of a later version's columns the id may tell too
-        told = table.select([name for name in table.column_names if name in hashed]).to_pylist()
+    if {*table.column_names} <= {*kind.schema.names}:  # of a later version's columns the id may tell too
+        told = table.select([name for name in table.column_names if name in kind.hashed]).to_pylist()
         for row, values in zip(rows, told, strict=True):
-            if own_id(values) != row["id"]:
+            if kind.id(values) != row["id"]:
                 faults.append(f"{row['id']} is not the id of what its row says")
     places: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
@@ -113,7 +112,7 @@ def _unit(store: Store, name: str) -> tuple[list[dict[str, Any]], list[str]]:
             faults.append(f"{place} is no name that jobs give")
             continue
         try:
-            faults += check(place, store.read(place), there)
+            faults += kind.check(place, store.read(place), there)
         except FileNotFoundError:
             faults.append(f"{place} is missing; {REMEDY}")
     return rows, faults
@@ -178,6 +177,23 @@ def _latents(place: str, data: bytes, rows: list[dict[str, Any]]) -> list[str]:
     return faults
 
 
+class _Kind(NamedTuple):
+    """A kind of manifest.
+
+    check: what is wrong with a file that rows name.
+    schema: today's.
+    used: columns that a manifest of any version has; none lacks a value but the shard of an image in a file of its own.
+    hashed: columns that an id is a hash of.
+    id: what it is by those.
+    """
+
+    check: Callable[[str, bytes, list[dict[str, Any]]], list[str]]
+    schema: pa.Schema
+    used: tuple[str, ...]
+    hashed: Collection[str]
+    id: Callable[[dict[str, Any]], str | None]
+
+
 def _image_id(values: dict[str, Any]) -> str | None:
     try:
         return id_of(values.pop("model_fingerprint"), values)
@@ -189,19 +205,17 @@ _CHECKED = ("id", "shard", "bytes", "sha256", "flags")
 _OF_IMAGES = {"model_fingerprint", *field_types()}
 _OF_LATENTS = ("model_fingerprint", "dtype", "size", "image_sha256", "caption")
 _KINDS = (
-    (_images, MANIFEST, (*_CHECKED, "model_fingerprint", "prompt", "file", "offset"), _OF_IMAGES, _image_id),
-    (_latents, latents.MANIFEST, (*_CHECKED, *_OF_LATENTS, "index"), _OF_LATENTS, lambda told: latents.id_of(**told)),
+    _Kind(_images, MANIFEST, (*_CHECKED, "model_fingerprint", "prompt", "file", "offset"), _OF_IMAGES, _image_id),
+    _Kind(
+        _latents, latents.MANIFEST, (*_CHECKED, *_OF_LATENTS, "index"), _OF_LATENTS, lambda told: latents.id_of(**told)
+    ),
 )
-"""How what rows name is checked, the manifests' schema today, which of its columns a manifest of any version has, which
-of them an id is a hash of, and that id.
-
-No column that any version has lacks a value, but the shard of an image in a file of its own.
-"""
 
 
-def _fits(found: pa.Schema, schema: pa.Schema, used: tuple[str, ...]) -> bool:
-    known = [column for column in found if column.name in schema.names]
-    return set(used) <= set(found.names) and all(schema.field(column.name).type == column.type for column in known)
+def _fits(found: pa.Schema, kind: _Kind) -> bool:
+    known = [column for column in found if column.name in kind.schema.names]
+    same = all(kind.schema.field(column.name).type == column.type for column in known)
+    return same and set(kind.used) <= set(found.names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,20 +45,13 @@ def sides(content: bytes) -> tuple[int, int] | None:
         return None
 
 
-def square(picture: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The largest centred square of a picture, at size x size."""
-    return cut(picture, size, size)
-
-
 def cut(picture: Image.Image, height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
     """The largest centred part of a picture that has these sides' ratio, at height x width."""
     return np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS))
 
 
-def frame(picture: Image.Image, height: int, width: int | None = None) -> Frame:
-    """That of the cut, or without `width` of the square: as diffusers' trainers have it, which scale a picture until it
-    covers what is cut out of it then."""
-    width = width or height
+def frame(picture: Image.Image, height: int, width: int) -> Frame:
+    """That of the cut, as diffusers' trainers have it, which scale a picture until it covers what is then cut out."""
     tall, wide = scaled(picture.height, picture.width, height, width)
     return Frame(picture.height, picture.width, round((int(tall) - height) / 2), round((int(wide) - width) / 2))
 

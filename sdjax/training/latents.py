@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sdjax.files import write_whole
 from sdjax.models import tiling
+from sdjax.parallel import filled
 from sdjax.training import identity
 from sdjax.training.data import buckets_of, framed
 from sdjax.training.networks import Params, bind
@@ -58,8 +59,7 @@ def _encoded(
         for chunk, following in zip(chunks, [*chunks[1:], ()], strict=True):
             pixels, frames = zip(*ahead, strict=True)
             ahead = pool.map(read, following)
-            filled = np.stack(pixels)[np.minimum(np.arange(size), len(chunk) - 1)]  # one shape, one program
-            yield encode(filled)[: len(chunk)], frames
+            yield encode(filled(np.stack(pixels), size))[: len(chunk)], frames  # one shape, one program
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -108,7 +108,7 @@ def test_the_arrays_are_those_of_diffusers(encoded, tiny):
 
     with torch.no_grad():
         for index, row in enumerate(rows):
-            pixels = latents.square(Image.fromarray(PICTURES[row["caption"][-3:]]), SIZE)
+            pixels = latents.cut(Image.fromarray(PICTURES[row["caption"][-3:]]), SIZE, SIZE)
             posterior = pipe.vae.encode(torch.tensor(pixels / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None])
             expected = torch.cat([posterior.latent_dist.mean, posterior.latent_dist.logvar], 1)[0].permute(1, 2, 0)
             moments = source.moments(index)
